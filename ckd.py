@@ -1,0 +1,334 @@
+"""Constrained knowledge distillation (CKD, paper section 3.1; paper.md 1.2): the objectives, the teacher, the loop.
+
+At a position, p is the teacher's distribution, q the student's, V_k the teacher's k likeliest tokens, V_m the
+student's own m likeliest. The student minimises
+
+    L_CKD = sum_{v in V_k} p_v log(p_v / q_v)  +  lambda * sum_{v in V_m, not in V_k} q_v            Eqs. 3-5
+
+a forward KL on what the teacher finds likely, plus a penalty on what the student believes in and the teacher does not.
+Both are softmaxes over the whole vocabulary at temperature 1, and neither is renormalised over V_k, so the first sum
+is a partial one and can be negative. With P = sum_{V_k} p and S' = the sum that lambda multiplies, the gradient to the
+student's logits is
+
+    dL/dz_j = q_j (P - lambda S') - p_j [j in V_k] + lambda q_j [j in V_m, not in V_k]               Eqs. 14, 26, 27
+
+Departures from the released code:
+1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
+2. The loss is the mean over all counted tokens of the optimiser batch (see train.py).
+3. rskd is computed on the drawn tokens, not on a dense target; as released, it has no tail penalty.
+4. Teacher log-probs can come from a cache on disk, so that the teacher need not sit in training memory.
+"""
+import hashlib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import InputError
+from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack, visible
+from train import (Interrupt, adamw, autocast, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
+                   peak_memory, save_checkpoint, sum_over_ranks, write_json)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The objectives. log_p and log_q are the teacher's and the student's log-probs on V_k, [N, k]; each returns [N].
+
+def fkl(log_p, log_q):
+    """Forward KL on V_k: sum p log(p/q), Eq. 4. Its minimiser is q = p/P on V_k."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def rkl(log_p, log_q):
+    """Reverse KL on V_k: sum q log(q/p). Its minimiser is q = p/e on V_k: 1 - P/e of the mass leaks outside."""
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def akl(log_p, log_q):
+    """Adaptive KL: forward and reverse, weighted by the gap |p - q| on the head and on the tail of V_k.
+
+    The head is the leading tokens whose summed teacher mass stays under 0.5, and always the first. The weights are not
+    detached, as released: gradient flows through them too. log_p must be sorted, likeliest first.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    head = p.cumsum(-1) < 0.5  # [N, k]
+    head[:, 0] = True
+    gap = (p - q).abs()
+    g_head, g_tail = (gap * head).sum(-1), (gap * ~head).sum(-1)
+    return (g_head * fkl(log_p, log_q) + g_tail * rkl(log_p, log_q)) / (g_head + g_tail).clamp(min=1e-9)
+
+
+def rskd(log_p, log_q):
+    """Random-sample KD: V_k holds k draws from the teacher, log_p the log of how often each was drawn, over k."""
+    return (log_p - log_q).mean(-1)
+
+
+def tail_mass(mine, log_q, ids):
+    """S', Eq. 5: student mass on its own likeliest tokens that are not among the teacher's.
+
+    mine [N, m] those tokens · log_q [N, m] their log-probs · ids [N, k] the teacher's. Returns [N].
+    """
+    outside = ~(mine[:, :, None] == ids[:, None, :]).any(-1)  # [N, m]
+    return (log_q.exp() * outside).sum(-1)
+
+
+DIVERGENCES = {"ckd": fkl, "fkl": fkl, "rkl": rkl, "akl": akl, "rskd": rskd, "ce": fkl}  # ce only reports its KL
+
+
+def objective(kind, targets, teacher=None, tail_weight=0.0, m=100, kd_ratio=1.0):
+    """The function (logits [C, V], rows) -> (losses [C], {name: [C]}) that `head_loss` applies.
+
+    kind: a key of DIVERGENCES · targets [N] the tokens that came · teacher (ids [N, k], log_p [N, k]) or None, which
+    leaves only ce · tail_weight: lambda · m: size of V_m · kd_ratio: this share of distillation, the rest
+    cross-entropy. Names: nll, entropy; with a teacher also kl (the kind's divergence), tail (S'), captured (P), inside
+    (student mass on V_k).
+    """
+    def apply(logits, rows):
+        log_q = logits.log_softmax(-1)  # [C, V]
+        with torch.no_grad():
+            entropy = -torch.linalg.vecdot(log_q.exp(), log_q)  # [C]
+        if teacher is None:
+            nll = -log_q.gather(-1, targets[rows, None]).squeeze(-1)  # [C]
+            return nll, {"nll": nll, "entropy": entropy}
+        ids, log_p = teacher[0][rows], teacher[1][rows].to(logits.dtype)  # [C, k] each
+        mine = log_q.detach().topk(m, dim=-1).indices  # [C, m]
+        # One gather for all that the loss looks at: its backward is one pass over the vocabulary, not three.
+        needed = torch.cat((targets[rows, None], ids, mine), dim=-1)  # [C, 1 + k + m]
+        on_target, on_teacher, on_mine = log_q.gather(-1, needed).split((1, ids.shape[1], m), dim=-1)
+        nll, kl = -on_target.squeeze(-1), DIVERGENCES[kind](log_p, on_teacher)  # [C] each
+        tail = tail_mass(mine, on_mine, ids)  # [C]
+        if kind == "rskd":  # a token drawn c times stands c times among the ids: count it once
+            captured, inside = torch.ones_like(kl), (on_teacher - log_p).exp().mean(-1)
+        else:
+            captured, inside = log_p.exp().sum(-1), on_teacher.exp().sum(-1)
+        stats = {"nll": nll, "entropy": entropy, "kl": kl, "tail": tail, "captured": captured, "inside": inside}
+        distillation = kl + tail_weight * tail
+        share = 0.0 if kind == "ce" else kd_ratio
+        return share * distillation + (1 - share) * nll, stats
+
+    return apply
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The teacher, live or from disk
+
+@torch.no_grad()
+def teacher_log_probs(teacher, batch, k, width, draws=None, chunk=256):
+    """The teacher's view of a packed batch's counted positions: (ids [N, k] int64, log_p [N, k] float32).
+
+    Its k likeliest tokens of the first `width`, likeliest first, log-probs under the whole softmax. With `draws` (a
+    torch.Generator): k tokens drawn from it with replacement, and the log of each one's share of the draws (rskd).
+    """
+    h = teacher.hidden(batch["input_ids"], batch["positions"], visible(batch)).flatten(0, 1)  # [B * T, hidden]
+    h, ids, log_p = h[batch["predictors"]], [], []  # [N, hidden]
+    for rows in h.split(chunk):
+        scores = (rows @ teacher.head_weight[:width].T).float().log_softmax(-1)  # [C, width]
+        if draws is None:
+            values, tokens = scores.topk(k, dim=-1)
+        else:
+            tokens = torch.multinomial(scores.exp(), k, replacement=True, generator=draws)
+            values = (tokens[:, :, None] == tokens[:, None, :]).float().mean(-1).log()
+        ids.append(tokens)
+        log_p.append(values)
+    return torch.cat(ids), torch.cat(log_p)
+
+
+def fingerprint(folder):
+    """A short hash of a model folder: its config.json, and each weight file's size and first and last MiB."""
+    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def open_cache(folder, groups, made_from, k):
+    """Open a cache of teacher log-probs and note in each response where its rows are.
+
+    Returns (ids, log_p) as memory maps [positions, k], or None when there is no finished cache in `folder`. InputError
+    when what it was made from differs from `made_from` or from these groups' ids.
+    """
+    digest, position = hashlib.sha256(), 0
+    for group in groups:
+        digest.update(np.array(group["prompt"], dtype=np.int32).tobytes() + b"prompt")
+        for response in group["responses"]:
+            response["row"] = position
+            position += response["span"][1] - response["span"][0]
+            digest.update(np.array([*response["span"], *response["ids"]], dtype=np.int32).tobytes() + b"response")
+    made_from |= {"data": digest.hexdigest()[:16], "positions": position, "k": k}
+    try:
+        found = json.loads((Path(folder) / "cache.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    if differing := [key for key in made_from if found.get(key) != made_from[key]]:
+        raise InputError(f"{folder}: this cache was made from another {' and another '.join(differing)}; "
+                         "remove the folder or name a new one")
+    return np.load(Path(folder) / "ids.npy", mmap_mode="r"), np.load(Path(folder) / "log_p.npy", mmap_mode="r")
+
+
+def write_cache(folder, groups, made_from, teacher, k, width, device, micro_tokens, draws=None):
+    """Run the teacher once over all groups and keep ids (int32) and log-probs (float16) of every counted position."""
+    size = made_from["positions"] * k * 6
+    print(f"Teacher cache: {made_from['positions']:,} positions x {k} x 6 bytes = {6 * k:,} bytes per token, "
+          f"{size / 1e9:.2f} GB in {folder}")
+    new = Path(f"{folder}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    if shutil.disk_usage(new).free < size:
+        new.rmdir()
+        raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; use a smaller --k or another disk")
+    shape = (made_from["positions"], k)
+    ids = np.lib.format.open_memmap(new / "ids.npy", mode="w+", dtype=np.int32, shape=shape)
+    log_p = np.lib.format.open_memmap(new / "log_p.npy", mode="w+", dtype=np.float16, shape=shape)
+    for micro in tqdm(micro_batches(groups, micro_tokens), desc="teacher cache", unit="batch"):
+        tokens, values = teacher_log_probs(teacher, pack(micro, device), k, width, draws)
+        at = cache_rows(micro)
+        ids[at], log_p[at] = tokens.cpu().numpy(), values.cpu().numpy()
+    ids.flush()
+    log_p.flush()
+    write_json(new / "cache.json", made_from)
+    os.replace(new, folder)
+
+
+def cache_rows(groups):
+    """Where the counted positions of these groups stand in the cache, in the order in which `pack` lists them."""
+    return np.concatenate([np.arange(r["row"], r["row"] + r["span"][1] - r["span"][0])
+                           for group in groups for r in group["responses"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def distill(student, groups, valid, out, teacher=None, cache=None, made_from=None, kind="ckd", k=100, m=100,
+            tail_weight=10.0, kd_ratio=1.0, lr=3e-6, weight_decay=1e-4, batch=128, epochs=1, steps=None, width=None,
+            micro_tokens=4096, dtype=torch.bfloat16, valid_every=100, save_every=100, start=0, seed=42, rank=0,
+            ranks=1):
+    """Train `student` (float32 weights, changed in place) on groups; settings default to the released script's.
+
+    teacher: a Transformer, a function that loads one (called only if it is needed), or None for plain cross-entropy ·
+    cache, made_from: folder of teacher log-probs and what identifies its teacher and tokenizer · steps: optimiser
+    steps, default `epochs` passes · width: cut both vocabularies to this many ids, default the whole · micro_tokens:
+    padded tokens that go through the model at a time · start: the step to resume after. Writes metrics.jsonl and
+    checkpoints under `out`. Returns the summary, a dict; None where Ctrl-C ended the run early.
+    """
+    device = student.head_weight.device
+    width = width or student.config["vocab_size"]
+    k, m = clamped("k", k, width), clamped("m", m, width)
+    tail_weight = 0.0 if kind == "rskd" else tail_weight  # as released
+    seeded = lambda *what: (torch.Generator(device).manual_seed(int.from_bytes(  # noqa: E731
+        hashlib.sha256(repr((seed, *what)).encode()).digest()[:7])) if kind == "rskd" else None)
+    stored = None
+    if cache is not None and teacher is not None:
+        made_from = made_from | {"kind": "draws" if kind == "rskd" else "top-k", "width": width}
+        stored = open_cache(cache, groups + valid, made_from, k)
+        if stored is None:
+            if ranks > 1:
+                raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
+            live = teacher() if not isinstance(teacher, torch.nn.Module) else teacher
+            write_cache(cache, groups + valid, made_from, live, k, width, device, micro_tokens, seeded("cache"))
+            del live
+            stored = open_cache(cache, groups + valid, made_from, k)
+    elif teacher is not None and not isinstance(teacher, torch.nn.Module):
+        teacher = teacher()
+
+    def losses(micro, what, total, draws):
+        """Loss and summed statistics of one micro-batch."""
+        packed = pack(micro, device)
+        seen = None
+        if stored is not None:
+            at = cache_rows(micro)
+            seen = [torch.from_numpy(part[at].astype(t)).to(device) for part, t in zip(stored, (np.int64, np.float32))]
+        elif teacher is not None:
+            seen = teacher_log_probs(teacher, packed, k, width, draws)
+        with autocast(device, dtype):
+            h = student.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
+        h = h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
+        weights = torch.full((len(h),), 1 / total, device=device,  # one global token count: any split, the same loss
+                             dtype=torch.promote_types(dtype, torch.float32))
+        return head_loss(h, student.head_weight[:width], weights,
+                         objective(what, packed["targets"], seen, tail_weight, m, kd_ratio), dtype=dtype)
+
+    @torch.no_grad()
+    def validate():
+        sums, total = {}, counted_tokens(valid)
+        for micro in tqdm(micro_batches(valid, micro_tokens)[rank::ranks], "validation", leave=False, disable=rank > 0):
+            for name, value in losses(micro, "rskd" if kind == "rskd" else "fkl", total, seeded("valid"))[1].items():
+                sums[name] = sums.get(name, 0) + value / total
+        return {f"valid_{name}": value for name, value in sum_over_ranks(sums, device).items()}
+
+    plan, epoch = [], 0
+    while (epoch < epochs) if steps is None else (len(plan) < steps):
+        plan += optimiser_batches(groups, batch, seed, epoch)
+        epoch += 1
+    plan = plan[:steps]
+    optimiser = adamw(student, lr, weight_decay)
+    if start:
+        load_checkpoint(out, start, student, optimiser)
+    elif valid and rank == 0 or valid and ranks > 1:
+        report(out, {"step": 0} | validate(), rank)
+    interrupt = Interrupt()
+    bar = tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0)
+    for step in range(start + 1, len(plan) + 1):
+        began, members = time.perf_counter(), plan[step - 1]
+        total, sums = counted_tokens(members), {}
+        for i, micro in list(enumerate(micro_batches(members, micro_tokens)))[rank::ranks]:
+            loss, stats = losses(micro, kind, total, seeded(step, i))
+            loss.backward()
+            for name, value in ({"loss": loss.detach() * total} | stats).items():
+                sums[name] = sums.get(name, 0) + value / total
+        rate = learning_rate(step, len(plan), lr)
+        norm = optimiser_step(student, optimiser, rate)
+        row = {"step": step} | sum_over_ranks(sums, device) | {"lr": rate, "grad_norm": norm, "tokens": total,
+               "sequences": sum(len(g["responses"]) for g in members), "packed_tokens": sum(map(length, members))}
+        row["seconds"] = time.perf_counter() - began
+        row["tokens_per_s"] = row["packed_tokens"] / row["seconds"]
+        last = step == len(plan) or interrupt.asked
+        if valid and (step % valid_every == 0 or step == len(plan)):
+            row |= validate()
+        report(out, row, rank)
+        bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in ("loss", "kl", "tail", "nll", "tokens_per_s")
+                                     if name in row))
+        bar.update()
+        if rank == 0 and (step % save_every == 0 or last):
+            save_checkpoint(out, step, student, optimiser)
+        if interrupt.asked:
+            return None
+    bar.close()
+    return summary(out, device)
+
+
+def clamped(name, wanted, width):
+    """k or m, no larger than the vocabulary, with a notice."""
+    if wanted > width:
+        print(f"--{name} {wanted} is more than the vocabulary: taking all {width} ids")
+    return min(wanted, width)
+
+
+def report(out, row, rank):
+    """Log a step, and print its validation figures."""
+    if rank == 0:
+        log_metrics(out, row)
+        shown = {name: value for name, value in row.items() if name.startswith("valid_")}
+        if shown:
+            tqdm.write(f"step {row['step']:5d}  " + "  ".join(f"{n} {v:.4f}" for n, v in shown.items()))
+
+
+def summary(out, device):
+    """The figures of a whole run, from its metrics.jsonl."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    valid = [{k: v for k, v in row.items() if k.startswith("valid_")} for row in rows if "valid_nll" in row]
+    seconds = sum(row["seconds"] for row in trained)
+    packed = sum(row["packed_tokens"] for row in trained)
+    return {"steps": len(trained), "sequences": sum(row["sequences"] for row in trained),
+            "response_tokens": sum(row["tokens"] for row in trained), "packed_tokens": packed,
+            "seconds": round(seconds, 1), "tokens_per_s": round(packed / max(seconds, 1e-9), 1),
+            "peak_memory_gb": round(peak_memory(device), 2),
+            "valid_before": valid[0] if valid else None, "valid_after": valid[-1] if valid else None}

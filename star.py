@@ -1,0 +1,436 @@
+"""STAR (arXiv 2602.03022) from the command line: one subcommand and one short function per stage.
+
+    python star.py demo                                              a few minutes, nothing needed
+    python star.py sft     --model DIR --data FILE --out DIR         cross-entropy on gold answers
+    python star.py rollout --model DIR --data FILE --out FILE        a teacher's answers to the prompts
+    python star.py ckd     --teacher DIR --student DIR --data FILE --out DIR
+    python star.py chat    --model DIR [--tools FILE]
+    python star.py plot    RUN [RUN ...] --out FILE.png
+
+`python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
+"""
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+from data import InputError
+from data.chat import Chat
+from data.groups import make_groups
+from data.sources import read_records
+
+FREE_FLAGS = ("command", "run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
+
+
+def train(args, student_folder, teacher_folder=None, cache=None, **objective):
+    """What `sft` and `ckd` share: read, check, load, show, train, save."""
+    import ckd
+    from model import Transformer
+    from train import open_run, peak_memory, set_up, write_json
+    dtype = torch_dtype(args.dtype)
+    device, rank, ranks = set_up(args.device)
+    chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
+    width, made_from = None, None
+    if teacher_folder:
+        teacher_chat = Chat.from_pretrained(teacher_folder, think=chat.think)
+        check_same_tokenizer(teacher_chat, chat, teacher_folder, student_folder)
+        sizes = [json.loads((Path(f) / "config.json").read_text()).get("vocab_size") for f in (teacher_folder,
+                                                                                              student_folder)]
+        width = None if sizes[0] == sizes[1] else chat.vocab_size  # padded differently: cut both to the tokenizer
+        made_from = {"teacher": ckd.fingerprint(teacher_folder), "tokenizer": chat.fingerprint}
+    records = read_records(args.data)[:args.limit]
+    if args.valid:
+        held_out = read_records(args.valid)[:args.valid_limit]
+    else:
+        random.Random(args.seed).shuffle(records)
+        cut = min(args.hold_out, len(records) // 4)
+        held_out, records = records[:cut], records[cut:]
+    caps = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
+    (groups, left_out), (valid, valid_left_out) = (make_groups(r, chat, *caps) for r in (records, held_out))
+    for name, n in left_out.items():
+        say(rank, f"left out of {args.data}: {n} {name}" if n else "")
+    if not groups:
+        raise InputError(f"{args.data}: no record is left to train on ({left_out}); raise the caps")
+    start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
+                     args.overwrite, rank)
+    say(rank, f"{sum(len(g['responses']) for g in groups):,} responses to {len(groups):,} prompts, {len(valid)} prompts "
+              f"held out; device {device}, compute {args.dtype}" + (f"; resuming after step {start}" if start else ""))
+    student = Transformer.from_pretrained(student_folder, device=device)
+    student.model.gradient_checkpointing = args.gradient_checkpointing
+    teacher = lambda: Transformer.from_pretrained(teacher_folder, dtype, device)  # noqa: E731
+    shown = sample_texts(student, chat, held_out[:args.samples]) if rank == 0 and not start else None
+    if shown is not None:
+        write_json(Path(args.out) / "samples.json", shown)
+    summary = ckd.distill(student, groups, valid, args.out, teacher if teacher_folder else None, cache, made_from,
+                          lr=args.lr, weight_decay=args.weight_decay, batch=args.batch, epochs=args.epochs,
+                          steps=args.steps, width=width, micro_tokens=args.micro_tokens, dtype=dtype,
+                          valid_every=args.valid_every, save_every=args.save_every, start=start, seed=args.seed,
+                          rank=rank, ranks=ranks, **objective)
+    if summary is None:
+        print(f"Stopped. Go on with the same command and --resume; checkpoints are in {args.out}/checkpoints")
+        return 130
+    if rank == 0:
+        student.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
+        before = json.loads((Path(args.out) / "samples.json").read_text(encoding="utf-8"))
+        after = sample_texts(student, chat, held_out[:args.samples])
+        samples = [b | {"after": a["text"]} for b, a in zip(before, after)]
+        write_json(Path(args.out) / "samples.json", samples)
+        write_json(Path(args.out) / "summary.json", summary | {"peak_memory_gb": round(peak_memory(device), 2)})
+        for s in samples[:3]:
+            print(f"\nrequest: {s['request']}\ngold:    {s['gold']}\nbefore:  {s['text']}\nafter:   {s['after']}")
+        print()
+        table([(name, f"{value:,}" if isinstance(value, (int, float)) else value) for name, value in summary.items()
+               if not isinstance(value, dict)] + [(f"{name.removeprefix('valid_')} on held-out prompts, before -> after",
+               f"{value:.4f} -> {summary['valid_after'][name]:.4f}") for name, value in
+               (summary["valid_before"] or {}).items()])
+        print(f"\nThe model is in {args.out}/model. Try: python star.py chat --model {args.out}/model")
+    return 0
+
+
+def run_sft(args):
+    """Cross-entropy on gold answers (or on the responses of a rollout file): `ckd --objective ce` without a teacher."""
+    return train(args, args.model, kind="ce")
+
+
+def run_ckd(args):
+    """Distil a teacher into a student along the teacher's own responses."""
+    tail = args.tail_weight if args.tail_weight is not None else 10.0 if args.objective == "ckd" else 0.0
+    return train(args, args.student, args.teacher, args.cache, kind=args.objective, k=args.k, m=args.m,
+                 tail_weight=tail, kd_ratio=args.kd_ratio)
+
+
+def run_rollout(args):
+    """Write each record back with n sampled responses: {"text", "ids", "finish_reason", "logprob"} each."""
+    import time
+
+    import torch
+    from tqdm import tqdm
+
+    import simrl
+    from model import Transformer
+    from train import set_up
+    out, part = Path(args.out), Path(args.out + ".part")
+    if (out.exists() or part.exists()) and not (args.resume or args.overwrite):
+        raise InputError(f"{out if out.exists() else part}: exists already; give --resume or --overwrite")
+    if out.exists() and args.resume:
+        print(f"{out} is complete already.")
+        return 0
+    chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
+    records = read_records(args.data, need_answer=False)[:args.limit]
+    prompts = [chat.encode(chat.prompt(record)) for record in records]
+    order = [i for i in sorted(range(len(records)), key=lambda i: len(prompts[i]), reverse=True)
+             if len(prompts[i]) <= args.max_prompt_tokens]
+    if len(order) < len(records):
+        print(f"left out: {len(records) - len(order)} prompts of more than {args.max_prompt_tokens} tokens")
+    device, _, _ = set_up(args.device)
+    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    lines = {}
+    if part.exists() and args.resume:
+        for line in part.read_text(encoding="utf-8").splitlines():
+            if line.endswith("}"):  # a killed run may leave half a line
+                lines |= {(entry := json.loads(line))["index"]: entry["record"]}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    together, began, tokens = max(1, args.rows // args.n), time.perf_counter(), 0
+    with open(part, "w", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
+        for at in range(0, len(order), together):
+            batch = order[at:at + together]
+            if not all(i in lines for i in batch):
+                generator = torch.Generator().manual_seed(args.seed * 1_000_003 + at)
+                bar.set_postfix_str(f"{len(batch)} prompts of up to {len(prompts[batch[0]])} tokens")
+                samples = simrl.generate(model, [prompts[i] for i in batch], args.n, args.max_new_tokens, chat.stop_ids,
+                                         generator, args.temperature, args.top_p, chat.vocab_size)
+                for i, group in zip(batch, samples):
+                    lines[i] = records[i] | {"responses": [{
+                        "text": chat.decode(s["ids"]), "ids": s["ids"], "finish_reason": s["finish_reason"],
+                        "logprob": round(sum(s["logprobs"]), 4)} for s in group]}
+                    tokens += sum(len(s["ids"]) for s in group)
+            for i in batch:
+                sink.write(json.dumps({"index": i, "record": lines[i]}, ensure_ascii=False) + "\n")
+            sink.flush()
+            bar.update(len(batch))
+    seconds = time.perf_counter() - began
+    with open(f"{out}.tmp", "w", encoding="utf-8") as sink:
+        for i in sorted(lines):
+            sink.write(json.dumps(lines[i], ensure_ascii=False) + "\n")
+    os.replace(f"{out}.tmp", out)
+    part.unlink()
+    responses = [r for line in lines.values() for r in line["responses"]]
+    for i in sorted(lines)[:2]:
+        print(f"\nrequest: {last_text(records[i])}")
+        for r in lines[i]["responses"][:2]:
+            print(f"  {r['finish_reason']:6s} {r['text']}")
+    print()
+    table([("prompts", len(lines)), ("responses", len(responses)),
+           ("finished", f"{sum(r['finish_reason'] == 'stop' for r in responses) / len(responses):.1%}"),
+           ("mean tokens", f"{sum(len(r['ids']) for r in responses) / len(responses):.1f}"),
+           ("tokens sampled per second", f"{tokens / seconds:.0f}"), ("written to", out)])
+    return 0
+
+
+def run_chat(args):
+    """Talk to a model. Where it calls a tool, you are the tool: type its result."""
+    import torch
+
+    import simrl
+    from model import Transformer
+    from train import set_up
+    chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools_form)
+    tools = []
+    if args.tools:
+        from data.sources import read_tools
+        tools = read_tools(args.tools)
+    device, _, _ = set_up(args.device)
+    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    generator = torch.Generator().manual_seed(args.seed)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
+    asked = "you> "
+    while True:
+        try:
+            text = input(asked)
+        except (EOFError, KeyboardInterrupt):
+            text = ""
+        if not text:
+            print()
+            return 0
+        messages.append({"role": "tool" if asked.startswith("tool") else "user", "content": text})
+        prompt = chat.encode(chat.prompt({"messages": messages, "tools": tools}))
+        so_far, printed = [], 0
+
+        def show(came):
+            nonlocal printed
+            so_far.extend(came.values())
+            text = chat.decode([t for t in so_far if t not in chat.stop_ids])
+            if not text.endswith("\ufffd"):  # half a character: wait for the rest
+                print(text[printed:], end="", flush=True)
+                printed = len(text)
+
+        simrl.generate(model, [prompt], 1, args.max_new_tokens, chat.stop_ids, generator, args.temperature,
+                       args.top_p, chat.vocab_size, each_step=show)
+        print()
+        reply = chat.decode([t for t in so_far if t not in chat.stop_ids])
+        messages.append({"role": "assistant", "content": ("<think>" if chat.think == "on" else "") + reply})
+        asked = "tool result> " if "<tool_call>" in reply else "you> "
+
+
+def run_demo(args):
+    """Make a small random pair and its data, train the teacher, let it answer, distil; about two minutes."""
+    from data import demo
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise InputError(f"{out}: exists already; give --overwrite or another --out")
+    demo.make(out, args.seed)
+    small = ["--hold-out", "16", "--batch", "32", "--dtype", "float32", "--device", "cpu", "--valid-every", "20",
+             "--samples", "3", "--seed", str(args.seed)]
+    steps = ("10", "5") if args.quick else ("120", "60")
+    for line in (
+            ["sft", "--model", f"{out}/teacher-init", "--data", f"{out}/train.jsonl", "--out", f"{out}/teacher",
+             "--steps", steps[0], "--lr", "3e-3", *small],
+            ["rollout", "--model", f"{out}/teacher/model", "--data", f"{out}/train.jsonl", "--n", "4", "--limit", "64",
+             "--max-new-tokens", "64", "--dtype", "float32", "--device", "cpu", "--out", f"{out}/rollouts.jsonl"],
+            ["ckd", "--teacher", f"{out}/teacher/model", "--student", f"{out}/student-init", "--data",
+             f"{out}/rollouts.jsonl", "--out", f"{out}/student", "--steps", steps[1], "--lr", "3e-3", *small]):
+        print(f"\n$ python star.py {' '.join(line)}\n")
+        if code := main(line):
+            return code
+    return 0
+
+
+def run_plot(args):
+    """Draw the curves of one or more runs, overlaid, from their metrics.jsonl."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise InputError("plot needs matplotlib, which nothing else here does: pip install matplotlib") from e
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    names = ["valid_kl", "valid_nll", "valid_tail", "loss", "inside", "entropy"]
+    runs = {}
+    for folder in args.runs:
+        try:
+            text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+        except FileNotFoundError as e:
+            raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run") from e
+        runs[Path(folder).name] = [json.loads(line) for line in text.splitlines()]
+    shown = [name for name in names if any(name in row for rows in runs.values() for row in rows)]
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.8), layout="constrained", squeeze=False)
+    for name, axis in zip(shown, axes[0]):
+        for run, rows in runs.items():
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), label=run, marker="o" if name.startswith("valid_") else None, markersize=3)
+        axis.set(title=name, xlabel="step")
+    axes[0][0].legend()
+    figure.savefig(args.out, dpi=110)
+    print(f"wrote {args.out}")
+    return 0
+
+
+def torch_dtype(name):
+    """The torch dtype of a command-line name; None for "same"."""
+    import torch
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "same": None}[name]
+
+
+def check_same_tokenizer(teacher, student, teacher_folder, student_folder):
+    """Refuse two tokenizers: CKD compares the two models' probabilities id by id."""
+    if teacher.fingerprint != student.fingerprint:
+        raise InputError(f"{teacher_folder} ({teacher.vocab_size:,} ids) and {student_folder} ({student.vocab_size:,} "
+                         "ids) have different tokenizers; CKD needs two models that share one")
+
+
+def sample_texts(model, chat, records):
+    """Greedy answers to a few records: [{"request", "gold", "text"}]."""
+    import torch
+
+    import simrl
+    if not records:
+        return []
+    prompts = [chat.encode(chat.prompt(record)) for record in records]
+    found = simrl.generate(model, prompts, 1, 128, chat.stop_ids, torch.Generator(), 0.0, width=chat.vocab_size)
+    return [{"request": last_text(record), "gold": chat.answer(record) if record.get("answer") else "",
+             "text": chat.decode(samples[0]["ids"])} for record, samples in zip(records, found)]
+
+
+def last_text(record):
+    """The last message of a record, on one line and not too long."""
+    return " ".join((record["messages"][-1]["content"] or "").split())[:200]
+
+
+def table(rows):
+    """Print (name, value) pairs as two columns."""
+    wide = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{wide}}  {value}")
+
+
+def say(rank, line):
+    """Print a line once, not on every rank."""
+    if rank == 0 and line:
+        print(line)
+
+
+def parser():
+    """The command line."""
+    top = argparse.ArgumentParser(prog="star.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, run):
+        p = commands.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__,
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(run=run)
+        return p
+
+    def prompts(p, form="--tools"):
+        g = p.add_argument_group("prompts")
+        g.add_argument("--think", choices=("on", "off", "none"), help="on: the prompt ends in an opened <think>; off: "
+                       "in an empty think block; none: no think tags; default: what the model's template knows")
+        g.add_argument(form, choices=("flat", "wrapped"), default="flat", help="tools as released, or as OpenAI does")
+
+    def sampling(p, temperature, new_tokens):
+        g = p.add_argument_group("sampling")
+        g.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
+        g.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that reach this mass")
+        g.add_argument("--max-new-tokens", type=int, default=new_tokens, help="cut a response here")
+
+    def machine(p, dtype_help):
+        g = p.add_argument_group("machine")
+        g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
+        g.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype_help)
+        g.add_argument("--seed", type=int, default=42, help="of everything random")
+
+    def training(p, lr, weight_decay):
+        g = p.add_argument_group("data")
+        g.add_argument("--data", required=True, help="records or rollouts, .jsonl or .jsonl.gz")
+        g.add_argument("--limit", type=int, help="read only the first so many records")
+        g.add_argument("--valid", help="records or rollouts to validate on; default: some of --data, held out")
+        g.add_argument("--valid-limit", type=int, help="validate on only the first so many records")
+        g.add_argument("--hold-out", type=int, default=32, help="records held out of --data where --valid is not given")
+        g.add_argument("--max-prompt-tokens", type=int, default=5120, help="longer prompts are left out")
+        g.add_argument("--max-response-tokens", type=int, default=512, help="longer responses are left out")
+        g.add_argument("--mask", choices=("all", "think", "answer", "alter"), default="all",
+                       help="which response tokens count: all, up to </think>, after it, or in turn")
+        prompts(p)
+        g = p.add_argument_group("optimisation")
+        g.add_argument("--lr", type=float, default=lr, help="peak rate; 3%% warm-up, cosine to a tenth")
+        g.add_argument("--batch", type=int, default=128, help="sequences an optimiser step, in whole groups")
+        g.add_argument("--epochs", type=int, default=1, help="passes over the data")
+        g.add_argument("--steps", type=int, help="optimiser steps, whatever --epochs says")
+        g.add_argument("--weight-decay", type=float, default=weight_decay, help="on matrices only")
+        g.add_argument("--micro-tokens", type=int, default=4096, help="padded tokens in memory at a time; changes "
+                       "memory and speed, not the gradient")
+        g.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, smaller")
+        g = p.add_argument_group("run")
+        g.add_argument("--out", required=True, help="folder of the run")
+        g.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
+        g.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+        g.add_argument("--valid-every", type=int, default=100, help="steps between validations")
+        g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; the last two are kept")
+        g.add_argument("--samples", type=int, default=3, help="held-out prompts to answer before and after")
+        g.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
+        machine(p, "compute; weights and optimiser are float32")
+
+    p = command("ckd", run_ckd)
+    p.add_argument("--teacher", required=True, help="model folder")
+    p.add_argument("--student", required=True, help="model folder")
+    g = p.add_argument_group("objective (paper.md 1.2)")
+    g.add_argument("--objective", choices=("ckd", "fkl", "rkl", "akl", "rskd", "ce"), default="ckd",
+                   help="ckd is fkl with the tail penalty")
+    g.add_argument("--k", type=int, default=100, help="teacher's likeliest tokens (rskd: draws)")
+    g.add_argument("--m", type=int, default=100, help="student's likeliest tokens, for the tail penalty")
+    g.add_argument("--tail-weight", type=float, help="lambda; default 10 for ckd, 0 for the others")
+    g.add_argument("--kd-ratio", type=float, default=1.0, help="share of distillation, the rest is cross-entropy")
+    g.add_argument("--cache", metavar="DIR", help="keep the teacher's log-probs on disk; written once, then read")
+    training(p, 3e-6, 1e-4)
+
+    p = command("sft", run_sft)
+    p.add_argument("--model", required=True, help="model folder to start from")
+    training(p, 1e-5, 0.0)
+
+    p = command("rollout", run_rollout)
+    p.add_argument("--model", required=True, help="model folder")
+    p.add_argument("--data", required=True, help="records; an answer is not needed")
+    p.add_argument("--limit", type=int, help="read only the first so many records")
+    p.add_argument("--out", required=True, help="file to write: the records with `responses`")
+    p.add_argument("--n", type=int, default=8, help="responses to a prompt")
+    p.add_argument("--rows", type=int, default=64, help="responses in the making at a time")
+    p.add_argument("--max-prompt-tokens", type=int, default=5120, help="longer prompts are left out")
+    p.add_argument("--resume", action="store_true", help="go on where a stopped run was")
+    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
+    prompts(p)
+    sampling(p, 1.0, 512)
+    machine(p, "weights and compute")
+
+    p = command("chat", run_chat)
+    p.add_argument("--model", required=True, help="model folder")
+    p.add_argument("--tools", metavar="FILE", help="JSON list of tools, or JSON lines of them")
+    p.add_argument("--system", help="system message; default: the model's own")
+    prompts(p, "--tools-form")
+    sampling(p, 0.0, 512)
+    machine(p, "weights and compute")
+
+    p = command("demo", run_demo)
+    p.add_argument("--out", default="runs/demo", help="folder for everything it makes")
+    p.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+    p.add_argument("--quick", action="store_true", help="a few steps only: shows the plumbing, learns nothing")
+    p.add_argument("--seed", type=int, default=42, help="of everything random")
+
+    p = command("plot", run_plot)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
+    p.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    return top
+
+
+def main(argv=None):
+    """Run one command; returns the exit code. What the user can mend ends in one line and code 2."""
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (InputError, OSError) as e:
+        print(f"star.py {args.command}: {e}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

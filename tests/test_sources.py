@@ -1,0 +1,232 @@
+"""data/sources.py: every shape it reads, every error it reports, and our own files passing through unchanged."""
+import doctest
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import InputError, sources  # noqa: E402
+from data.sources import read_records, to_json_schema, type_schema  # noqa: E402
+
+SHARED = Path(__file__).parents[2] / "shared"
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOL = {"name": "weather", "description": "Weather now", "parameters": SCHEMA}
+CALL = {"name": "weather", "arguments": {"city": "Zürich"}}
+ASK = {"role": "user", "content": "Weather in Zürich?"}
+OURS = {"id": "a1", "source": "s", "tools": [TOOL], "messages": [ASK],
+        "answer": {"tool_calls": [CALL], "content": None}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*lines, name="data.jsonl"):
+        """lines: dicts (written as JSON), strings or bytes."""
+        lines = [json.dumps(line, ensure_ascii=False) if isinstance(line, dict) else line for line in lines]
+        body = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n"
+        (tmp_path / name).write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
+        return tmp_path / name
+    return write
+
+
+def given(*messages, tools=(TOOL,), **extra):
+    return {"messages": list(messages), "tools": list(tools), **extra}
+
+
+# ---- shapes ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json"])
+def test_our_records_come_back_unchanged(write, name):
+    rollout = OURS | {"responses": [{"text": "x", "ids": [1, 2], "reward": 0.5, "tool_calls": "untouched"}], "note": 1}
+    # compared as text: the order of the keys counts, since tools are rendered in it
+    assert json.dumps(read_records(write(OURS, "", rollout, name=name))) == json.dumps([OURS, rollout])
+
+
+def test_every_validation_record_comes_back_unchanged():
+    path = SHARED / "data" / "fc_valid.jsonl.gz"
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    with gzip.open(path) as lines:
+        raw = [json.loads(line) for line in lines]
+    assert len(raw) == 1000
+    assert [json.dumps(record) for record in read_records(path)] == [json.dumps(record) for record in raw]
+
+
+def test_authors_shape(write):
+    turns = [ASK, {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "look it up"}]
+    result = {"role": "tool", "content": "sunny", "tool_call_id": "c9", "name": "weather"}
+    final = {"role": "assistant", "content": "Sunny.", "tool_calls": None, "reasoning_content": None}
+    for tools in ([TOOL], json.dumps([TOOL]), [{"type": "function", "function": TOOL}]):
+        one, two = read_records(write({"id": 7, "messages": turns, "tools": tools},
+                                      {"messages": [*turns, result, final], "tools": tools}, name="x.jsonl.gz"))
+        assert one == {"id": "7", "source": "x", "tools": [TOOL], "messages": [ASK],
+                       "answer": {"tool_calls": [CALL], "content": None, "reasoning": "look it up"}}
+        assert two == {"id": "x:2", "source": "x", "tools": [TOOL],
+                       "messages": [*turns, {"role": "tool", "content": "sunny"}],
+                       "answer": {"tool_calls": [], "content": "Sunny."}}
+
+
+@pytest.mark.parametrize("content, answer", [
+    ("<think>\nhm\n</think>\n\nSunny.", {"tool_calls": [], "content": "Sunny.", "reasoning": "hm"}),
+    ('<tool_call>\n' + json.dumps(CALL) + '\n</tool_call>', {"tool_calls": [CALL], "content": None}),
+    ('<think>use <tool_call>?</think>One.\n<tool_call>' + json.dumps(CALL) + '</tool_call>\n<tool_call>'
+     + json.dumps(CALL), {"tool_calls": [CALL, CALL], "content": "One.", "reasoning": "use <tool_call>?"})])
+def test_blocks_inside_an_assistants_text(write, content, answer):
+    line = given(ASK, {"role": "assistant", "content": content})
+    assert read_records(write(line))[0]["answer"] == answer
+
+
+def test_openai_shape(write):
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}}
+    messages = [{"role": "developer", "content": "Be brief."},
+                {"role": "user", "content": [{"type": "text", "text": "Weather in "},
+                                             {"type": "text", "text": "Zürich?"}]},
+                {"role": "assistant", "tool_calls": [call], "weight": 0},
+                {"role": "tool", "tool_call_id": "c1", "content": "rain"},
+                {"role": "assistant", "content": "", "tool_calls": [call, call]}]
+    line = {"messages": messages, "tools": [{"type": "function", "function": TOOL | {"strict": True}}],
+            "parallel_tool_calls": True}
+    assert read_records(write(line)) == [{
+        "id": "data:1", "source": "data", "tools": [TOOL],
+        "messages": [{"role": "system", "content": "Be brief."}, ASK,
+                     {"role": "assistant", "content": None, "tool_calls": [CALL]}, {"role": "tool", "content": "rain"}],
+        "answer": {"tool_calls": [CALL, CALL], "content": None}}]
+
+
+def test_older_openai_shape(write):
+    call = {"name": "weather", "arguments": '{"city": "Zürich"}'}
+    messages = [ASK, {"role": "assistant", "content": None, "function_call": call},
+                {"role": "function", "name": "weather", "content": "rain"},
+                {"role": "assistant", "content": None, "function_call": call}]
+    record = read_records(write({"messages": messages, "functions": [TOOL]}))[0]
+    assert [message["role"] for message in record["messages"]] == ["user", "assistant", "tool"]
+    assert record["messages"][1]["tool_calls"] == record["answer"]["tool_calls"] == [CALL]
+
+
+def test_prompts_and_rollouts_need_no_answer(write):
+    prompt = given(ASK)
+    assert "answer" not in read_records(write(prompt), need_answer=False)[0]
+    sampled = prompt | {"responses": [{"text": "x"}]}
+    assert read_records(write(sampled))[0]["responses"] == [{"text": "x"}]
+
+
+def test_byte_order_mark(write):
+    assert read_records(write(b"\xef\xbb\xbf" + json.dumps(OURS).encode())) == [OURS]
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+CASES = {
+    "not JSON": ('{"messages": [', "not JSON .*; each line must be one whole JSON object"),
+    "a list": ("[1]", "is list, not an object; write one JSON object a line"),
+    "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8 text .*; save the file as UTF-8"),
+    "half a character": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "not UTF-8 text .*; save"),
+    "no messages": ({"tools": []}, "no messages; add"),
+    "empty messages": (given(), "no messages; add"),
+    "role": (given({"role": "bot", "content": "x"}), "unknown role 'bot'; roles are"),
+    "message": (given("hello"), "unknown role 'hello'; roles are"),
+    "content": (given({"role": "user", "content": {"a": 1}}), "content is dict; write it as a string"),
+    "only an answer": (given({"role": "assistant", "content": "x"}), "no message to answer; before the answer"),
+    "no answer": (given(ASK), "no answer; give a last assistant turn"),
+    "empty answer": (given(ASK, {"role": "assistant", "content": ""}), "no answer; give"),
+    "null answer": (OURS | {"answer": None}, "no answer; give"),
+    "unknown tool": (OURS | {"tools": []}, "calls 'weather', which is not among the tools; add the tool or"),
+    "no name": (OURS | {"answer": {"tool_calls": [{"arguments": {}}]}}, "a call lacks its name.*; write"),
+    "no arguments": (OURS | {"answer": {"tool_calls": [{"name": "weather"}]}}, "a call lacks .*; write"),
+    "list arguments": (OURS | {"answer": {"tool_calls": [CALL | {"arguments": [1]}]}}, "a call lacks .*; write"),
+    "broken arguments": (given(ASK, {"role": "assistant", "tool_calls": [CALL | {"arguments": "{"}]}),
+                         "arguments is not JSON .*; correct it or remove"),
+    "broken block": (given(ASK, {"role": "assistant", "content": "<tool_call>{</tool_call>"}),
+                     "<tool_call> is not JSON .*; correct it or remove"),
+    "tools text": (given(ASK) | {"tools": "[x"}, "tools is not JSON .*; correct it or remove"),
+    "nameless tool": (given(ASK, tools=[{"description": "x"}]), "a tool has no name; tools are"),
+    "tools of another kind": (given(ASK) | {"tools": 3}, "a tool has no name; tools are"),
+    "parameters": (given(ASK, tools=[{"name": "f", "parameters": {"x": 1}}]), "parameters must be a JSON schema"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_line_is_named(write, case):
+    line, pattern = CASES[case]
+    path = write(OURS, line)
+    with pytest.raises(InputError, match=pattern) as error:
+        read_records(path)
+    assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_a_prompt_without_a_question_is_an_error(write):
+    with pytest.raises(InputError, match="data.jsonl:1: no message to answer; before"):
+        read_records(write(given({"role": "system", "content": "x"})), need_answer=False)
+
+
+def test_bad_files(tmp_path, write):
+    for path, pattern in ((tmp_path / "no.jsonl", "no.jsonl: cannot be read .*; give a .jsonl or .jsonl.gz file"),
+                          (tmp_path, "cannot be read .*; give"),
+                          (write("", name="empty.jsonl"), "empty.jsonl: holds no records; give a file")):
+        with pytest.raises(InputError, match=pattern):
+            read_records(path)
+
+
+def test_broken_gzip(tmp_path):
+    whole = gzip.compress("".join(json.dumps(OURS | {"id": str(i) * 50}) + "\n" for i in range(2000)).encode())
+    path = tmp_path / "x.jsonl.gz"
+    for broken in (whole[:len(whole) // 2], whole[:-6], whole[:2000] + b"\0\0\0\0" + whole[2004:], b"plain text\n"):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"x\.jsonl\.gz:\d+: (broken gzip .*; copy the file again|not JSON)"):
+            read_records(path)
+
+
+# ---- JSON schema -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind, schema, optional", [
+    ("str", {"type": "string"}, False),
+    ("str, optional", {"type": "string"}, True),
+    ("int", {"type": "integer"}, False),
+    ("float", {"type": "number"}, False),
+    ("bool", {"type": "boolean"}, False),
+    ("dict", {"type": "object"}, False),
+    ("list", {"type": "array"}, False),
+    ("any", {}, False),
+    ("Callable[[float], float]", {}, False),
+    ("List[int]", {"type": "array", "items": {"type": "integer"}}, False),
+    ("List[List[str]]", {"type": "array", "items": {"type": "array", "items": {"type": "string"}}}, False),
+    ("Dict[str, Any]", {"type": "object"}, False),
+    ("Tuple[float, float]", {"type": "array", "items": {"type": "number"}}, False),
+    ("Tuple[int, ...]", {"type": "array", "items": {"type": "integer"}}, False),
+    ("Tuple[int, str]", {"type": "array"}, False),
+    ("Optional[str]", {"type": "string"}, True),
+    ("int | None", {"type": "integer"}, True),
+    ("Union[int, Dict[str, Any]]", {"anyOf": [{"type": "integer"}, {"type": "object"}]}, False),
+    ("List[Union[int, float]], optional",
+     {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "number"}]}}, True)])
+def test_types_written_as_text(kind, schema, optional):
+    assert type_schema(kind) == (schema, optional)
+
+
+def test_flat_parameters_become_a_schema():
+    flat = {"city": {"type": "str", "description": "Where"}, "days": {"type": "int", "description": "", "default": 3},
+            "unit": {"type": "str, optional", "enum": ["C", "F"]},
+            "key": {"type": "str", "default": "x", "required": True},
+            "why": {"type": "str", "required": False}, "x": {"description": "no type"}, "y": "List[int]"}
+    schema = to_json_schema(flat)
+    assert json.dumps(schema) == json.dumps({"type": "object", "properties": {
+        "city": {"type": "string", "description": "Where"},
+        "days": {"type": "integer", "description": "", "default": 3},
+        "unit": {"type": "string", "enum": ["C", "F"]}, "key": {"type": "string", "default": "x"},
+        "why": {"type": "string"}, "x": {"description": "no type"},
+        "y": {"type": "array", "items": {"type": "integer"}}},
+        "required": ["city", "key", "x", "y"]})
+    assert to_json_schema(schema) is schema  # already one: unchanged
+
+
+def test_parameters_named_like_schema_words():
+    assert to_json_schema({"type": {"type": "str"}, "properties": {"type": "int"}})["properties"] == {
+        "type": {"type": "string"}, "properties": {"type": "integer"}}
+    empty = {"type": "object", "properties": {}, "required": []}
+    assert to_json_schema({}) == to_json_schema({"type": "object"}) == empty
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(sources).failed == 0

@@ -1,0 +1,248 @@
+"""What both training loops share: the chunked output-head loss, the optimiser, its schedule, runs and their
+checkpoints, and several processes side by side.
+
+Departures from the released code:
+1. The loss is a mean over all counted tokens of the optimiser batch, whatever the micro-batches or ranks (released:
+   mean of micro-batch means, so that a token's weight depends on its neighbour's length).
+2. No positions x vocabulary tensor exists: the head runs on chunks of the counted positions only.
+3. A checkpoint is safetensors and JSON. All randomness is a function of (seed, step), so a step number is all the
+   random state and data position there is, and a resumed run repeats the uninterrupted one.
+"""
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from data import InputError
+from model import save_tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output head and the loss, in chunks of positions
+
+class HeadLoss(torch.autograd.Function):
+    """sum over positions of weight x objective(h W^T), with gradients to h and W, one chunk of logits at a time."""
+
+    @staticmethod
+    def forward(ctx, h, W, weights, objective, chunk, dtype):
+        x, w = h.to(dtype), W.to(dtype)
+        high = torch.promote_types(dtype, torch.float32)  # logits and sums are float32, or float64 in tests
+        wanted = any(ctx.needs_input_grad)
+        dh, dW = (torch.zeros_like(t, dtype=high) if wanted else None for t in (h, W))
+        total, sums = torch.zeros((), dtype=high, device=h.device), {}
+        for start in range(0, len(h), chunk):
+            rows = slice(start, start + chunk)
+            logits = (x[rows] @ w.T).to(high).requires_grad_(wanted)  # [C, V]
+            with torch.set_grad_enabled(wanted):
+                losses, stats = objective(logits, rows)  # [C], {name: [C]}
+            total += losses.detach() @ weights[rows]
+            for name, values in stats.items():
+                sums[name] = sums.get(name, 0) + values.detach().sum()
+            if wanted:
+                grad, = torch.autograd.grad(losses, logits, weights[rows])  # [C, V]
+                del logits, losses, stats
+                grad = grad.to(dtype)
+                dh[rows] = grad @ w
+                dW += grad.T @ x[rows]
+        if wanted:
+            ctx.save_for_backward(dh.to(h.dtype), dW.to(W.dtype))
+        ctx.mark_non_differentiable(*sums.values())
+        return total, *sums.values(), list(sums)
+
+    @staticmethod
+    def backward(ctx, dtotal, *_):
+        dh, dW = ctx.saved_tensors
+        return dh.mul_(dtotal), dW.mul_(dtotal), None, None, None, None
+
+
+def head_loss(h, W, weights, objective, chunk=256, dtype=None):
+    """Apply the output head to hidden states and an objective to its logits, without ever holding all logits.
+
+    h [N, hidden] · W [V, hidden] · weights [N] what each position's loss is multiplied by · objective(logits [C, V],
+    rows) -> (losses [C], {name: [C]}), where `rows` is the slice of the N positions that the chunk holds · dtype of
+    the matrix products, default h's. Returns (sum of weighted losses, {name: sum over positions}).
+
+    >>> h, W = torch.ones(3, 2), torch.tensor([[1., 0], [0, 1], [1, 1]])
+    >>> nll = lambda logits, rows: (logits.logsumexp(-1) - logits[:, 2], {})
+    >>> head_loss(h, W, torch.full((3,), 1 / 3), nll, chunk=2)[0]
+    tensor(0.5514)
+    """
+    with torch.autocast(h.device.type, enabled=False):  # the chunks choose their own precision
+        total, *sums, names = HeadLoss.apply(h, W, weights, objective, chunk, dtype or h.dtype)
+    return total, dict(zip(names, sums))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimiser
+
+def adamw(model, lr, weight_decay):
+    """AdamW with the released betas (0.9, 0.95); no decay on norms and biases (paper.md 1.6)."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+
+
+def learning_rate(step, steps, peak):
+    """The rate of step 1 … steps: linear warm-up over ceil(3 %), then a cosine down to a tenth of `peak`.
+
+    >>> [round(learning_rate(s, 100, 1.0), 3) for s in (1, 3, 50, 100)]
+    [0.333, 1.0, 0.572, 0.1]
+    """
+    warm_up = math.ceil(0.03 * steps)
+    if step <= warm_up:
+        return peak * step / warm_up
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+
+
+def optimiser_step(model, optimiser, lr, max_norm=1.0):
+    """Sum the gradients of all ranks, clip their norm, step. Returns the norm before clipping."""
+    if dist.is_initialized():
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices and ranks
+
+def set_up(device):
+    """(device, rank, ranks). Under `torchrun` each process takes its own GPU and joins the others."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device here; use --device cpu")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1 and not dist.is_initialized():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    return torch.device(device), int(os.environ.get("RANK", 0)), ranks
+
+
+def autocast(device, dtype):
+    """bfloat16 compute over float32 weights, or nothing when `dtype` is float32."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def sum_over_ranks(sums, device):
+    """{name: number or tensor} added over the ranks, as floats."""
+    values = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64 if device.type != "mps" else None)
+    if dist.is_initialized():
+        values = values.to(device)
+        dist.all_reduce(values)
+    return dict(zip(sums, values.tolist()))
+
+
+def peak_memory(device):
+    """Peak memory so far in GB: the GPU's own count there, the process's resident size elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and checkpoints
+
+def write_json(path, value):
+    """Write JSON beside `path` and rename it into place."""
+    new = Path(f"{path}.tmp")
+    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(new, path)
+
+
+def open_run(out, arguments, resume, overwrite, rank=0):
+    """Make `out` ready for a run and return the step to go on from (0 for a new run).
+
+    `arguments`, without the flags that do not change the numbers, is written to arguments.json, and a resumed run must
+    have the same. InputError when `out` holds a run and neither `resume` nor `overwrite` is given.
+    """
+    out = Path(out)
+    done = [int(p.name.removeprefix("step-")) for p in out.glob("checkpoints/step-*") if not p.name.endswith(".tmp")]
+    if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+        raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
+    if resume and (out / "arguments.json").exists():
+        before = json.loads((out / "arguments.json").read_text(encoding="utf-8"))
+        differing = [k for k in arguments if before.get(k) != arguments[k]]
+        if differing:
+            raise InputError(f"{out}: was begun with other settings ({', '.join(differing)}); resume with the same, "
+                             "as in its arguments.json, or start anew with --overwrite")
+    if rank == 0:
+        if overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "arguments.json", arguments)
+        step = max(done, default=0) if resume else 0
+        log = out / "metrics.jsonl"
+        if step and log.exists():  # drop what was logged after the checkpoint: those steps come again
+            whole = [line for line in log.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in kept))
+        elif log.exists():
+            log.unlink()
+    return max(done, default=0) if resume else 0
+
+
+def log_metrics(out, row):
+    """Append one line to metrics.jsonl."""
+    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def save_checkpoint(out, step, model, optimiser, keep=2):
+    """Write checkpoints/step-… (weights, optimiser, step) whole or not at all; keep the last `keep`."""
+    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    new = folder.with_suffix(".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    named = dict(model.named_parameters())
+    save_tensors({name: p.detach() for name, p in named.items()}, new / "weights.safetensors")
+    moments = {f"{name}/{key}": optimiser.state[p][key] for name, p in named.items()
+               for key in ("exp_avg", "exp_avg_sq", "step")}
+    save_tensors(moments, new / "optimiser.safetensors")
+    write_json(new / "state.json", {"step": step})
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(new, folder)
+    for old in sorted((Path(out) / "checkpoints").glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+
+
+@torch.no_grad()
+def load_checkpoint(out, step, model, optimiser):
+    """Put the weights and the optimiser back as they were at the end of `step`."""
+    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    with (safe_open(folder / "weights.safetensors", "pt") as weights,
+          safe_open(folder / "optimiser.safetensors", "pt") as moments):
+        for name, p in model.named_parameters():
+            p.copy_(weights.get_tensor(name))
+            optimiser.state[p] = {key: moments.get_tensor(f"{name}/{key}").to(p.device).clone()
+                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+
+
+class Interrupt:
+    """Ctrl-C asks to stop at the next step boundary; a second Ctrl-C stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
