@@ -27,13 +27,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, read_json, write_json
 from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack, visible
 from train import (Interrupt, adamw, autocast, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
-                   peak_memory, save_checkpoint, sum_over_ranks, write_json)
+                   peak_memory, save_checkpoint, sum_over_ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,6 +149,26 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
+def check_pair(teacher_folder, student_folder):
+    """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
+
+    Returns (width, made_from): None, or the number of ids to cut both to where their embeddings are padded to
+    different widths; and what identifies teacher and tokenizer to a cache.
+    """
+    decisive, widths = [], []
+    for folder in (teacher_folder, student_folder):
+        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        decisive.append([vocabulary, json.loads(tokenizer.to_str())["model"].get("merges")])
+        widths.append(read_json(Path(folder) / "config.json").get("vocab_size"))
+    if decisive[0] != decisive[1]:
+        raise InputError(f"{teacher_folder} ({len(decisive[0][0]):,} tokens) and {student_folder} "
+                         f"({len(decisive[1][0]):,}) have different tokenizers; CKD needs two models that share one")
+    tokenizer = hashlib.sha256(json.dumps(decisive[0]).encode()).hexdigest()[:16]
+    return (None if widths[0] == widths[1] else decisive[0][0][-1][1] + 1,
+            {"teacher": fingerprint(teacher_folder), "tokenizer": tokenizer})
+
+
 def open_cache(folder, groups, made_from, k):
     """Open a cache of teacher log-probs and note in each response where its rows are.
 
@@ -203,6 +223,39 @@ def cache_rows(groups):
                            for group in groups for r in group["responses"]])
 
 
+def open_teacher(load, groups, kind, k, width, device, micro_tokens, seed, cache=None, made_from=None, ranks=1):
+    """The teacher as a function (micro-batch, packed, moment) -> (ids [N, k], log_p [N, k]), or None without one.
+
+    load: a function that loads the teacher; it is not called where the cache holds all it would say · moment: numbers
+    that seed the draws of rskd, so that they do not depend on what was drawn before.
+    """
+    if load is None:
+        return None
+
+    def draws(*moment):
+        if kind != "rskd":
+            return None
+        digest = hashlib.sha256(repr((seed, *moment)).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+
+    if cache is None:
+        teacher = load()
+        return lambda micro, packed, *moment: teacher_log_probs(teacher, packed, k, width, draws(*moment))
+    made_from = made_from | {"view": "draws" if kind == "rskd" else "top-k", "width": width}
+    stored = open_cache(cache, groups, made_from, k)
+    if stored is None:
+        if ranks > 1:
+            raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
+        write_cache(cache, groups, made_from, load(), k, width, device, micro_tokens, draws())
+        stored = open_cache(cache, groups, made_from, k)
+
+    def look_up(micro, *_):
+        ids, log_p = (part[cache_rows(micro)] for part in stored)  # [N, k] each
+        return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(log_p.astype(np.float32)).to(device)
+
+    return look_up
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
@@ -212,54 +265,36 @@ def distill(student, groups, valid, out, teacher=None, cache=None, made_from=Non
             ranks=1):
     """Train `student` (float32 weights, changed in place) on groups; settings default to the released script's.
 
-    teacher: a Transformer, a function that loads one (called only if it is needed), or None for plain cross-entropy ·
-    cache, made_from: folder of teacher log-probs and what identifies its teacher and tokenizer · steps: optimiser
-    steps, default `epochs` passes · width: cut both vocabularies to this many ids, default the whole · micro_tokens:
-    padded tokens that go through the model at a time · start: the step to resume after. Writes metrics.jsonl and
-    checkpoints under `out`. Returns the summary, a dict; None where Ctrl-C ended the run early.
+    teacher: a function that loads one, or None for plain cross-entropy · cache, made_from: folder of teacher
+    log-probs, and what identifies teacher and tokenizer (`check_pair`) · steps: optimiser steps, default `epochs`
+    passes · width: cut both vocabularies to this many ids, default the whole · micro_tokens: padded tokens that go
+    through the model at a time · start: the step to resume after. Writes metrics.jsonl and checkpoints under `out`.
+    Returns the summary, a dict; None where Ctrl-C ended the run early.
     """
     device = student.head_weight.device
     width = width or student.config["vocab_size"]
     k, m = clamped("k", k, width), clamped("m", m, width)
     tail_weight = 0.0 if kind == "rskd" else tail_weight  # as released
-    seeded = lambda *what: (torch.Generator(device).manual_seed(int.from_bytes(  # noqa: E731
-        hashlib.sha256(repr((seed, *what)).encode()).digest()[:7])) if kind == "rskd" else None)
-    stored = None
-    if cache is not None and teacher is not None:
-        made_from = made_from | {"kind": "draws" if kind == "rskd" else "top-k", "width": width}
-        stored = open_cache(cache, groups + valid, made_from, k)
-        if stored is None:
-            if ranks > 1:
-                raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
-            live = teacher() if not isinstance(teacher, torch.nn.Module) else teacher
-            write_cache(cache, groups + valid, made_from, live, k, width, device, micro_tokens, seeded("cache"))
-            del live
-            stored = open_cache(cache, groups + valid, made_from, k)
-    elif teacher is not None and not isinstance(teacher, torch.nn.Module):
-        teacher = teacher()
+    view = open_teacher(teacher, groups + valid, kind, k, width, device, micro_tokens, seed, cache, made_from, ranks)
 
-    def losses(micro, what, total, draws):
-        """Loss and summed statistics of one micro-batch."""
+    def losses(micro, kind, total, *moment):
+        """The loss of one micro-batch, a share of `total` tokens, and its statistics summed over positions."""
         packed = pack(micro, device)
-        seen = None
-        if stored is not None:
-            at = cache_rows(micro)
-            seen = [torch.from_numpy(part[at].astype(t)).to(device) for part, t in zip(stored, (np.int64, np.float32))]
-        elif teacher is not None:
-            seen = teacher_log_probs(teacher, packed, k, width, draws)
+        seen = view(micro, packed, *moment) if view else None
         with autocast(device, dtype):
             h = student.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
         h = h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
-        weights = torch.full((len(h),), 1 / total, device=device,  # one global token count: any split, the same loss
-                             dtype=torch.promote_types(dtype, torch.float32))
+        # One token count for the whole optimiser batch: any split into micro-batches or ranks gives the same gradient.
+        weights = torch.full((len(h),), 1 / total, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return head_loss(h, student.head_weight[:width], weights,
-                         objective(what, packed["targets"], seen, tail_weight, m, kd_ratio), dtype=dtype)
+                         objective(kind, packed["targets"], seen, tail_weight, m, kd_ratio), dtype=dtype)
 
     @torch.no_grad()
     def validate():
+        """Means over the held-out tokens. KL is the forward one whatever is trained, so that curves compare."""
         sums, total = {}, counted_tokens(valid)
         for micro in tqdm(micro_batches(valid, micro_tokens)[rank::ranks], "validation", leave=False, disable=rank > 0):
-            for name, value in losses(micro, "rskd" if kind == "rskd" else "fkl", total, seeded("valid"))[1].items():
+            for name, value in losses(micro, "rskd" if kind == "rskd" else "fkl", total)[1].items():
                 sums[name] = sums.get(name, 0) + value / total
         return {f"valid_{name}": value for name, value in sum_over_ranks(sums, device).items()}
 
@@ -271,37 +306,37 @@ def distill(student, groups, valid, out, teacher=None, cache=None, made_from=Non
     optimiser = adamw(student, lr, weight_decay)
     if start:
         load_checkpoint(out, start, student, optimiser)
-    elif valid and rank == 0 or valid and ranks > 1:
+    elif valid:
         report(out, {"step": 0} | validate(), rank)
     interrupt = Interrupt()
     bar = tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0)
-    for step in range(start + 1, len(plan) + 1):
-        began, members = time.perf_counter(), plan[step - 1]
-        total, sums = counted_tokens(members), {}
+    for step, members in enumerate(plan[start:], start + 1):
+        began, total, sums = time.perf_counter(), counted_tokens(members), {}
         for i, micro in list(enumerate(micro_batches(members, micro_tokens)))[rank::ranks]:
-            loss, stats = losses(micro, kind, total, seeded(step, i))
+            loss, stats = losses(micro, kind, total, step, i)
             loss.backward()
             for name, value in ({"loss": loss.detach() * total} | stats).items():
                 sums[name] = sums.get(name, 0) + value / total
         rate = learning_rate(step, len(plan), lr)
         norm = optimiser_step(student, optimiser, rate)
-        row = {"step": step} | sum_over_ranks(sums, device) | {"lr": rate, "grad_norm": norm, "tokens": total,
-               "sequences": sum(len(g["responses"]) for g in members), "packed_tokens": sum(map(length, members))}
-        row["seconds"] = time.perf_counter() - began
-        row["tokens_per_s"] = row["packed_tokens"] / row["seconds"]
-        last = step == len(plan) or interrupt.asked
+        row = {"step": step} | sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
+        interrupted = row.pop("interrupted") > 0  # on any rank: all stop at the same step
+        row |= {"lr": rate, "grad_norm": norm, "tokens": total, "packed_tokens": sum(map(length, members)),
+                "sequences": sum(len(group["responses"]) for group in members), "seconds": time.perf_counter() - began}
+        row["tokens_per_s"] = row["packed_tokens"] / row["seconds"]  # prompt and response tokens through the student
         if valid and (step % valid_every == 0 or step == len(plan)):
             row |= validate()
         report(out, row, rank)
         bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in ("loss", "kl", "tail", "nll", "tokens_per_s")
                                      if name in row))
         bar.update()
-        if rank == 0 and (step % save_every == 0 or last):
+        if rank == 0 and (step % save_every == 0 or step == len(plan) or interrupted):
             save_checkpoint(out, step, student, optimiser)
-        if interrupt.asked:
-            return None
+        if interrupted:
+            break
     bar.close()
-    return summary(out, device)
+    interrupt.restore()
+    return None if len(plan) > start and step < len(plan) else summary(out, device)
 
 
 def clamped(name, wanted, width):
@@ -313,11 +348,12 @@ def clamped(name, wanted, width):
 
 def report(out, row, rank):
     """Log a step, and print its validation figures."""
-    if rank == 0:
-        log_metrics(out, row)
-        shown = {name: value for name, value in row.items() if name.startswith("valid_")}
-        if shown:
-            tqdm.write(f"step {row['step']:5d}  " + "  ".join(f"{n} {v:.4f}" for n, v in shown.items()))
+    if rank > 0:
+        return
+    log_metrics(out, row)
+    shown = [f"{name.removeprefix('valid_')} {value:.4f}" for name, value in row.items() if name.startswith("valid_")]
+    if shown:
+        tqdm.write(f"step {row['step']:5d}, held out:  " + "  ".join(shown))
 
 
 def summary(out, device):
@@ -325,10 +361,9 @@ def summary(out, device):
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     trained = [row for row in rows if "loss" in row]
     valid = [{k: v for k, v in row.items() if k.startswith("valid_")} for row in rows if "valid_nll" in row]
-    seconds = sum(row["seconds"] for row in trained)
-    packed = sum(row["packed_tokens"] for row in trained)
+    seconds, packed = (sum(row[name] for row in trained) for name in ("seconds", "packed_tokens"))
     return {"steps": len(trained), "sequences": sum(row["sequences"] for row in trained),
             "response_tokens": sum(row["tokens"] for row in trained), "packed_tokens": packed,
-            "seconds": round(seconds, 1), "tokens_per_s": round(packed / max(seconds, 1e-9), 1),
+            "seconds": round(seconds, 1), "tokens_per_s": round(packed / seconds, 1),
             "peak_memory_gb": round(peak_memory(device), 2),
             "valid_before": valid[0] if valid else None, "valid_after": valid[-1] if valid else None}

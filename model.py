@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError
+from data import InputError, read_json
 
 # Everything beside the weights that `transformers` and vLLM want to find in a model folder.
 CARRIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -199,6 +199,10 @@ class Transformer(nn.Module):
         """The output head's matrix [V, hidden]; the embedding itself where the two are tied."""
         return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
 
+    def size(self):
+        """Number of parameters."""
+        return sum(p.numel() for p in self.parameters())
+
     def hidden(self, input_ids, positions=None, mask=None, cache=None):
         """Hidden states [B, T, hidden] after the last norm, before the output head.
 
@@ -230,7 +234,7 @@ class Transformer(nn.Module):
         anything missing, cut short, of the wrong shape or not supported.
         """
         folder = Path(folder)
-        config = read_json(folder / "config.json", "a model folder has config.json, tokenizer.json and *.safetensors")
+        config = read_json(folder / "config.json", "a model folder holds config.json, tokenizer.json and *.safetensors")
         understood(config, folder / "config.json")
         with torch.device("meta"):
             model = Transformer(config)
@@ -311,16 +315,6 @@ def understood(config, where):
     return c
 
 
-def read_json(path, remedy):
-    """A JSON file's content; InputError with the remedy when it is missing or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such file; {remedy}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: not valid JSON ({e}); download or copy it again") from e
-
-
 def shards(folder):
     """The folder's weight files and the tensors to take from each: {path: names, or None for all}."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -329,7 +323,7 @@ def shards(folder):
             raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read (no .bin, no .gguf)")
         return {single: None}
     files = {}
-    for name, file in read_json(index, "").get("weight_map", {}).items():
+    for name, file in read_json(index).get("weight_map", {}).items():
         files.setdefault(folder / file, []).append(name)
     for path in files:
         if not path.exists():

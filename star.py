@@ -10,82 +10,71 @@
 `python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
 """
 import argparse
-import json
-import os
 import random
 import sys
+import time
 from pathlib import Path
 
-from data import InputError
+from data import InputError, read_json, write_json
 from data.chat import Chat
 from data.groups import make_groups
-from data.sources import read_records
+from data.sources import read_records, read_tools
 
 FREE_FLAGS = ("command", "run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
 
 
 def train(args, student_folder, teacher_folder=None, cache=None, **objective):
-    """What `sft` and `ckd` share: read, check, load, show, train, save."""
+    """What `sft` and `ckd` share: read, check, load, train, show, save."""
     import ckd
     from model import Transformer
-    from train import open_run, peak_memory, set_up, write_json
-    dtype = torch_dtype(args.dtype)
+    from train import open_run, set_up
     device, rank, ranks = set_up(args.device)
-    chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
-    width, made_from = None, None
+    say = print if rank == 0 else lambda *_: None
+    chat, width, made_from = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools), None, None
     if teacher_folder:
-        teacher_chat = Chat.from_pretrained(teacher_folder, think=chat.think)
-        check_same_tokenizer(teacher_chat, chat, teacher_folder, student_folder)
-        sizes = [json.loads((Path(f) / "config.json").read_text()).get("vocab_size") for f in (teacher_folder,
-                                                                                              student_folder)]
-        width = None if sizes[0] == sizes[1] else chat.vocab_size  # padded differently: cut both to the tokenizer
-        made_from = {"teacher": ckd.fingerprint(teacher_folder), "tokenizer": chat.fingerprint}
-    records = read_records(args.data)[:args.limit]
+        width, made_from = ckd.check_pair(teacher_folder, student_folder)
+    groups, left_out = make_groups(read_records(args.data)[:args.limit], chat, *caps(args))
+    for reason in filter(left_out.get, left_out):
+        say(f"left out of {args.data}: {left_out[reason]} {reason}")
     if args.valid:
-        held_out = read_records(args.valid)[:args.valid_limit]
+        valid, _ = make_groups(read_records(args.valid)[:args.valid_limit], chat, *caps(args))
     else:
-        random.Random(args.seed).shuffle(records)
-        cut = min(args.hold_out, len(records) // 4)
-        held_out, records = records[:cut], records[cut:]
-    caps = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
-    (groups, left_out), (valid, valid_left_out) = (make_groups(r, chat, *caps) for r in (records, held_out))
-    for name, n in left_out.items():
-        say(rank, f"left out of {args.data}: {n} {name}" if n else "")
+        random.Random(args.seed).shuffle(groups)
+        cut = min(args.hold_out, len(groups) // 4)
+        valid, groups = groups[:cut], groups[cut:]
     if not groups:
-        raise InputError(f"{args.data}: no record is left to train on ({left_out}); raise the caps")
+        raise InputError(f"{args.data}: no record is left to train on; raise --max-prompt-tokens")
     start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
-                     args.overwrite, rank)
-    say(rank, f"{sum(len(g['responses']) for g in groups):,} responses to {len(groups):,} prompts, {len(valid)} prompts "
-              f"held out; device {device}, compute {args.dtype}" + (f"; resuming after step {start}" if start else ""))
+                     args.overwrite, device, rank)
     student = Transformer.from_pretrained(student_folder, device=device)
     student.model.gradient_checkpointing = args.gradient_checkpointing
-    teacher = lambda: Transformer.from_pretrained(teacher_folder, dtype, device)  # noqa: E731
-    shown = sample_texts(student, chat, held_out[:args.samples]) if rank == 0 and not start else None
-    if shown is not None:
-        write_json(Path(args.out) / "samples.json", shown)
-    summary = ckd.distill(student, groups, valid, args.out, teacher if teacher_folder else None, cache, made_from,
-                          lr=args.lr, weight_decay=args.weight_decay, batch=args.batch, epochs=args.epochs,
-                          steps=args.steps, width=width, micro_tokens=args.micro_tokens, dtype=dtype,
+    teacher = (lambda: Transformer.from_pretrained(teacher_folder, torch_dtype(args.dtype), device)
+               ) if teacher_folder else None
+    say(f"{sum(len(g['responses']) for g in groups):,} responses to {len(groups):,} prompts, {len(valid)} prompts held "
+        f"out; {student.size() / 1e6:,.1f} M parameters on {device}, {args.dtype} over float32"
+        + (f"; resuming after step {start}" if start else ""))
+    samples = Path(args.out) / "samples.json"
+    if rank == 0 and not start:
+        write_json(samples, answers(student, chat, valid[:args.samples], "before"))
+    summary = ckd.distill(student, groups, valid, args.out, teacher, cache, made_from, lr=args.lr,
+                          weight_decay=args.weight_decay, batch=args.batch, epochs=args.epochs, steps=args.steps,
+                          width=width, micro_tokens=args.micro_tokens, dtype=torch_dtype(args.dtype),
                           valid_every=args.valid_every, save_every=args.save_every, start=start, seed=args.seed,
                           rank=rank, ranks=ranks, **objective)
     if summary is None:
-        print(f"Stopped. Go on with the same command and --resume; checkpoints are in {args.out}/checkpoints")
+        say(f"Stopped. Go on with the same command and --resume; checkpoints are in {args.out}/checkpoints")
         return 130
     if rank == 0:
         student.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
-        before = json.loads((Path(args.out) / "samples.json").read_text(encoding="utf-8"))
-        after = sample_texts(student, chat, held_out[:args.samples])
-        samples = [b | {"after": a["text"]} for b, a in zip(before, after)]
-        write_json(Path(args.out) / "samples.json", samples)
-        write_json(Path(args.out) / "summary.json", summary | {"peak_memory_gb": round(peak_memory(device), 2)})
-        for s in samples[:3]:
-            print(f"\nrequest: {s['request']}\ngold:    {s['gold']}\nbefore:  {s['text']}\nafter:   {s['after']}")
-        print()
-        table([(name, f"{value:,}" if isinstance(value, (int, float)) else value) for name, value in summary.items()
-               if not isinstance(value, dict)] + [(f"{name.removeprefix('valid_')} on held-out prompts, before -> after",
-               f"{value:.4f} -> {summary['valid_after'][name]:.4f}") for name, value in
-               (summary["valid_before"] or {}).items()])
-        print(f"\nThe model is in {args.out}/model. Try: python star.py chat --model {args.out}/model")
+        before, after = read_json(samples), answers(student, chat, valid[:args.samples], "after")
+        write_json(samples, [b | a for b, a in zip(before, after)])
+        write_json(Path(args.out) / "summary.json", summary)
+        for b, a in list(zip(before, after))[:3]:
+            print(*(f"{name:8s} {one_line(value)}" for name, value in (b | a).items()), "", sep="\n")
+        changes = {name.replace("valid_", "held-out "): f"{value:.4f} -> {summary['valid_after'][name]:.4f}"
+                   for name, value in (summary["valid_before"] or {}).items()}
+        table({name: value for name, value in summary.items() if not name.startswith("valid_")} | changes)
+        print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")
     return 0
 
 
@@ -103,69 +92,39 @@ def run_ckd(args):
 
 def run_rollout(args):
     """Write each record back with n sampled responses: {"text", "ids", "finish_reason", "logprob"} each."""
-    import time
-
     import torch
-    from tqdm import tqdm
 
     import simrl
+    from data.rollouts import write_rollouts
     from model import Transformer
     from train import set_up
-    out, part = Path(args.out), Path(args.out + ".part")
-    if (out.exists() or part.exists()) and not (args.resume or args.overwrite):
-        raise InputError(f"{out if out.exists() else part}: exists already; give --resume or --overwrite")
-    if out.exists() and args.resume:
-        print(f"{out} is complete already.")
-        return 0
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
     records = read_records(args.data, need_answer=False)[:args.limit]
     prompts = [chat.encode(chat.prompt(record)) for record in records]
-    order = [i for i in sorted(range(len(records)), key=lambda i: len(prompts[i]), reverse=True)
-             if len(prompts[i]) <= args.max_prompt_tokens]
-    if len(order) < len(records):
-        print(f"left out: {len(records) - len(order)} prompts of more than {args.max_prompt_tokens} tokens")
+    prompts = [ids if len(ids) <= args.max_prompt_tokens else None for ids in prompts]
+    if None in prompts:
+        print(f"left out of {args.data}: {prompts.count(None)} prompts of more than {args.max_prompt_tokens} tokens")
     device, _, _ = set_up(args.device)
     model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
-    lines = {}
-    if part.exists() and args.resume:
-        for line in part.read_text(encoding="utf-8").splitlines():
-            if line.endswith("}"):  # a killed run may leave half a line
-                lines |= {(entry := json.loads(line))["index"]: entry["record"]}
-    out.parent.mkdir(parents=True, exist_ok=True)
-    together, began, tokens = max(1, args.rows // args.n), time.perf_counter(), 0
-    with open(part, "w", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
-        for at in range(0, len(order), together):
-            batch = order[at:at + together]
-            if not all(i in lines for i in batch):
-                generator = torch.Generator().manual_seed(args.seed * 1_000_003 + at)
-                bar.set_postfix_str(f"{len(batch)} prompts of up to {len(prompts[batch[0]])} tokens")
-                samples = simrl.generate(model, [prompts[i] for i in batch], args.n, args.max_new_tokens, chat.stop_ids,
-                                         generator, args.temperature, args.top_p, chat.vocab_size)
-                for i, group in zip(batch, samples):
-                    lines[i] = records[i] | {"responses": [{
-                        "text": chat.decode(s["ids"]), "ids": s["ids"], "finish_reason": s["finish_reason"],
-                        "logprob": round(sum(s["logprobs"]), 4)} for s in group]}
-                    tokens += sum(len(s["ids"]) for s in group)
-            for i in batch:
-                sink.write(json.dumps({"index": i, "record": lines[i]}, ensure_ascii=False) + "\n")
-            sink.flush()
-            bar.update(len(batch))
-    seconds = time.perf_counter() - began
-    with open(f"{out}.tmp", "w", encoding="utf-8") as sink:
-        for i in sorted(lines):
-            sink.write(json.dumps(lines[i], ensure_ascii=False) + "\n")
-    os.replace(f"{out}.tmp", out)
-    part.unlink()
-    responses = [r for line in lines.values() for r in line["responses"]]
-    for i in sorted(lines)[:2]:
-        print(f"\nrequest: {last_text(records[i])}")
-        for r in lines[i]["responses"][:2]:
-            print(f"  {r['finish_reason']:6s} {r['text']}")
+
+    def sample(batch, at):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + at)
+        groups = simrl.generate(model, batch, args.n, args.max_new_tokens, chat.stop_ids, generator, args.temperature,
+                                args.top_p, chat.vocab_size)
+        return [[{"text": chat.decode(s["ids"]), "ids": s["ids"], "finish_reason": s["finish_reason"],
+                  "logprob": round(sum(s["logprobs"]), 4)} for s in group] for group in groups]
+
+    began = time.perf_counter()
+    rows = write_rollouts(sample, records, prompts, args.out, max(1, args.rows // args.n), args.resume, args.overwrite)
+    for row in rows[:2]:
+        print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
+        for r in row["responses"][:2]:
+            print(f"{r['finish_reason']:8s} {one_line(r['text'])}")
+    responses = [r for row in rows for r in row["responses"]]
     print()
-    table([("prompts", len(lines)), ("responses", len(responses)),
-           ("finished", f"{sum(r['finish_reason'] == 'stop' for r in responses) / len(responses):.1%}"),
-           ("mean tokens", f"{sum(len(r['ids']) for r in responses) / len(responses):.1f}"),
-           ("tokens sampled per second", f"{tokens / seconds:.0f}"), ("written to", out)])
+    table({"prompts": len(rows), "responses": len(responses), "seconds": round(time.perf_counter() - began, 1),
+           "finished": f"{sum(r['finish_reason'] == 'stop' for r in responses) / max(1, len(responses)):.1%}",
+           "response_tokens": sum(len(r["ids"]) for r in responses), "written_to": args.out})
     return 0
 
 
@@ -177,10 +136,7 @@ def run_chat(args):
     from model import Transformer
     from train import set_up
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools_form)
-    tools = []
-    if args.tools:
-        from data.sources import read_tools
-        tools = read_tools(args.tools)
+    tools = read_tools(args.tools) if args.tools else []
     device, _, _ = set_up(args.device)
     model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
     generator = torch.Generator().manual_seed(args.seed)
@@ -240,75 +196,47 @@ def run_demo(args):
 
 def run_plot(args):
     """Draw the curves of one or more runs, overlaid, from their metrics.jsonl."""
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise InputError("plot needs matplotlib, which nothing else here does: pip install matplotlib") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    names = ["valid_kl", "valid_nll", "valid_tail", "loss", "inside", "entropy"]
-    runs = {}
-    for folder in args.runs:
-        try:
-            text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
-        except FileNotFoundError as e:
-            raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run") from e
-        runs[Path(folder).name] = [json.loads(line) for line in text.splitlines()]
-    shown = [name for name in names if any(name in row for rows in runs.values() for row in rows)]
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3.2 * len(shown), 2.8), layout="constrained", squeeze=False)
-    for name, axis in zip(shown, axes[0]):
-        for run, rows in runs.items():
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), label=run, marker="o" if name.startswith("valid_") else None, markersize=3)
-        axis.set(title=name, xlabel="step")
-    axes[0][0].legend()
-    figure.savefig(args.out, dpi=110)
+    from data.pictures import plot
+    plot(args.runs, args.out)
     print(f"wrote {args.out}")
     return 0
 
 
 def torch_dtype(name):
-    """The torch dtype of a command-line name; None for "same"."""
+    """The torch dtype of a command-line name."""
     import torch
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "same": None}[name]
+    return getattr(torch, name)
 
 
-def check_same_tokenizer(teacher, student, teacher_folder, student_folder):
-    """Refuse two tokenizers: CKD compares the two models' probabilities id by id."""
-    if teacher.fingerprint != student.fingerprint:
-        raise InputError(f"{teacher_folder} ({teacher.vocab_size:,} ids) and {student_folder} ({student.vocab_size:,} "
-                         "ids) have different tokenizers; CKD needs two models that share one")
+def caps(args):
+    """What of a record is trained on, as `make_groups` takes it."""
+    return args.max_prompt_tokens, args.max_response_tokens, args.mask
 
 
-def sample_texts(model, chat, records):
-    """Greedy answers to a few records: [{"request", "gold", "text"}]."""
+def answers(model, chat, groups, name):
+    """Greedy answers to a few groups' prompts: [{"request", "gold" or first response, name: text}]."""
     import torch
 
     import simrl
-    if not records:
+    if not groups:
         return []
-    prompts = [chat.encode(chat.prompt(record)) for record in records]
-    found = simrl.generate(model, prompts, 1, 128, chat.stop_ids, torch.Generator(), 0.0, width=chat.vocab_size)
-    return [{"request": last_text(record), "gold": chat.answer(record) if record.get("answer") else "",
-             "text": chat.decode(samples[0]["ids"])} for record, samples in zip(records, found)]
+    found = simrl.generate(model, [group["prompt"] for group in groups], 1, 128, chat.stop_ids, torch.Generator(), 0.0,
+                           width=chat.vocab_size)
+    return [{"request": group["record"]["messages"][-1]["content"],
+             "gold": chat.answer(group["record"]) if group["record"].get("answer") else None,
+             name: chat.decode(samples[0]["ids"])} for group, samples in zip(groups, found)]
 
 
-def last_text(record):
-    """The last message of a record, on one line and not too long."""
-    return " ".join((record["messages"][-1]["content"] or "").split())[:200]
+def one_line(text):
+    """Text on one line and not too long, for the terminal."""
+    text = " ".join((text or "").split())
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def table(rows):
-    """Print (name, value) pairs as two columns."""
-    wide = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"{name:<{wide}}  {value}")
-
-
-def say(rank, line):
-    """Print a line once, not on every rank."""
-    if rank == 0 and line:
-        print(line)
+    """Print {name: value} as two columns."""
+    for name, value in rows.items():
+        print(f"{name:<20}  {value:,}" if isinstance(value, (int, float)) else f"{name:<20}  {value}")
 
 
 def parser():
@@ -404,7 +332,7 @@ def parser():
 
     p = command("chat", run_chat)
     p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--tools", metavar="FILE", help="JSON list of tools, or JSON lines of them")
+    p.add_argument("--tools", metavar="FILE", help="JSON list of tools")
     p.add_argument("--system", help="system message; default: the model's own")
     prompts(p, "--tools-form")
     sampling(p, 0.0, 512)
@@ -430,6 +358,8 @@ def main(argv=None):
     except (InputError, OSError) as e:
         print(f"star.py {args.command}: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

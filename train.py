@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from data import InputError
+from data import InputError, read_json, write_json
 from model import save_tensors
 
 
@@ -109,6 +109,7 @@ def optimiser_step(model, optimiser, lr, max_norm=1.0):
     """Sum the gradients of all ranks, clip their norm, step. Returns the norm before clipping."""
     if dist.is_initialized():
         for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have had no micro-batch
             dist.all_reduce(p.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     for group in optimiser.param_groups:
@@ -142,7 +143,7 @@ def autocast(device, dtype):
 
 def sum_over_ranks(sums, device):
     """{name: number or tensor} added over the ranks, as floats."""
-    values = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64 if device.type != "mps" else None)
+    values = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
     if dist.is_initialized():
         values = values.to(device)
         dist.all_reduce(values)
@@ -159,43 +160,33 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs and checkpoints
 
-def write_json(path, value):
-    """Write JSON beside `path` and rename it into place."""
-    new = Path(f"{path}.tmp")
-    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, path)
+def open_run(out, arguments, resume, overwrite, device, rank=0):
+    """Make `out` ready for a run and return the step to go on from, 0 for a new run; the same on every rank.
 
-
-def open_run(out, arguments, resume, overwrite, rank=0):
-    """Make `out` ready for a run and return the step to go on from (0 for a new run).
-
-    `arguments`, without the flags that do not change the numbers, is written to arguments.json, and a resumed run must
-    have the same. InputError when `out` holds a run and neither `resume` nor `overwrite` is given.
+    device, rank: from `set_up` · `arguments` (without what does not change the numbers) goes to arguments.json, and a resumed run must have the
+    same. InputError when `out` holds something and neither `resume` nor `overwrite` is given.
     """
-    out = Path(out)
-    done = [int(p.name.removeprefix("step-")) for p in out.glob("checkpoints/step-*") if not p.name.endswith(".tmp")]
-    if out.exists() and any(out.iterdir()) and not (resume or overwrite):
-        raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
-    if resume and (out / "arguments.json").exists():
-        before = json.loads((out / "arguments.json").read_text(encoding="utf-8"))
-        differing = [k for k in arguments if before.get(k) != arguments[k]]
-        if differing:
-            raise InputError(f"{out}: was begun with other settings ({', '.join(differing)}); resume with the same, "
-                             "as in its arguments.json, or start anew with --overwrite")
+    out, step = Path(out), 0
     if rank == 0:
+        if out.exists() and not out.is_dir():
+            raise InputError(f"{out}: is a file; --out names a folder")
+        if out.exists() and any(out.iterdir()) and not (resume or overwrite):
+            raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
         if overwrite:
             shutil.rmtree(out, ignore_errors=True)
+        elif resume and (out / "arguments.json").exists():
+            before = read_json(out / "arguments.json")
+            if differing := [name for name in arguments if before.get(name) != arguments[name]]:
+                raise InputError(f"{out}: was begun with another {' and '.join(differing)}; resume with the settings "
+                                 "in its arguments.json, or start anew with --overwrite")
+            step = max((int(p.name.removeprefix("step-")) for p in (out / "checkpoints").glob("step-??????")), default=0)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "arguments.json", arguments)
-        step = max(done, default=0) if resume else 0
         log = out / "metrics.jsonl"
-        if step and log.exists():  # drop what was logged after the checkpoint: those steps come again
-            whole = [line for line in log.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            log.write_text("".join(line + "\n" for line in kept))
-        elif log.exists():
-            log.unlink()
-    return max(done, default=0) if resume else 0
+        if log.exists():  # what was logged after the checkpoint comes again; a kill may have left half a line
+            lines = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
+            log.write_text("".join(line + "\n" for line in lines if step))
+    return int(sum_over_ranks({"step": step}, device)["step"])
 
 
 def log_metrics(out, row):
@@ -246,3 +237,7 @@ class Interrupt:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
+
+    def restore(self):
+        """Ctrl-C is Ctrl-C again."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)

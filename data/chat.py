@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data import InputError
+from data import InputError, read_json
 
 # What ends the prompt and opens the answer. One meaning everywhere: `--think on|off|none`.
 THINK = {"on": "<think>", "off": "<think>\n\n</think>\n\n", "none": ""}
@@ -193,7 +193,7 @@ def read_flavour(folder):
     """
     source = folder / "chat_template.jinja"  # newer folders; it overrides tokenizer_config.json there too
     if source.exists():
-        template = read_text(source)
+        template = source.read_text(encoding="utf-8")
     else:
         source = folder / "tokenizer_config.json"
         template = read_json(source).get("chat_template") if source.exists() else None
@@ -223,20 +223,3 @@ def read_flavour(folder):
     default = default[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as the template engine does
     doubled = re.search(r'\{\{\\?"name\\?": <function-name>', template)  # inside a string, so the model does see both
     return "qwen2.5", default, "{" + EXAMPLE_CALL + "}" if doubled else EXAMPLE_CALL
-
-
-def read_text(path):
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a complete model folder") from error
-
-
-def read_json(path):
-    try:
-        value = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{error.lineno}: is not JSON ({error.msg}); download it again") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: holds no JSON object; download it again")
-    return value

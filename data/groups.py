@@ -31,12 +31,13 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     to and including the last `</think>` · answer, what follows it · alter, think and answer in turn by response. A
     response without `</think>` is all think.
 
-    Returns (groups, left_out): a group is a dict of `id`, `prompt` (ids) and `responses`, each a dict of `ids` and
+    Returns (groups, left_out): a group is a dict of `record`, `prompt` (ids) and `responses`, each a dict of `ids` and
     `span`, the part [start, end) that counts; left_out says what was not taken and why, {reason: number}.
     """
     if mask != "all" and chat.think_end_id is None:
         raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
-    groups, left_out, seen = [], {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}, 0
+    groups, seen = [], 0
+    left_out = {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}
     for record in records:
         prompt = chat.encode(chat.prompt(record))
         if len(prompt) > max_prompt_tokens:
@@ -46,7 +47,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
             texts = [r.get("ids") or chat.encode(r["text"]) for r in record["responses"]]
         else:
             texts = [chat.encode(chat.answer(record))]
-        group = {"id": record["id"], "prompt": prompt, "responses": []}
+        group = {"record": record, "prompt": prompt, "responses": []}
         for ids in texts:
             part = ("think", "answer")[seen % 2] if mask == "alter" else mask
             seen += 1

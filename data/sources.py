@@ -23,7 +23,7 @@ import re
 import zlib
 from pathlib import Path
 
-from data import InputError
+from data import InputError, read_json
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
@@ -45,6 +45,12 @@ def read_records(path, need_answer=True):
     if not records:
         raise InputError(f"{path}: holds no records; give a file with one JSON object a line")
     return records
+
+
+def read_tools(path):
+    """The tools of a JSON file that holds a list of them (or one), flat or wrapped; InputError for what is neither."""
+    tools = read_json(path, "give a JSON list of tools, each with a name, a description and parameters")
+    return [read_tool(tool, f"{path}") for tool in (tools if isinstance(tools, list) else [tools])]
 
 
 def read_lines(path):
