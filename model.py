@@ -111,7 +111,8 @@ class Attention(nn.Module):
             q = q.reshape(B, k.shape[1], share * T, self.head_dim)  # [B, Hkv, H/Hkv * T, D]
             mask = mask.repeat(1, 1, share, 1)  # [B, 1, H/Hkv * T, S]
             scores = q @ k.transpose(2, 3) * self.head_dim ** -0.5  # [B, Hkv, H/Hkv * T, S]
-            weights = scores.masked_fill(~mask, -torch.inf).float().softmax(-1).to(v.dtype)
+            scores = scores.masked_fill(~mask, -torch.inf).to(torch.promote_types(v.dtype, torch.float32))
+            weights = scores.softmax(-1).to(v.dtype)  # [B, Hkv, H/Hkv * T, S]
             x = (weights @ v).view(B, -1, T, self.head_dim)  # [B, H, T, D]
         else:
             k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)  # [B, H, S, D]

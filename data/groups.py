@@ -112,13 +112,11 @@ def micro_batches(groups, token_budget):
             part["responses"].append(response)
         parts.append(part)
     parts.sort(key=length, reverse=True)
-    split, used = [], token_budget
+    split = []
     for part in parts:
-        if used + length(part) > token_budget:
+        if not split or (len(split[-1]) + 1) * length(split[-1][0]) > token_budget:  # rows as wide as the longest
             split.append([])
-            used = 0
         split[-1].append(part)
-        used += length(split[-1][0])  # a row is as wide as the micro-batch's longest group
     return split
 
 

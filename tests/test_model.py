@@ -1,0 +1,195 @@
+"""The decoder against transformers, its cache against itself, and model folders in and out."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import InputError
+from model import KVCache, Transformer, understood
+
+BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+# Every family and every knob. `rope_theta` stands in both generations of config.json.
+KNOBS = {
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen2 separate head": {"model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e4},
+    "qwen2.5 new config": {"model_type": "qwen2", "tie_word_embeddings": True,
+                           "rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
+    "qwen2 multi-query, eps": {"model_type": "qwen2", "num_key_value_heads": 1, "rms_norm_eps": 1e-5},
+    "qwen2 full heads": {"model_type": "qwen2", "num_key_value_heads": 4, "use_sliding_window": False,
+                         "sliding_window": 16},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3 wide head, separate": {"model_type": "qwen3", "head_dim": 24, "tie_word_embeddings": False},
+    "qwen3 biases": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+    "qwen3 new config": {"model_type": "qwen3", "head_dim": 8,
+                         "rope_parameters": {"rope_theta": 2e4, "rope_type": "default"}},
+}
+
+
+def random_model(knob, std=0.3):
+    """A model whose every parameter, biases and norms too, is random: nothing can hide behind a zero or a one."""
+    model = Transformer(BASE | KNOBS[knob]).init_weights(0, std)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.3)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 97, (3, 40), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("knob", KNOBS)
+def test_logits_equal_transformers_and_a_saved_folder_loads_there(knob, ids, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="reference implementation: requirements-dev.txt")
+    model = random_model(knob)
+    model.save_pretrained(tmp_path / "saved")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (model(ids) - expected).abs().max() <= 1e-4
+        assert expected.abs().max() > 1  # logits that say something
+    # And what transformers saves in its own generation of config.json loads here.
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = Transformer.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        assert (ours(ids) - expected).abs().max() <= 1e-4
+
+
+def test_real_weights_equal_transformers(tmp_path):
+    folder = os.environ.get("STAR_REAL_MODEL")
+    if not folder:
+        pytest.skip("set STAR_REAL_MODEL to a real Qwen folder")
+    transformers = pytest.importorskip("transformers")
+    text_ids = torch.randint(0, 150_000, (2, 64), generator=torch.Generator().manual_seed(3))
+    model = Transformer.from_pretrained(folder)
+    with torch.no_grad():
+        ours = model(text_ids)
+        expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(text_ids).logits
+        assert (ours - expected).abs().max() <= 1e-4
+        del expected
+        model.save_pretrained(tmp_path / "saved")
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        assert (again(text_ids).logits - ours).abs().max() <= 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").encode("a <tool_call> b")
+
+
+@pytest.mark.parametrize("knob", ["qwen2", "qwen3"])
+def test_cache_equals_no_cache(knob, ids):
+    model = random_model(knob).double()
+    with torch.no_grad():
+        whole = model(ids)
+        for first in (1, 7, 39):  # what is prefilled; the rest comes in pieces of 1 and 3
+            cache, parts = KVCache(2), []
+            steps = [0, first, *range(first + 1, 40, 3), 40]
+            for start, end in zip(steps, steps[1:]):
+                parts.append(model(ids[:, start:end], cache=cache))
+            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
+            cache.keep(torch.tensor([2, 0]))
+            model(ids[[2, 0], :1], cache=cache)  # rows can leave
+            assert cache.keys[0].shape[0] == 2
+
+
+def test_gradient_checkpointing_changes_no_gradient(ids):
+    grads = []
+    for flag in (False, True):
+        model = random_model("qwen3").double()
+        model.model.gradient_checkpointing = flag
+        model(ids).square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_autocast_keeps_float32_masters_and_stays_close(ids):
+    model = random_model("qwen3", std=0.1)
+    with torch.no_grad():
+        exact = model(ids).softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.hidden(ids)
+    hidden.float().square().mean().backward()
+    assert all(p.dtype == p.grad.dtype == torch.float32 for n, p in model.named_parameters() if p.grad is not None)
+    close = (hidden.float() @ model.head_weight.T).softmax(-1)
+    assert 0 < (close - exact).abs().max() < 0.05
+
+
+def test_several_shards_and_a_folder_round_trip(tmp_path, ids):
+    from safetensors.torch import save_file
+    model = random_model("qwen3 wide head, separate")
+    model.save_pretrained(tmp_path / "one")
+    (tmp_path / "one" / "tokenizer.json").write_text("{}")
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    names = sorted(state)
+    sharded = tmp_path / "many"
+    sharded.mkdir()
+    (sharded / "config.json").write_text(json.dumps(model.config))
+    weight_map = {}
+    for i in range(3):
+        save_file({n: state[n] for n in names[i::3]}, sharded / f"model-{i}.safetensors")
+        weight_map |= {n: f"model-{i}.safetensors" for n in names[i::3]}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with torch.no_grad():
+        assert torch.equal(Transformer.from_pretrained(sharded)(ids), model(ids))
+        again = Transformer.from_pretrained(tmp_path / "one")
+        assert torch.equal(again(ids), model(ids))
+    again.save_pretrained(tmp_path / "two", torch.bfloat16)
+    assert (tmp_path / "two" / "tokenizer.json").exists()  # carried over
+    assert json.loads((tmp_path / "two" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert Transformer.from_pretrained(tmp_path / "two", dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
+    again.save_pretrained(tmp_path / "two")  # over a folder that exists
+    assert not (tmp_path / "two.tmp").exists()
+
+
+def test_loading_never_holds_two_copies(tmp_path):
+    """The peak of a loading process's own memory, sampled while it loads, is one copy and a little.
+
+    The file's mapped pages are not counted: they are the system's cache, which it may drop at any time.
+    """
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    big = {"model_type": "qwen3", "vocab_size": 12_000, "hidden_size": 512, "intermediate_size": 2048, "head_dim": 32,
+           "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": True}
+    model = Transformer(big).init_weights(0)
+    model.save_pretrained(tmp_path / "big")
+    random_model("qwen3").save_pretrained(tmp_path / "small")
+    code = f"""
+import threading, time, torch
+from model import Transformer
+own = lambda: int([l for l in open('/proc/self/status') if l.startswith('RssAnon')][0].split()[1]) * 1024
+Transformer.from_pretrained({str(tmp_path / 'small')!r})(torch.zeros(1, 4, dtype=torch.long))  # imports, threads
+before, samples, loading = own(), [], True
+def watch():
+    while loading:
+        samples.append(own()); time.sleep(0.001)
+thread = threading.Thread(target=watch); thread.start()
+model = Transformer.from_pretrained({str(tmp_path / 'big')!r})
+loading = False; thread.join()
+print((max(samples) - before) / {model.size() * 4})
+"""
+    assert 0.8 < float(subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[1])) < 1.3
+
+
+REFUSED = {
+    "mixture of experts": {"model_type": "qwen3_moe", "num_experts": 8},
+    "unknown model_type": {"model_type": "llama"},
+    "sliding-window": {"model_type": "qwen2", "use_sliding_window": True},
+    "sliding-window attention": {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+    "rope scaling (yarn)": {"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "rope scaling (linear)": {"model_type": "qwen2", "rope_scaling": {"type": "linear", "factor": 2.0}},
+    "rope scaling (dynamic)": {"model_type": "qwen3", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}},
+    "hidden_act": {"model_type": "qwen3", "hidden_act": "gelu"},
+    "quantised": {"model_type": "qwen3", "quantization_config": {"quant_method": "gptq"}},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_not_supported_is_refused_by_name(words):
+    with pytest.raises(InputError) as error:
+        understood(BASE | REFUSED[words], "somewhere/config.json")
+    assert words in str(error.value) and "somewhere/config.json" in str(error.value)
