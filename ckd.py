@@ -27,10 +27,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from data import InputError, read_json, write_json
+from data import WHOLE_FOLDER, InputError, read_json, write_json
+from data.chat import read_tokenizer
 from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack, visible
 from train import (Interrupt, adamw, autocast, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
                    peak_memory, save_checkpoint, sum_over_ranks)
@@ -157,10 +157,10 @@ def check_pair(teacher_folder, student_folder):
     """
     decisive, widths = [], []
     for folder in (teacher_folder, student_folder):
-        tokenizer = Tokenizer.from_file(str(Path(folder) / "tokenizer.json"))
+        tokenizer = read_tokenizer(folder)
         vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
         decisive.append([vocabulary, json.loads(tokenizer.to_str())["model"].get("merges")])
-        widths.append(read_json(Path(folder) / "config.json").get("vocab_size"))
+        widths.append(read_json(Path(folder) / "config.json", WHOLE_FOLDER).get("vocab_size"))
     if decisive[0] != decisive[1]:
         raise InputError(f"{teacher_folder} ({len(decisive[0][0]):,} tokens) and {student_folder} "
                          f"({len(decisive[1][0]):,}) have different tokenizers; CKD needs two models that share one")
@@ -172,8 +172,8 @@ def check_pair(teacher_folder, student_folder):
 def open_cache(folder, groups, made_from, k):
     """Open a cache of teacher log-probs and note in each response where its rows are.
 
-    Returns (ids, log_p) as memory maps [positions, k], or None when there is no finished cache in `folder`. InputError
-    when what it was made from differs from `made_from` or from these groups' ids.
+    Returns (ids, log_p) as memory maps [positions, k], or None when `folder` is not there. InputError when it is no
+    cache, and when what it was made from differs from `made_from` or from these groups' ids.
     """
     digest, position = hashlib.sha256(), 0
     for group in groups:
@@ -183,10 +183,9 @@ def open_cache(folder, groups, made_from, k):
             position += response["span"][1] - response["span"][0]
             digest.update(np.array([*response["span"], *response["ids"]], dtype=np.int32).tobytes() + b"response")
     made_from |= {"data": digest.hexdigest()[:16], "positions": position, "k": k}
-    try:
-        found = json.loads((Path(folder) / "cache.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not Path(folder).exists():
         return None
+    found = read_json(Path(folder) / "cache.json", "this is no finished cache; remove it or name a new folder")
     if differing := [key for key in made_from if found.get(key) != made_from[key]]:
         raise InputError(f"{folder}: this cache was made from another {' and another '.join(differing)}; "
                          "remove the folder or name a new one")

@@ -61,7 +61,7 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dtotal, *_):
         dh, dW = ctx.saved_tensors
-        return dh.mul_(dtotal), dW.mul_(dtotal), None, None, None, None
+        return dh * dtotal, dW * dtotal, None, None, None, None
 
 
 def head_loss(h, W, weights, objective, chunk=256, dtype=None):
@@ -137,8 +137,8 @@ def set_up(device):
 
 
 def autocast(device, dtype):
-    """bfloat16 compute over float32 weights, or nothing when `dtype` is float32."""
-    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+    """bfloat16 compute over float32 weights, or nothing when `dtype` is float32 (or float64, in tests)."""
+    return nullcontext() if dtype.itemsize >= 4 else torch.autocast(device.type, dtype)
 
 
 def sum_over_ranks(sums, device):
@@ -170,11 +170,14 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
     if rank == 0:
         if out.exists() and not out.is_dir():
             raise InputError(f"{out}: is a file; --out names a folder")
-        if out.exists() and any(out.iterdir()) and not (resume or overwrite):
-            raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
+        if out.exists() and any(out.iterdir()):
+            if not (resume or overwrite):
+                raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
+            if not (out / "arguments.json").exists():  # --overwrite deletes runs, not what else a folder may hold
+                raise InputError(f"{out}: holds no arguments.json, so it is not a run; remove it or give another --out")
         if overwrite:
             shutil.rmtree(out, ignore_errors=True)
-        elif resume and (out / "arguments.json").exists():
+        elif (out / "arguments.json").exists():
             before = read_json(out / "arguments.json")
             if differing := [name for name in arguments if before.get(name) != arguments[name]]:
                 raise InputError(f"{out}: was begun with another {' and '.join(differing)}; resume with the settings "
@@ -185,7 +188,9 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
         log = out / "metrics.jsonl"
         if log.exists():  # what was logged after the checkpoint comes again; a kill may have left half a line
             lines = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-            log.write_text("".join(line + "\n" for line in lines if step))
+            new = log.with_suffix(".tmp")  # renamed, so that a kill leaves the old log or the new one
+            new.write_text("".join(line + "\n" for line in lines if step))
+            os.replace(new, log)
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 
