@@ -13,8 +13,8 @@ lines "$train" 641,960 > "$out/prompts.jsonl"
 lines "$valid" 1,130 > "$out/valid.jsonl"
 
 caps="--max-prompt-tokens 512"
-small="$caps --micro-tokens 2048 --lr 3e-5 --save-every 1000 --samples 10"
-time python star.py sft --model "$model" --data "$out/sft.jsonl" --hold-out 16 --valid-every 1000 --batch 8 \
+small="$caps --micro-tokens 2048 --lr 3e-5 --save-every 10 --samples 10"
+[ -d "$out/teacher/model" ] || time python star.py sft --model "$model" --data "$out/sft.jsonl" --hold-out 8 --valid-every 1000 --batch 8 \
     $small --out "$out/teacher"
 for part in prompts valid; do
     time python star.py rollout --model "$out/teacher/model" --data "$out/$part.jsonl" --n 4 --max-new-tokens 128 \
