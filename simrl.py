@@ -53,7 +53,8 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
 
     Returns for each prompt a list of n dicts: `ids` (a stop token included), `logprobs` (one for each id) and
     `finish_reason`, "stop" or "length". The same uniform numbers go to the same (prompt, sample, step) whatever else
-    is still running.
+    is still running. A prompt's continuations share one cache row of len(prompt) + n x steps keys: made for n of some
+    tens at most.
     """
     device = model.head_weight.device
     samples = [[{"ids": [], "logprobs": [], "finish_reason": "length"} for _ in range(n)] for _ in prompts]
