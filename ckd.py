@@ -172,8 +172,8 @@ def check_pair(teacher_folder, student_folder):
 def open_cache(folder, groups, made_from, k):
     """Open a cache of teacher log-probs and note in each response where its rows are.
 
-    Returns (ids, log_p) as memory maps [positions, k], or None when `folder` is not there. InputError when it is no
-    cache, and when what it was made from differs from `made_from` or from these groups' ids.
+    Returns (ids, log_p) as memory maps [positions, k], or None when `folder` is empty or not there. InputError when
+    it is no cache, and when what it was made from differs from `made_from` or from these groups' ids.
     """
     digest, position = hashlib.sha256(), 0
     for group in groups:
@@ -183,13 +183,14 @@ def open_cache(folder, groups, made_from, k):
             position += response["span"][1] - response["span"][0]
             digest.update(np.array([*response["span"], *response["ids"]], dtype=np.int32).tobytes() + b"response")
     made_from |= {"data": digest.hexdigest()[:16], "positions": position, "k": k}
-    if not Path(folder).exists():
+    folder = Path(folder)
+    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
-    found = read_json(Path(folder) / "cache.json", "this is no finished cache; remove it or name a new folder")
+    found = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
     if differing := [key for key in made_from if found.get(key) != made_from[key]]:
         raise InputError(f"{folder}: this cache was made from another {' and another '.join(differing)}; "
                          "remove the folder or name a new one")
-    return np.load(Path(folder) / "ids.npy", mmap_mode="r"), np.load(Path(folder) / "log_p.npy", mmap_mode="r")
+    return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "log_p.npy", mmap_mode="r")
 
 
 def write_cache(folder, groups, made_from, teacher, k, width, device, micro_tokens, draws=None):

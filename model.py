@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import InputError, read_json
+from data import WHOLE_FOLDER, InputError, read_json
 
 # Everything beside the weights that `transformers` and vLLM want to find in a model folder.
 CARRIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -235,7 +235,7 @@ class Transformer(nn.Module):
         anything missing, cut short, of the wrong shape or not supported.
         """
         folder = Path(folder)
-        config = read_json(folder / "config.json", "a model folder holds config.json, tokenizer.json and *.safetensors")
+        config = read_json(folder / "config.json", WHOLE_FOLDER)
         understood(config, folder / "config.json")
         with torch.device("meta"):
             model = Transformer(config)

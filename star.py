@@ -33,23 +33,30 @@ def train(args, student_folder, teacher_folder=None, cache=None, **objective):
     chat, width, made_from = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools), None, None
     if teacher_folder:
         width, made_from = ckd.check_pair(teacher_folder, student_folder)
-    groups, left_out = make_groups(read_records(args.data)[:args.limit], chat, *caps(args))
+    caps = args.max_prompt_tokens, args.max_response_tokens, args.mask
+    groups, left_out = make_groups(read_records(args.data, True, chat.vocab_size)[:args.limit], chat, *caps)
     for reason in filter(left_out.get, left_out):
         say(f"left out of {args.data}: {left_out[reason]} {reason}")
     if args.valid:
-        valid, _ = make_groups(read_records(args.valid)[:args.valid_limit], chat, *caps(args))
+        valid, _ = make_groups(read_records(args.valid, True, chat.vocab_size)[:args.valid_limit], chat, *caps)
     else:
         random.Random(args.seed).shuffle(groups)
         cut = min(args.hold_out, len(groups) // 4)
         valid, groups = groups[:cut], groups[cut:]
     if not groups:
-        raise InputError(f"{args.data}: no record is left to train on; raise --max-prompt-tokens")
+        raise InputError(f"{args.data}: no record is left to train on; see above why, and change --max-*-tokens or --mask")
+    teacher = (lambda: Transformer.from_pretrained(teacher_folder, torch_dtype(args.dtype), device)
+               ) if teacher_folder else None
+    for folder in filter(None, (student_folder, teacher_folder)):  # broken ones are refused before --out is touched
+        checked = Transformer.from_pretrained(folder, device="meta")
+    if cache:
+        wide = width or checked.config["vocab_size"]
+        ckd.open_teacher(teacher, groups + valid, objective["kind"], min(objective["k"], wide), wide, device,
+                         args.micro_tokens, args.seed, cache, made_from, ranks)
     start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
                      args.overwrite, device, rank)
     student = Transformer.from_pretrained(student_folder, device=device)
     student.model.gradient_checkpointing = args.gradient_checkpointing
-    teacher = (lambda: Transformer.from_pretrained(teacher_folder, torch_dtype(args.dtype), device)
-               ) if teacher_folder else None
     say(f"{sum(len(g['responses']) for g in groups):,} responses to {len(groups):,} prompts, {len(valid)} prompts held "
         f"out; {student.size() / 1e6:,.1f} M parameters on {device}, {args.dtype} over float32"
         + (f"; resuming after step {start}" if start else ""))
@@ -115,7 +122,8 @@ def run_rollout(args):
                   "logprob": round(sum(s["logprobs"]), 4)} for s in group] for group in groups]
 
     began = time.perf_counter()
-    rows = write_rollouts(sample, records, prompts, args.out, max(1, args.rows // args.n), args.resume, args.overwrite)
+    rows = write_rollouts(sample, records, prompts, args.out, max(1, args.rows // args.n), args.resume, args.overwrite,
+                          {k: v for k, v in vars(args).items() if k not in FREE_FLAGS})
     for row in rows[:2]:
         print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
         for r in row["responses"][:2]:
@@ -189,7 +197,7 @@ def run_demo(args):
             ["ckd", "--teacher", f"{out}/teacher/model", "--student", f"{out}/student-init", "--data",
              f"{out}/rollouts.jsonl", "--out", f"{out}/student", "--steps", steps[1], "--lr", "3e-3", *small]):
         print(f"\n$ python star.py {' '.join(line)}\n")
-        if code := main(line):
+        if code := main(line + ["--overwrite"] * args.overwrite):
             return code
     return 0
 
@@ -206,11 +214,6 @@ def torch_dtype(name):
     """The torch dtype of a command-line name."""
     import torch
     return getattr(torch, name)
-
-
-def caps(args):
-    """What of a record is trained on, as `make_groups` takes it."""
-    return args.max_prompt_tokens, args.max_response_tokens, args.mask
 
 
 def answers(model, chat, groups, name):
@@ -239,9 +242,20 @@ def table(rows):
         print(f"{name:<20}  {value:,}" if isinstance(value, (int, float)) else f"{name:<20}  {value}")
 
 
+def within(kind, least, most=float("inf")):
+    """An argparse type: numbers from `least` to `most`."""
+    def number(text):
+        if not least <= kind(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
+        return kind(text)
+
+    return number
+
+
 def parser():
     """The command line."""
     top = argparse.ArgumentParser(prog="star.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    count, natural, amount = within(int, 1), within(int, 0), within(float, 0.0)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run):
@@ -258,9 +272,9 @@ def parser():
 
     def sampling(p, temperature, new_tokens):
         g = p.add_argument_group("sampling")
-        g.add_argument("--temperature", type=float, default=temperature, help="0 is greedy")
-        g.add_argument("--top-p", type=float, default=1.0, help="keep the fewest tokens that reach this mass")
-        g.add_argument("--max-new-tokens", type=int, default=new_tokens, help="cut a response here")
+        g.add_argument("--temperature", type=amount, default=temperature, help="0 is greedy")
+        g.add_argument("--top-p", type=within(float, 1e-6, 1.0), default=1.0, help="draw from the likeliest only")
+        g.add_argument("--max-new-tokens", type=count, default=new_tokens, help="cut a response here")
 
     def machine(p, dtype_help):
         g = p.add_argument_group("machine")
@@ -271,31 +285,31 @@ def parser():
     def training(p, lr, weight_decay):
         g = p.add_argument_group("data")
         g.add_argument("--data", required=True, help="records or rollouts, .jsonl or .jsonl.gz")
-        g.add_argument("--limit", type=int, help="read only the first so many records")
+        g.add_argument("--limit", type=count, help="read only the first so many records")
         g.add_argument("--valid", help="records or rollouts to validate on; default: some of --data, held out")
-        g.add_argument("--valid-limit", type=int, help="validate on only the first so many records")
-        g.add_argument("--hold-out", type=int, default=32, help="records held out of --data where --valid is not given")
-        g.add_argument("--max-prompt-tokens", type=int, default=5120, help="longer prompts are left out")
-        g.add_argument("--max-response-tokens", type=int, default=512, help="longer responses are left out")
+        g.add_argument("--valid-limit", type=count, help="validate on only the first so many records")
+        g.add_argument("--hold-out", type=natural, default=32, help="records held out of --data without --valid")
+        g.add_argument("--max-prompt-tokens", type=count, default=5120, help="longer prompts are left out")
+        g.add_argument("--max-response-tokens", type=count, default=512, help="longer responses are left out")
         g.add_argument("--mask", choices=("all", "think", "answer", "alter"), default="all",
                        help="which response tokens count: all, up to </think>, after it, or in turn")
         prompts(p)
         g = p.add_argument_group("optimisation")
-        g.add_argument("--lr", type=float, default=lr, help="peak rate; 3%% warm-up, cosine to a tenth")
-        g.add_argument("--batch", type=int, default=128, help="sequences an optimiser step, in whole groups")
-        g.add_argument("--epochs", type=int, default=1, help="passes over the data")
-        g.add_argument("--steps", type=int, help="optimiser steps, whatever --epochs says")
-        g.add_argument("--weight-decay", type=float, default=weight_decay, help="on matrices only")
-        g.add_argument("--micro-tokens", type=int, default=4096, help="padded tokens in memory at a time; changes "
+        g.add_argument("--lr", type=amount, default=lr, help="peak rate; 3%% warm-up, cosine to a tenth")
+        g.add_argument("--batch", type=count, default=128, help="sequences an optimiser step, in whole groups")
+        g.add_argument("--epochs", type=count, default=1, help="passes over the data")
+        g.add_argument("--steps", type=count, help="optimiser steps, whatever --epochs says")
+        g.add_argument("--weight-decay", type=amount, default=weight_decay, help="on matrices only")
+        g.add_argument("--micro-tokens", type=count, default=4096, help="padded tokens in memory at a time; changes "
                        "memory and speed, not the gradient")
         g.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, smaller")
         g = p.add_argument_group("run")
         g.add_argument("--out", required=True, help="folder of the run")
         g.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
         g.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
-        g.add_argument("--valid-every", type=int, default=100, help="steps between validations")
-        g.add_argument("--save-every", type=int, default=100, help="steps between checkpoints; the last two are kept")
-        g.add_argument("--samples", type=int, default=3, help="held-out prompts to answer before and after")
+        g.add_argument("--valid-every", type=count, default=100, help="steps between validations")
+        g.add_argument("--save-every", type=count, default=100, help="steps between checkpoints; the last two are kept")
+        g.add_argument("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
         g.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
         machine(p, "compute; weights and optimiser are float32")
 
@@ -305,10 +319,10 @@ def parser():
     g = p.add_argument_group("objective (paper.md 1.2)")
     g.add_argument("--objective", choices=("ckd", "fkl", "rkl", "akl", "rskd", "ce"), default="ckd",
                    help="ckd is fkl with the tail penalty")
-    g.add_argument("--k", type=int, default=100, help="teacher's likeliest tokens (rskd: draws)")
-    g.add_argument("--m", type=int, default=100, help="student's likeliest tokens, for the tail penalty")
-    g.add_argument("--tail-weight", type=float, help="lambda; default 10 for ckd, 0 for the others")
-    g.add_argument("--kd-ratio", type=float, default=1.0, help="share of distillation, the rest is cross-entropy")
+    g.add_argument("--k", type=count, default=100, help="teacher's likeliest tokens (rskd: draws)")
+    g.add_argument("--m", type=count, default=100, help="student's likeliest tokens, for the tail penalty")
+    g.add_argument("--tail-weight", type=amount, help="lambda; default 10 for ckd, 0 for the others")
+    g.add_argument("--kd-ratio", type=within(float, 0.0, 1.0), default=1.0, help="the rest is cross-entropy")
     g.add_argument("--cache", metavar="DIR", help="keep the teacher's log-probs on disk; written once, then read")
     training(p, 3e-6, 1e-4)
 
@@ -319,11 +333,11 @@ def parser():
     p = command("rollout", run_rollout)
     p.add_argument("--model", required=True, help="model folder")
     p.add_argument("--data", required=True, help="records; an answer is not needed")
-    p.add_argument("--limit", type=int, help="read only the first so many records")
+    p.add_argument("--limit", type=count, help="read only the first so many records")
     p.add_argument("--out", required=True, help="file to write: the records with `responses`")
-    p.add_argument("--n", type=int, default=8, help="responses to a prompt")
-    p.add_argument("--rows", type=int, default=64, help="responses in the making at a time")
-    p.add_argument("--max-prompt-tokens", type=int, default=5120, help="longer prompts are left out")
+    p.add_argument("--n", type=count, default=8, help="responses to a prompt")
+    p.add_argument("--rows", type=count, default=64, help="responses in the making at a time")
+    p.add_argument("--max-prompt-tokens", type=count, default=5120, help="longer prompts are left out")
     p.add_argument("--resume", action="store_true", help="go on where a stopped run was")
     p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
     prompts(p)
@@ -340,7 +354,7 @@ def parser():
 
     p = command("demo", run_demo)
     p.add_argument("--out", default="runs/demo", help="folder for everything it makes")
-    p.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
     p.add_argument("--quick", action="store_true", help="a few steps only: shows the plumbing, learns nothing")
     p.add_argument("--seed", type=int, default=42, help="of everything random")
 
@@ -356,10 +370,13 @@ def main(argv=None):
     try:
         return args.run(args)
     except (InputError, OSError) as e:
-        print(f"star.py {args.command}: {e}", file=sys.stderr)
-        return 2
+        message = str(e)
+        if isinstance(e, OSError) and e.errno and not e.filename and "out" in args:  # a write that failed half-way
+            message = f"{args.out}: {e.strerror}; mend that and go on with --resume"
     except KeyboardInterrupt:
         return 130
+    print(f"star.py {args.command}: {message}", file=sys.stderr)  # here, where progress bars have ended their line
+    return 2
 
 
 if __name__ == "__main__":

@@ -163,8 +163,8 @@ def peak_memory(device):
 def open_run(out, arguments, resume, overwrite, device, rank=0):
     """Make `out` ready for a run and return the step to go on from, 0 for a new run; the same on every rank.
 
-    device, rank: from `set_up` · `arguments` (without what does not change the numbers) goes to arguments.json, and a resumed run must have the
-    same. InputError when `out` holds something and neither `resume` nor `overwrite` is given.
+    device, rank: from `set_up` · `arguments` (without what does not change the numbers) goes to arguments.json, and a
+    resumed run must have the same. InputError when `out` holds something and neither `resume` nor `overwrite` is given.
     """
     out, step = Path(out), 0
     if rank == 0:
@@ -182,7 +182,8 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
             if differing := [name for name in arguments if before.get(name) != arguments[name]]:
                 raise InputError(f"{out}: was begun with another {' and '.join(differing)}; resume with the settings "
                                  "in its arguments.json, or start anew with --overwrite")
-            step = max((int(p.name.removeprefix("step-")) for p in (out / "checkpoints").glob("step-??????")), default=0)
+            steps = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-??????")]
+            step = max(steps, default=0)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "arguments.json", arguments)
         log = out / "metrics.jsonl"

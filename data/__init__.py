@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 
+WHOLE_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
+
+
 class InputError(Exception):
     """What the user gave cannot be used. The message is one line: file, line where there is one, and the remedy.
 

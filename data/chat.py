@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data import InputError, read_json
+from data import WHOLE_FOLDER, InputError, read_json
 
 # What ends the prompt and opens the answer. One meaning everywhere: `--think on|off|none`.
 THINK = {"on": "<think>", "off": "<think>\n\n</think>\n\n", "none": ""}
@@ -65,9 +65,7 @@ class Chat:
             raise InputError(f"think={think!r}, tools={tools!r}: think is on, off or none; tools is flat or wrapped")
 
         path = folder / "tokenizer.json"
-        if "model" not in read_json(path):
-            raise InputError(f'{path}: has no "model"; download the model folder\'s tokenizer.json again')
-        chat.tokenizer = Tokenizer.from_file(str(path))
+        chat.tokenizer = read_tokenizer(folder)
         chat.tokenizer.no_truncation()  # either may have been saved into the file by an earlier training run
         chat.tokenizer.no_padding()
         chat.vocab_size = max(chat.tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
@@ -185,6 +183,17 @@ def split_reasoning(message):
     return content, reasoning or ""
 
 
+def read_tokenizer(folder):
+    """The tokenizer of a model folder; InputError where its file is missing or broken."""
+    path = Path(folder) / "tokenizer.json"
+    if "model" not in read_json(path, WHOLE_FOLDER):
+        raise InputError(f'{path}: has no "model"; download or copy it again')
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises plain Exception and nothing narrower; only its one call stands here
+        raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
+
+
 def read_flavour(folder):
     """(family, default system prompt or None, example call) of the chat template in a model folder.
 
@@ -201,7 +210,7 @@ def read_flavour(folder):
         template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
     if template is None:
         source = folder / "config.json"
-        model_type = read_json(source).get("model_type")
+        model_type = read_json(source, WHOLE_FOLDER).get("model_type")
         if model_type not in ("qwen2", "qwen3"):
             raise InputError(f"{source}: no chat template in this folder, and model_type {model_type!r} tells none; "
                              "use a Qwen2.5 or Qwen3 folder, or add its chat_template.jinja")

@@ -21,7 +21,7 @@ def plot(folders, out):
             text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
         except (FileNotFoundError, NotADirectoryError) as e:
             raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run") from e
-        runs[folder] = [json.loads(line) for line in text.splitlines()]
+        runs[folder] = [json.loads(line) for line in text.split("\n")[:-1]]  # a line may be in the writing
     shown = [name for name in NAMES if any(name in row for rows in runs.values() for row in rows)]
     if not shown:
         raise InputError(f"{folders[0]}: nothing is logged yet; wait for a step to end")
@@ -34,4 +34,7 @@ def plot(folders, out):
                           markersize=3)
         axis.set(title=name.replace("valid_", "held-out "), xlabel="step")
     axes[0][0].legend()
-    figure.savefig(out, dpi=110)
+    try:
+        figure.savefig(out, dpi=110)
+    except ValueError as e:
+        raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e

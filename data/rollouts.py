@@ -8,11 +8,13 @@ from tqdm import tqdm
 from data import InputError
 
 
-def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False):
+def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False,
+                   arguments=None):
     """Sample responses to all prompts, `together` prompts at a time, and write the records with them to `out`.
 
     sample(prompts, at) -> for each prompt a list of responses, dicts; `at` numbers the batch and is its seed, so a
-    resumed file is the file of an uninterrupted run · prompts: lists of ids, one for each record; None leaves it out.
+    resumed file is the file of an uninterrupted run · prompts: lists of ids, one for each record; None leaves it out
+    · arguments: a dict that a resumed file must have been begun with.
 
     Finished batches are kept in `out`.part, longest prompts first (prompts that are sampled together should be alike).
     The end puts the records back in their order and renames the file into place. Returns the written records.
@@ -21,10 +23,13 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
     for path in (out, part):
         if path.exists() and not (resume or overwrite):
             raise InputError(f"{path}: exists already; give --resume to go on with it or --overwrite to start anew")
+    if resume and out.exists():  # it was finished
+        return [json.loads(line) for line in out.read_bytes().splitlines()]
     out.parent.mkdir(parents=True, exist_ok=True)
-    done = read_part(part) if resume and part.exists() else {}
+    done = read_part(part, arguments) if resume and part.exists() else {}
     order = sorted((i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: -len(prompts[i]))
     with open(part, "w", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
+        sink.write(json.dumps(arguments) + "\n")
         for at in range(0, len(order), together):
             batch = order[at:at + together]
             if any(i not in done for i in batch):
@@ -43,7 +48,13 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
     return rows
 
 
-def read_part(part):
-    """What a stopped run had written, {index: record}; a kill may have left half a line, which is dropped."""
-    whole = part.read_text(encoding="utf-8").split("\n")[:-1]
-    return dict(json.loads(line) for line in whole)
+def read_part(part, arguments):
+    """What a stopped run with the same arguments had written, {index: record}."""
+    whole = part.read_bytes().split(b"\n")[:-1]  # a kill may have left half a line, or half a character
+    if not whole:
+        return {}
+    before, *rows = map(json.loads, whole)
+    if differing := [name for name in arguments or () if before.get(name) != arguments[name]]:
+        raise InputError(f"{part}: was begun with another {' and '.join(differing)}; resume with the settings in its "
+                         "first line, or start anew with --overwrite")
+    return dict(rows)

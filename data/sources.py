@@ -32,15 +32,16 @@ TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"
     name: name for name in ("string", "integer", "number", "boolean", "array", "object", "null")}
 
 
-def read_records(path, need_answer=True):
+def read_records(path, need_answer=True, vocab_size=None):
     """All records of a .jsonl, .jsonl.gz or .json (one object a line) file.
 
     need_answer: False also accepts prompts, whose last message is the user's or a tool's and which have no answer.
+    vocab_size: the ids of responses must be below it.
     Raises InputError, naming the file and the line, for whatever cannot be used. Empty lines are skipped.
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
-    records = [read_record(line, f"{path}:{number}", f"{stem}:{number}", need_answer)
+    records = [read_record(line, f"{path}:{number}", f"{stem}:{number}", need_answer, vocab_size)
                for number, line in read_lines(path) if line.strip()]
     if not records:
         raise InputError(f"{path}: holds no records; give a file with one JSON object a line")
@@ -65,7 +66,7 @@ def read_lines(path):
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a .jsonl or .jsonl.gz file") from error
 
 
-def read_record(line, where, default_id, need_answer):
+def read_record(line, where, default_id, need_answer, vocab_size):
     """One line (bytes) to a record. where: "file:line" for errors."""
     try:
         given = json.loads(line.decode("utf-8-sig"))
@@ -100,6 +101,7 @@ def read_record(line, where, default_id, need_answer):
             if last.get("reasoning_content"):
                 record["answer"]["reasoning"] = last["reasoning_content"]
 
+    check_responses(record.get("responses") or [], where, vocab_size)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError(f"{where}: no message to answer; before the answer must come a user's or a tool's")
     answer = record.get("answer") or {}
@@ -110,6 +112,21 @@ def read_record(line, where, default_id, need_answer):
             raise InputError(f"{where}: the answer calls {call['name']!r}, which is not among the tools; "
                              "add the tool or remove the record")
     return record
+
+
+def check_responses(responses, where, vocab_size):
+    """Refuse responses that cannot be trained on; each is {"text", "ids"} or one of the two."""
+    if not isinstance(responses, list) or not all(isinstance(response, dict) for response in responses):
+        raise InputError(f"{where}: responses is not a list of objects; run rollout again or remove the record")
+    for response in responses:
+        ids = response.get("ids") or []
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids) or min(ids, default=0) < 0:
+            raise InputError(f"{where}: ids of responses must be whole numbers from 0 up; run rollout again")
+        if vocab_size is not None and max(ids, default=0) >= vocab_size:
+            raise InputError(f"{where}: responses have id {max(ids)}, the tokenizer only {vocab_size:,} ids; run "
+                             "rollout again with a model that shares it, or remove the ids to train on the text")
+        if not ids and not isinstance(response.get("text"), str):
+            raise InputError(f"{where}: one of the responses has neither ids nor text; run rollout again")
 
 
 def read_message(message, where):
