@@ -152,8 +152,8 @@ def fingerprint(folder):
 def check_pair(teacher_folder, student_folder):
     """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
 
-    Returns (width, made_from): None, or the number of ids to cut both to where their embeddings are padded to
-    different widths; and what identifies teacher and tokenizer to a cache.
+    Returns (width, made_from): the number of ids of both, cut to the tokenizer where their embeddings are padded
+    differently; and what identifies teacher and tokenizer to a cache.
     """
     decisive, widths = [], []
     for folder in (teacher_folder, student_folder):
@@ -165,7 +165,7 @@ def check_pair(teacher_folder, student_folder):
         raise InputError(f"{teacher_folder} ({len(decisive[0][0]):,} tokens) and {student_folder} "
                          f"({len(decisive[1][0]):,}) have different tokenizers; CKD needs two models that share one")
     tokenizer = hashlib.sha256(json.dumps(decisive[0]).encode()).hexdigest()[:16]
-    return (None if widths[0] == widths[1] else decisive[0][0][-1][1] + 1,
+    return (widths[0] if widths[0] == widths[1] else decisive[0][0][-1][1] + 1,
             {"teacher": fingerprint(teacher_folder), "tokenizer": tokenizer})
 
 
@@ -223,14 +223,16 @@ def cache_rows(groups):
                            for group in groups for r in group["responses"]])
 
 
-def open_teacher(load, groups, kind, k, width, device, micro_tokens, seed, cache=None, made_from=None, ranks=1):
-    """The teacher as a function (micro-batch, packed, moment) -> (ids [N, k], log_p [N, k]), or None without one.
+def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micro_tokens=4096, seed=42, cache=None,
+                 made_from=None, ranks=1):
+    """The teacher as a function (micro-batch, packed, *moment) -> (ids [N, k], log_p [N, k]).
 
-    load: a function that loads the teacher; it is not called where the cache holds all it would say · moment: numbers
-    that seed the draws of rskd, so that they do not depend on what was drawn before.
+    load: loads the teacher; called at the first need, and never where the cache holds all that it would say · groups:
+    everything it will be asked about · cache, made_from: folder of teacher log-probs, and what identifies teacher and
+    tokenizer (`check_pair`) · moment: numbers that seed the draws of rskd, so that they do not depend on what was
+    drawn before. InputError, before anything is loaded, for a cache of something else.
     """
-    if load is None:
-        return None
+    teacher, stored, k = None, None, clamped("k", k, width)
 
     def draws(*moment):
         if kind != "rskd":
@@ -238,49 +240,48 @@ def open_teacher(load, groups, kind, k, width, device, micro_tokens, seed, cache
         digest = hashlib.sha256(repr((seed, *moment)).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
 
-    if cache is None:
-        teacher = load()
-        return lambda micro, packed, *moment: teacher_log_probs(teacher, packed, k, width, draws(*moment))
-    made_from = made_from | {"view": "draws" if kind == "rskd" else "top-k", "width": width}
-    stored = open_cache(cache, groups, made_from, k)
-    if stored is None:
-        if ranks > 1:
-            raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
-        write_cache(cache, groups, made_from, load(), k, width, device, micro_tokens, draws())
+    if cache is not None:
+        made_from = made_from | {"view": "draws" if kind == "rskd" else "top-k", "width": width}
         stored = open_cache(cache, groups, made_from, k)
+        if stored is None and ranks > 1:
+            raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
 
-    def look_up(micro, *_):
+    def view(micro, packed, *moment):
+        nonlocal teacher, stored
+        if cache is None:
+            teacher = teacher or load()
+            return teacher_log_probs(teacher, packed, k, width, draws(*moment))
+        if stored is None:
+            write_cache(cache, groups, made_from, load(), k, width, device, micro_tokens, draws())
+            stored = open_cache(cache, groups, made_from, k)
         ids, log_p = (part[cache_rows(micro)] for part in stored)  # [N, k] each
         return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(log_p.astype(np.float32)).to(device)
 
-    return look_up
+    return view
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def distill(student, groups, valid, out, teacher=None, cache=None, made_from=None, kind="ckd", k=100, m=100,
-            tail_weight=10.0, kd_ratio=1.0, lr=3e-6, weight_decay=1e-4, batch=128, epochs=1, steps=None, width=None,
-            micro_tokens=4096, dtype=torch.bfloat16, valid_every=100, save_every=100, start=0, seed=42, rank=0,
-            ranks=1):
+def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_weight=10.0, kd_ratio=1.0, lr=3e-6,
+            weight_decay=1e-4, batch=128, epochs=1, steps=None, width=None, micro_tokens=4096, dtype=torch.bfloat16,
+            valid_every=100, save_every=100, start=0, seed=42, rank=0, ranks=1):
     """Train `student` (float32 weights, changed in place) on groups; settings default to the released script's.
 
-    teacher: a function that loads one, or None for plain cross-entropy · cache, made_from: folder of teacher
-    log-probs, and what identifies teacher and tokenizer (`check_pair`) · steps: optimiser steps, default `epochs`
-    passes · width: cut both vocabularies to this many ids, default the whole · micro_tokens: padded tokens that go
-    through the model at a time · start: the step to resume after. Writes metrics.jsonl and checkpoints under `out`.
-    Returns the summary, a dict; None where Ctrl-C ended the run early.
+    teacher: from `open_teacher`, or None for plain cross-entropy · steps: optimiser steps, default `epochs` passes ·
+    width: cut the vocabulary to this many ids, default the whole · micro_tokens: padded tokens that go through the
+    model at a time · start: the step to resume after. Writes metrics.jsonl and checkpoints under `out`. Returns the
+    summary, a dict; None where Ctrl-C ended the run early.
     """
     device = student.head_weight.device
     width = width or student.config["vocab_size"]
-    k, m = clamped("k", k, width), clamped("m", m, width)
+    m = clamped("m", m, width)
     tail_weight = 0.0 if kind == "rskd" else tail_weight  # as released
-    view = open_teacher(teacher, groups + valid, kind, k, width, device, micro_tokens, seed, cache, made_from, ranks)
 
     def losses(micro, kind, total, *moment):
         """The loss of one micro-batch, a share of `total` tokens, and its statistics summed over positions."""
         packed = pack(micro, device)
-        seen = view(micro, packed, *moment) if view else None
+        seen = teacher(micro, packed, *moment) if teacher else None
         with autocast(device, dtype):
             h = student.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
         h = h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]

@@ -240,7 +240,6 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             model = Transformer(config)
         model.folder = folder
-        slots = {name: module for name, module in model.named_modules()}
         wanted = {name: p.shape for name, p in model.named_parameters()}
         for path, names in shards(folder).items():
             try:
@@ -254,9 +253,7 @@ class Transformer(nn.Module):
                         if tensor.shape != wanted[name]:
                             raise InputError(f"{path}: {name} is {list(tensor.shape)}, config.json says "
                                              f"{list(wanted[name])}; the folder mixes files of two models")
-                        parent, _, leaf = name.rpartition(".")
-                        tensor = tensor.to(device=device, dtype=dtype, copy=True)
-                        setattr(slots[parent], leaf, nn.Parameter(tensor))
+                        model.place(name, tensor.to(device=device, dtype=dtype, copy=True))
                         del wanted[name]
             except SafetensorError as e:
                 raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e
@@ -264,6 +261,19 @@ class Transformer(nn.Module):
             raise InputError(f"{folder}: no tensor {next(iter(wanted))} in its safetensors files "
                              f"({len(wanted)} missing); download or copy the folder again")
         return model
+
+    def place(self, name, tensor):
+        """Make `tensor` the parameter called `name`."""
+        module, _, leaf = name.rpartition(".")
+        setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
+
+    def copy(self, dtype):
+        """A copy in another precision: sampling from a bfloat16 one need not recast the weights at every token."""
+        with torch.device("meta"):
+            twin = Transformer(self.config)
+        for name, p in self.named_parameters():
+            twin.place(name, p.detach().to(dtype, copy=True))
+        return twin
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that `transformers` and vLLM load: weights, config.json, and the tokenizer and generation

@@ -23,12 +23,13 @@ from data.sources import read_records, read_tools
 FREE_FLAGS = ("command", "run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
 
 
-def train(args, student_folder, teacher_folder=None, cache=None, **objective):
+def train(args, student_folder, teacher_folder=None, **objective):
     """What `sft` and `ckd` share: read, check, load, train, show, save."""
     import ckd
     from model import Transformer
     from train import open_run, set_up
     device, rank, ranks = set_up(args.device)
+    dtype = torch_dtype(args.dtype)
     say = print if rank == 0 else lambda *_: None
     chat, width, made_from = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools), None, None
     if teacher_folder:
@@ -44,15 +45,14 @@ def train(args, student_folder, teacher_folder=None, cache=None, **objective):
         cut = min(args.hold_out, len(groups) // 4)
         valid, groups = groups[:cut], groups[cut:]
     if not groups:
-        raise InputError(f"{args.data}: no record is left to train on; see above why, and change --max-*-tokens or --mask")
-    teacher = (lambda: Transformer.from_pretrained(teacher_folder, torch_dtype(args.dtype), device)
-               ) if teacher_folder else None
+        raise InputError(f"{args.data}: no record is left to train on; see above, and change --max-*-tokens or --mask")
     for folder in filter(None, (student_folder, teacher_folder)):  # broken ones are refused before --out is touched
-        checked = Transformer.from_pretrained(folder, device="meta")
-    if cache:
-        wide = width or checked.config["vocab_size"]
-        ckd.open_teacher(teacher, groups + valid, objective["kind"], min(objective["k"], wide), wide, device,
-                         args.micro_tokens, args.seed, cache, made_from, ranks)
+        Transformer.from_pretrained(folder, device="meta")
+    teacher = None
+    if teacher_folder:
+        load = lambda: Transformer.from_pretrained(teacher_folder, dtype, device)  # noqa: E731
+        teacher = ckd.open_teacher(load, groups + valid, args.objective, args.k, width, device, args.micro_tokens,
+                                   args.seed, args.cache, made_from, ranks)
     start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
                      args.overwrite, device, rank)
     student = Transformer.from_pretrained(student_folder, device=device)
@@ -62,18 +62,17 @@ def train(args, student_folder, teacher_folder=None, cache=None, **objective):
         + (f"; resuming after step {start}" if start else ""))
     samples = Path(args.out) / "samples.json"
     if rank == 0 and not start:
-        write_json(samples, answers(student, chat, valid[:args.samples], "before"))
-    summary = ckd.distill(student, groups, valid, args.out, teacher, cache, made_from, lr=args.lr,
-                          weight_decay=args.weight_decay, batch=args.batch, epochs=args.epochs, steps=args.steps,
-                          width=width, micro_tokens=args.micro_tokens, dtype=torch_dtype(args.dtype),
-                          valid_every=args.valid_every, save_every=args.save_every, start=start, seed=args.seed,
-                          rank=rank, ranks=ranks, **objective)
+        write_json(samples, answers(student, chat, valid[:args.samples], dtype, "before"))
+    summary = ckd.distill(student, groups, valid, args.out, teacher, lr=args.lr, weight_decay=args.weight_decay,
+                          batch=args.batch, epochs=args.epochs, steps=args.steps, width=width, dtype=dtype,
+                          micro_tokens=args.micro_tokens, valid_every=args.valid_every, save_every=args.save_every,
+                          start=start, seed=args.seed, rank=rank, ranks=ranks, **objective)
     if summary is None:
         say(f"Stopped. Go on with the same command and --resume; checkpoints are in {args.out}/checkpoints")
         return 130
     if rank == 0:
         student.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
-        before, after = read_json(samples), answers(student, chat, valid[:args.samples], "after")
+        before, after = read_json(samples), answers(student, chat, valid[:args.samples], dtype, "after")
         write_json(samples, [b | a for b, a in zip(before, after)])
         write_json(Path(args.out) / "summary.json", summary)
         for b, a in list(zip(before, after))[:3]:
@@ -93,8 +92,8 @@ def run_sft(args):
 def run_ckd(args):
     """Distil a teacher into a student along the teacher's own responses."""
     tail = args.tail_weight if args.tail_weight is not None else 10.0 if args.objective == "ckd" else 0.0
-    return train(args, args.student, args.teacher, args.cache, kind=args.objective, k=args.k, m=args.m,
-                 tail_weight=tail, kd_ratio=args.kd_ratio)
+    return train(args, args.student, args.teacher, kind=args.objective, m=args.m, tail_weight=tail,
+                 kd_ratio=args.kd_ratio)
 
 
 def run_rollout(args):
@@ -216,13 +215,14 @@ def torch_dtype(name):
     return getattr(torch, name)
 
 
-def answers(model, chat, groups, name):
+def answers(model, chat, groups, dtype, name):
     """Greedy answers to a few groups' prompts: [{"request", "gold" or first response, name: text}]."""
     import torch
 
     import simrl
     if not groups:
         return []
+    model = model if model.head_weight.dtype == dtype else model.copy(dtype)
     found = simrl.generate(model, [group["prompt"] for group in groups], 1, 128, chat.stop_ids, torch.Generator(), 0.0,
                            width=chat.vocab_size)
     return [{"request": group["record"]["messages"][-1]["content"],

@@ -3,7 +3,6 @@ import json
 import os
 from pathlib import Path
 
-
 WHOLE_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
 
 

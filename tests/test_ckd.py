@@ -178,13 +178,13 @@ def some_groups(count=6, seed=0):
                                                   for j in range(1 + i % 4)]} for i in range(count)]
 
 
-def run(tmp_path, name, teacher=None, **settings):
+def run(tmp_path, name, load=None, kind="ckd", k=K, cache=None, made_from=None, width=V, micro_tokens=64, **settings):
     """A few steps of `distill` in float64; returns the student's weights in one vector."""
-    student = tiny(1)
-    out = tmp_path / name
+    student, groups, valid, out = tiny(1), some_groups(), some_groups(2, seed=9), tmp_path / name
     out.mkdir()
-    settings = {"batch": 6, "k": K, "m": M, "lr": 1e-2, "dtype": torch.float64, "micro_tokens": 64} | settings
-    ckd.distill(student, some_groups(), some_groups(2, seed=9), out, teacher, **settings)
+    teacher = ckd.open_teacher(load, groups + valid, kind, k, width, "cpu", micro_tokens, 42, cache, made_from)
+    settings = {"batch": 6, "m": M, "lr": 1e-2, "dtype": torch.float64, "micro_tokens": micro_tokens} | settings
+    ckd.distill(student, groups, valid, out, teacher, kind, width=width, **settings)
     return torch.cat([p.detach().flatten() for p in student.parameters()])
 
 
