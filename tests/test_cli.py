@@ -1,0 +1,420 @@
+"""star.py as a user meets it: what it refuses and how, what it leaves behind, and runs that are stopped and resumed."""
+import doctest
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ckd
+import model
+import simrl
+import star
+import train
+from data import groups
+
+PROGRAM = str(Path(star.__file__))
+TRAIN = ("--data train.jsonl --out run --batch 8 --steps 2 --hold-out 4 --samples 1 --lr 1e-3 --dtype float32 "
+         "--device cpu --max-response-tokens 128 --save-dtype float32")
+SFT = f"sft --model student {TRAIN}"
+CKD = f"ckd --teacher teacher --student student {TRAIN} --k 5 --m 5"
+ROLLOUT = "rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32"
+
+
+@pytest.fixture
+def here(world, tmp_path, monkeypatch):
+    """A copy of the world, and the current folder."""
+    shutil.copytree(world, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(command):
+    """The exit code of one command in this process."""
+    try:
+        return star.main(command.split())
+    except SystemExit as e:  # argparse
+        return e.code
+
+
+def start(command, launcher=()):
+    """The same command as a process of its own, its stderr kept."""
+    return subprocess.Popen([sys.executable, *launcher, PROGRAM, *command.split()], stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def files(folder):
+    """{path: bytes} of everything under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------------
+
+def edit(path, **settings):
+    """Change some of what a JSON file holds."""
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | settings))
+
+
+def cut(path):
+    """Keep the first half of a file, as a broken download does."""
+    Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size // 2])
+
+
+def weights(change, path="student/model.safetensors"):
+    """Put other tensors into a model folder: `change` gets the dict of them."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def line(change, number=3):
+    """Change one line of train.jsonl; `change` takes and returns a record, or returns text."""
+    lines = Path("train.jsonl").read_text().splitlines()
+    changed = change(json.loads(lines[number - 1]))
+    lines[number - 1] = changed if isinstance(changed, str) else json.dumps(changed)
+    Path("train.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def responses(value):
+    line(lambda record: record | {"responses": value})
+
+
+def other_tokenizer(folder, change):
+    """Change the text of a folder's tokenizer.json."""
+    path = Path(folder) / "tokenizer.json"
+    path.write_text(change(path.read_text()))
+
+
+def sharded(folder="student"):
+    """Name a second shard that is not there."""
+    names = list(load_file(f"{folder}/model.safetensors"))
+    index = {name: "model.safetensors" for name in names[1:]} | {names[0]: "model-2.safetensors"}
+    Path(f"{folder}/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def earlier(command, *then):
+    """Run a command that works, then what makes the next one fail."""
+    assert run(command) == 0
+    for step in then:
+        step()
+
+
+# name: command, what breaks it, what the one line says (the file first)
+REFUSED = {
+    "no student": (f"{CKD} --student nowhere", None, "nowhere/config.json: no such file; give a whole model folder"),
+    "no teacher": (f"{CKD} --teacher nowhere", None, "nowhere/.*: no such file; "),
+    "no model": (f"{SFT} --model nowhere", None, "nowhere/config.json: no such file; give a whole model folder"),
+    "no model to sample": (f"{ROLLOUT} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
+    "no model to talk to": ("chat --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
+    "no tokenizer": (SFT, lambda: os.remove("student/tokenizer.json"), "student/tokenizer.json: no such file; "),
+    "no teacher's tokenizer": (CKD, lambda: os.remove("teacher/tokenizer.json"), "teacher/tokenizer.json: no such fi"),
+    "a file as model": (f"{SFT} --model train.jsonl", None, "train.jsonl/config.json: no such file; give a wh"),
+    "no weights": (SFT, lambda: os.remove("student/model.safetensors"), "student: no model.safetensors; only safeten"),
+    "missing shard": (SFT, sharded, "student/model-2.safetensors: missing shard named by .*; download or copy"),
+    "missing shard of the teacher": (CKD, lambda: sharded("teacher"), "teacher/model-2.safetensors: missing shard"),
+    "half the weights": (SFT, lambda: cut("student/model.safetensors"), "student/model.safetensors: not a whole .*; "),
+    "half the teacher": (CKD, lambda: cut("teacher/model.safetensors"), "teacher/model.safetensors: not a whole .*; "),
+    "half a config": (SFT, lambda: cut("student/config.json"), r"student/config.json:\d+: is not JSON .*; give a"),
+    "other family": (SFT, lambda: edit("student/config.json", model_type="llama"),
+                     "student/config.json: .*model_type 'llama'.*; use a Qwen2.5 or Qwen3 folder"),
+    "experts": (SFT, lambda: edit("student/config.json", num_experts=8), "config.json: mixture of experts .*; use a d"),
+    "window": (SFT, lambda: edit("student/config.json", use_sliding_window=True), "config.json: sliding-window .*; "),
+    "rope": (SFT, lambda: edit("student/config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
+             r"config.json: rope scaling \(yarn\) is not supported; "),
+    "wrong shape": (SFT, lambda: weights(lambda t: t.update({"model.norm.weight": torch.ones(7)})),
+                    r"student/model.safetensors: model.norm.weight is \[7\], config.json says \[32\]; the folder"),
+    "wrong shape in the teacher": (
+        CKD, lambda: weights(lambda t: t.update({"model.norm.weight": torch.ones(7)}), "teacher/model.safetensors"),
+        r"teacher/model.safetensors: model.norm.weight is \[7\]"),
+    "missing tensor": (SFT, lambda: weights(lambda t: t.pop("model.norm.weight")),
+                       "student: no tensor model.norm.weight in its .*; download or copy"),
+    "broken tokenizer": (SFT, lambda: Path("student/tokenizer.json").write_text('{"model": {"type": "BPE"}}'),
+                         "student/tokenizer.json: .*Missing vocab.*; download or copy it again"),
+    "broken tokenizer of the teacher": (CKD, lambda: Path("teacher/tokenizer.json").write_text('{"model": {}}'),
+                                        "teacher/tokenizer.json: .*; download or copy it again"),
+    "other tokenizers": (CKD, lambda: other_tokenizer("teacher", lambda text: text.replace("</think>", "</thank>")),
+                         "teacher .* and student .* have different tokenizers; CKD needs two models that share one"),
+    "no think token": (f"{SFT} --think none --mask think", lambda: other_tokenizer(
+        "student", lambda text: text.replace("</think>", "</thank>")), "--mask think: .* no </think> token; use --"),
+    "no data": (f"{SFT} --data nowhere.jsonl", None, "nowhere.jsonl: cannot be read .*; give a .jsonl"),
+    "empty data": (SFT, lambda: Path("train.jsonl").write_text(""), "train.jsonl: holds no records; give a file"),
+    "not JSON": (SFT, lambda: line(lambda record: '{"messages": ['), "train.jsonl:3: not JSON .*; each line must"),
+    "no answer": (SFT, lambda: line(lambda record: record | {"answer": None}), "train.jsonl:3: no answer; give a last"),
+    "unknown tool": (SFT, lambda: line(lambda record: record | {"tools": []}), "train.jsonl:3: the answer calls .*; "),
+    "bad validation data": (f"{SFT} --valid nowhere.jsonl", None, "nowhere.jsonl: cannot be read .*; give a .jsonl"),
+    "text as responses": (SFT, lambda: responses("a call"), "train.jsonl:3: .*responses.*; run rollout again"),
+    "a number as response": (SFT, lambda: responses([7]), "train.jsonl:3: .*responses.*; run rollout again"),
+    "a response of nothing": (SFT, lambda: responses([{"reward": 1}]), "train.jsonl:3: .*responses.*; run rollout ag"),
+    "ids as text": (SFT, lambda: responses([{"text": "x", "ids": "x"}]), "train.jsonl:3: .*ids.*; run rollout again"),
+    "ids as fractions": (CKD, lambda: responses([{"text": "x", "ids": [1.5]}]), "train.jsonl:3: .*ids.*; run rollout"),
+    "ids too large": (CKD, lambda: responses([{"text": "x", "ids": [1, 9999]}]), "train.jsonl:3: .*ids.*; run rollout"),
+    "ids below zero": (SFT, lambda: responses([{"text": "x", "ids": [-1]}]), "train.jsonl:3: .*ids.*; run rollout aga"),
+    "all prompts too long": (f"{SFT} --max-prompt-tokens 3", None, "train.jsonl: no record is left .*; "),
+    "run exists": (SFT, lambda: earlier(SFT), "run: exists already; give --resume .* or --overwrite"),
+    "run is a file": (f"{SFT} --out train.jsonl", None, "train.jsonl: is a file; --out names a folder"),
+    "run is a file, overwritten": (f"{SFT} --out train.jsonl --overwrite", None, "train.jsonl: is a file; --out names"),
+    "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
+    "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: earlier(CKD), "run: was begun with another .*k.*; resu"),
+    "cache of another teacher": (
+        f"{CKD} --cache cache --overwrite", lambda: earlier(
+            f"{CKD} --cache cache", lambda: weights(lambda t: t["model.norm.weight"].mul_(2),
+                                                    "teacher/model.safetensors")),
+        "cache: this cache was made from another teacher; remove the folder or name a new one"),
+    "cache of other data": (f"{CKD} --cache cache --limit 20 --out new", lambda: earlier(f"{CKD} --cache cache"),
+                            "cache: this cache was made from another data.*; remove the folder or name"),
+    "cache of draws": (f"{CKD} --cache cache --out new", lambda: earlier(f"{CKD} --objective rskd --cache cache"),
+                       "cache: this cache was made from another view; remove the folder or name a new one"),
+    "no cache at all": (f"{CKD} --cache teacher", None, "teacher/cache.json: no such file; --cache takes a new"),
+    "broken cache": (f"{CKD} --cache cache --out new", lambda: earlier(
+        f"{CKD} --cache cache", lambda: cut("cache/cache.json")), r"cache/cache.json:\d+: is not JSON .*; --cache"),
+    "rollout exists": (ROLLOUT, lambda: earlier(ROLLOUT), "out.jsonl: exists already; give --resume .* or --overwrite"),
+    "part of a rollout exists": (ROLLOUT, lambda: Path("out.jsonl.part").write_text(""),
+                                 "out.jsonl.part: exists already; give --resume .* or --overwrite"),
+    "no tools file": ("chat --model student --tools nowhere.json", None, "nowhere.json: no such file; give a JSON lis"),
+    "plot of no run": ("plot teacher --out x.png", None, "teacher: no metrics.jsonl; name the --out folder of a run"),
+    "demo exists": ("demo --out teacher", None, "teacher: exists already; give --overwrite or another --out"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(here, capsys, name):
+    command, breaks, says = REFUSED[name]
+    if breaks:
+        breaks()
+    capsys.readouterr()
+    before = files(here)
+    assert run(command) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.match(f"star.py {command.split()[0]}: .*{says}", error), error
+    assert files(here) == before  # nothing written, nothing deleted
+
+
+def test_refused_by_a_process(here):
+    (here / "broken.jsonl").write_text("{\n")
+    before = files(here)
+    for process in [start(f"{SFT} --model nowhere"), start(f"{CKD} --data broken.jsonl")]:  # side by side
+        _, error = process.communicate()
+        assert process.returncode == 2 and error.count("\n") == 1 and error.startswith("star.py "), error
+    assert files(here) == before
+
+
+@pytest.mark.parametrize("command", [
+    f"{CKD} --k 0", f"{CKD} --k -5", f"{CKD} --m 0", f"{CKD} --tail-weight -1", f"{CKD} --kd-ratio 1.5",
+    f"{SFT} --batch 0", f"{SFT} --steps 0", f"{SFT} --epochs -1", f"{SFT} --lr -1", f"{SFT} --lr nan",
+    f"{SFT} --micro-tokens 0", f"{SFT} --limit -3", f"{SFT} --valid-limit 0", f"{SFT} --hold-out -1",
+    f"{SFT} --valid-every 0", f"{SFT} --save-every 0", f"{SFT} --samples -1", f"{SFT} --weight-decay -1",
+    f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch many",
+    f"{ROLLOUT} --n 0", f"{ROLLOUT} --rows 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
+    f"{ROLLOUT} --top-p 1.5", f"{ROLLOUT} --max-new-tokens 0", f"{ROLLOUT} --limit 0",
+    f"{SFT} --learning-rate 1", f"{SFT} --mask some", "sft", "distill", ""])
+def test_bad_flags(here, capsys, command):
+    before = files(here)
+    assert run(command) == 2
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert usage[0].startswith("usage: star.py") and re.match(r"star.py( \w+)?: error: ", error)
+    assert files(here) == before
+
+
+@pytest.mark.parametrize("command, size", [(CKD, "64k"), (f"{CKD} --save-every 1", "700k"), (ROLLOUT, "4k")])
+def test_full_disk(here, capsys, command, size):
+    (here / "disk").mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", "disk"],
+                                                   stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("mounting a small file system takes root")
+    try:
+        assert run(f"{command} --out disk/out") == 2
+        error = capsys.readouterr().err.splitlines()[-1]  # behind the progress bar
+        assert re.match(r"star.py \w+: .*disk/out.*No space left on device", error), error
+        assert not Path("disk/out/model").exists() and not Path("disk/out").is_file()
+    finally:
+        subprocess.run(["umount", "disk"], check=True)
+
+
+# ---- what is left behind -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("command", [
+    SFT, f"{SFT} --mask answer --gradient-checkpointing", CKD, f"{CKD} --think none --tools wrapped",
+    *(f"{CKD} --objective {name}" for name in ("fkl", "rkl", "akl", "rskd", "ce")), f"{CKD} --kd-ratio 0.5"])
+def test_a_run_leaves_what_it_promises(here, capsys, command):
+    assert run(f"{command} --save-every 1 --steps 3") == 0
+    assert "python star.py chat --model run/model" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "arguments.json", "checkpoints", "metrics.jsonl", "model", "samples.json", "summary.json"]
+    assert json.loads(Path("run/arguments.json").read_text())["batch"] == 8
+    logged = rows("run/metrics.jsonl")
+    assert [row["step"] for row in logged] == [0, 1, 2, 3]
+    assert all(np.isfinite(list(row.values())).all() for row in logged)
+    summary, samples = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("summary", "samples"))
+    assert summary["steps"] == 3 and summary["valid_before"].keys() == summary["valid_after"].keys()
+    assert [list(sample) for sample in samples] == [["request", "gold", "before", "after"]]
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert {Path(name).suffix for name in files("run")} <= {".json", ".jsonl", ".safetensors"}  # no pickle
+    trained, before = (model.Transformer.from_pretrained(name) for name in ("run/model", "student"))
+    assert not torch.equal(trained.head_weight, before.head_weight)
+    assert run(f"{command} --save-every 1 --steps 3 --resume") == 0  # nothing is left to do, and nothing changes
+    assert rows("run/metrics.jsonl") == logged
+
+
+def test_defaults_of_a_run(here):
+    assert run("ckd --teacher teacher --student student --data train.jsonl --out run --device cpu") == 0  # bfloat16
+    assert load_file("run/model/model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+    assert rows("run/metrics.jsonl")[-1]["step"] == 1
+
+
+@pytest.mark.parametrize("objective", ["ckd", "fkl", "rkl", "akl", "ce"])
+def test_cached_equals_live(here, objective):
+    command = f"{CKD} --objective {objective} --samples 0 --k 999"  # the whole vocabulary: all of the cache counts
+    for flags in ("--out live", "--out cached --cache cache"):
+        assert run(f"{command} {flags}") == 0
+    for a, b in zip(rows("live/metrics.jsonl"), rows("cached/metrics.jsonl"), strict=True):
+        for name in a.keys() - {"seconds", "tokens_per_s"}:
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
+    cached = {name: np.load(f"cache/{name}.npy", allow_pickle=False) for name in ("ids", "log_p")}
+    assert cached["ids"].shape == cached["log_p"].shape and (np.diff(cached["log_p"]) <= 0).all()
+    before = files("cache")
+    assert sorted(before) == ["cache.json", "ids.npy", "log_p.npy"]
+    assert run(f"{command} --out again --cache cache") == 0 and files("cache") == before
+    assert files("again/model") == files("cached/model")
+
+
+def test_rollout(here, capsys):
+    assert run(ROLLOUT) == 0
+    given, written = rows("train.jsonl"), rows("out.jsonl")
+    assert [{**row, "responses": 0} for row in written] == [{**row, "responses": 0} for row in given]
+    for response in (response for row in written for response in row["responses"]):
+        assert list(response) == ["text", "ids", "finish_reason", "logprob"] and 1 <= len(response["ids"]) <= 8
+    assert not Path("out.jsonl.part").exists()
+    capsys.readouterr()
+    assert run(f"{CKD} --data out.jsonl") == 0 and "24 prompts" not in capsys.readouterr().err
+    stamp = Path("out.jsonl").stat().st_mtime_ns
+    assert run(f"{ROLLOUT} --resume") == 0 and Path("out.jsonl").stat().st_mtime_ns == stamp  # finished: left alone
+    assert run(f"{ROLLOUT} --overwrite --seed 1") == 0 and rows("out.jsonl") != written
+
+
+def test_chat(here, monkeypatch, capsys):
+    Path("tools.json").write_text(json.dumps(rows("train.jsonl")[0]["tools"][:2]))
+    talk = "chat --model student --dtype float32 --device cpu --max-new-tokens 5"
+    for command, tools in ((talk, 0), (f"{talk} --tools tools.json --temperature 1 --system Hello.", 2)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nWhat is the weather in Lima?\n"))
+        assert run(command) == 0
+        said = capsys.readouterr().out.split("you> ")
+        assert f"with {tools} tools" in said[0] and len(said) == 4 and all(text.strip() for text in said[:3])
+
+
+def test_plot(here, capsys):
+    pytest.importorskip("matplotlib")
+    assert run(SFT) == 0 and run(f"{CKD} --out other") == 0
+    with open("other/metrics.jsonl", "a") as file:
+        file.write('{"step": 3, "lo')  # a run that is being written, or was killed
+    assert run("plot run other --out curves.png") == 0
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert run("plot run --out curves.xyz") == 2 and capsys.readouterr().err.startswith("star.py plot: curves.xyz: ")
+
+
+@pytest.mark.parametrize("command", ["sft", "ckd", "rollout", "chat", "demo", "plot"])
+def test_help(capsys, command):
+    assert run(f"{command} --help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    commands, = (a for a in star.parser()._actions if hasattr(a, "choices") and a.choices)
+    for action in commands.choices[command]._actions:
+        assert action.help, f"{action.option_strings} has no help text"
+        assert action.help.split("%")[0][:40] in shown and all(name in shown for name in action.option_strings)
+    assert run("--help") == 0
+    assert commands.choices[command].description.split("\n")[0][:40] in capsys.readouterr().out
+
+
+# ---- stopped and resumed -----------------------------------------------------------------------------------------
+
+LONG = f"{CKD} --samples 0 --steps 12 --save-every 2 --cache cache --out"
+
+
+def wait_for(process, happened):
+    """Look every millisecond until something has happened; the process must still be running then."""
+    while not happened():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.001)
+
+
+def is_the_uninterrupted(out):
+    assert files("whole/model") == files(f"{out}/model")
+    for name in ("step", "loss", "grad_norm", "valid_nll"):
+        assert [row.get(name) for row in rows(f"{out}/metrics.jsonl")] == [
+            row.get(name) for row in rows("whole/metrics.jsonl")]
+    assert [row["step"] for row in rows(f"{out}/metrics.jsonl")] == list(range(13))
+    assert sorted(path.name for path in Path(out, "checkpoints").iterdir()) == ["step-000010", "step-000012"]
+
+
+def test_killed_and_resumed(here):
+    assert run(f"{LONG} whole") == 0
+    checkpoints = Path("run/checkpoints")
+    moments = (lambda: any(checkpoints.glob("step-*")),  # while the first is written, or just after
+               lambda: '"step": 5,' in Path("run/metrics.jsonl").read_text(),  # between two
+               lambda: (checkpoints / "step-000008").exists())  # right after one
+    for happened in moments:
+        process = start(f"{LONG} run --resume")
+        wait_for(process, happened)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    assert run(f"{LONG} run --resume") == 0
+    is_the_uninterrupted("run")
+
+
+def test_interrupted_and_resumed(here):
+    assert run(f"{LONG} whole") == 0
+    process, log = start(f"{LONG} run"), Path("run/metrics.jsonl")
+    wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130 and "Stopping after this step" in error and "Traceback" not in error
+    last = rows("run/metrics.jsonl")[-1]["step"]
+    assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/state.json").exists()
+    assert run(f"{LONG} run --resume") == 0
+    is_the_uninterrupted("run")
+
+
+def test_rollout_killed_and_resumed(here):
+    command = f"{ROLLOUT} --rows 4 --max-new-tokens 24"
+    assert run(f"{command} --out whole.jsonl") == 0
+    process, part = start(command), Path("out.jsonl.part")
+    wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") >= 5)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and not Path("out.jsonl").exists()
+    with open(part, "ab") as file:
+        file.write('[3, {"id": "ü'.encode()[:-1])  # half a line that ends within a character
+    assert run(f"{command} --resume") == 0
+    assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
+
+
+def test_two_processes_are_one(here):
+    assert run(f"{CKD} --out one --micro-tokens 600") == 0
+    process = start(f"{CKD} --out two --micro-tokens 600", (
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"))  # else --m is its own
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    one, two = (load_file(f"{out}/model/model.safetensors") for out in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
+    for a, b in zip(rows("one/metrics.jsonl"), rows("two/metrics.jsonl"), strict=True):
+        assert all(b[name] == pytest.approx(a[name], abs=1e-4) for name in a.keys() - {"seconds", "tokens_per_s"})
+
+
+@pytest.mark.parametrize("module", [ckd, groups, model, simrl, star, train], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    assert doctest.testmod(module).failed == 0
