@@ -190,7 +190,10 @@ def open_cache(folder, groups, made_from, k):
     if differing := [key for key in made_from if found.get(key) != made_from[key]]:
         raise InputError(f"{folder}: this cache was made from another {' and another '.join(differing)}; "
                          "remove the folder or name a new one")
-    return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "log_p.npy", mmap_mode="r")
+    try:
+        return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "log_p.npy", mmap_mode="r")
+    except ValueError as e:
+        raise InputError(f"{folder}: a file of this cache is cut short ({e}); remove the folder") from e
 
 
 def write_cache(folder, groups, made_from, teacher, k, width, device, micro_tokens, draws=None):
@@ -309,35 +312,32 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
         load_checkpoint(out, start, student, optimiser)
     elif valid:
         report(out, {"step": 0} | validate(), rank)
-    interrupt = Interrupt()
-    bar = tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0)
-    for step, members in enumerate(plan[start:], start + 1):
-        began, total, sums = time.perf_counter(), counted_tokens(members), {}
-        for i, micro in list(enumerate(micro_batches(members, micro_tokens)))[rank::ranks]:
-            loss, stats = losses(micro, kind, total, step, i)
-            loss.backward()
-            for name, value in ({"loss": loss.detach() * total} | stats).items():
-                sums[name] = sums.get(name, 0) + value / total
-        rate = learning_rate(step, len(plan), lr)
-        norm = optimiser_step(student, optimiser, rate)
-        row = {"step": step} | sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
-        interrupted = row.pop("interrupted") > 0  # on any rank: all stop at the same step
-        row |= {"lr": rate, "grad_norm": norm, "tokens": total, "packed_tokens": sum(map(length, members)),
-                "sequences": sum(len(group["responses"]) for group in members), "seconds": time.perf_counter() - began}
-        row["tokens_per_s"] = row["packed_tokens"] / row["seconds"]  # prompt and response tokens through the student
-        if valid and (step % valid_every == 0 or step == len(plan)):
-            row |= validate()
-        report(out, row, rank)
-        bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in ("loss", "kl", "tail", "nll", "tokens_per_s")
-                                     if name in row))
-        bar.update()
-        if rank == 0 and (step % save_every == 0 or step == len(plan) or interrupted):
-            save_checkpoint(out, step, student, optimiser)
-        if interrupted:
-            break
-    bar.close()
-    interrupt.restore()
-    return None if len(plan) > start and step < len(plan) else summary(out, device)
+    with Interrupt() as interrupt, tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0) as bar:
+        for step, members in enumerate(plan[start:], start + 1):
+            began, total, sums = time.perf_counter(), counted_tokens(members), {}
+            for i, micro in list(enumerate(micro_batches(members, micro_tokens)))[rank::ranks]:
+                loss, stats = losses(micro, kind, total, step, i)
+                loss.backward()
+                for name, value in ({"loss": loss.detach() * total} | stats).items():
+                    sums[name] = sums.get(name, 0) + value / total
+            rate = learning_rate(step, len(plan), lr)
+            norm = optimiser_step(student, optimiser, rate)
+            row = {"step": step} | sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
+            interrupted = row.pop("interrupted") > 0  # on any rank: all stop at the same step
+            row |= {"lr": rate, "grad_norm": norm, "tokens": total, "packed_tokens": sum(map(length, members)),
+                    "sequences": sum(len(g["responses"]) for g in members), "seconds": time.perf_counter() - began}
+            row["tokens_per_s"] = row["packed_tokens"] / row["seconds"]  # prompt and response, through the student
+            if valid and (step % valid_every == 0 or step == len(plan)):
+                row |= validate()
+            report(out, row, rank)
+            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in
+                                         ("loss", "kl", "tail", "nll", "tokens_per_s") if name in row))
+            bar.update()
+            if rank == 0 and (step % save_every == 0 or step == len(plan) or interrupted):
+                save_checkpoint(out, step, student, optimiser)
+            if interrupted and step < len(plan):
+                return None
+    return summary(out, device)
 
 
 def clamped(name, wanted, width):

@@ -53,6 +53,9 @@ def train(args, student_folder, teacher_folder=None, **objective):
         load = lambda: Transformer.from_pretrained(teacher_folder, dtype, device)  # noqa: E731
         teacher = ckd.open_teacher(load, groups + valid, args.objective, args.k, width, device, args.micro_tokens,
                                    args.seed, args.cache, made_from, ranks)
+    read = [Path(p).resolve() for p in (student_folder, teacher_folder, args.data, args.valid) if p]
+    if args.overwrite and any(Path(args.out).resolve() in (path, *path.parents) for path in read):
+        raise InputError(f"{args.out}: --overwrite would delete what this run reads; name another --out")
     start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
                      args.overwrite, device, rank)
     student = Transformer.from_pretrained(student_folder, device=device)
@@ -72,7 +75,7 @@ def train(args, student_folder, teacher_folder=None, **objective):
         return 130
     if rank == 0:
         student.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
-        before, after = read_json(samples), answers(student, chat, valid[:args.samples], dtype, "after")
+        before, after = read_json(samples, kind=list), answers(student, chat, valid[:args.samples], dtype, "after")
         write_json(samples, [b | a for b, a in zip(before, after)])
         write_json(Path(args.out) / "summary.json", summary)
         for b, a in list(zip(before, after))[:3]:

@@ -233,17 +233,16 @@ def load_checkpoint(out, step, model, optimiser):
 
 
 class Interrupt:
-    """Ctrl-C asks to stop at the next step boundary; a second Ctrl-C stops at once."""
+    """While this context is open, Ctrl-C asks to stop at the next step boundary; a second Ctrl-C stops at once."""
 
-    def __init__(self):
-        self.asked = False
-        signal.signal(signal.SIGINT, self._handle)
+    def __enter__(self):
+        self.asked, self.before = False, signal.signal(signal.SIGINT, self.handle)
+        return self
 
-    def _handle(self, *_):
+    def __exit__(self, *_):
+        signal.signal(signal.SIGINT, self.before)
+
+    def handle(self, *_):
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
-
-    def restore(self):
-        """Ctrl-C is Ctrl-C again."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)

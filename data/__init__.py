@@ -13,16 +13,19 @@ class InputError(Exception):
     """
 
 
-def read_json(path, remedy="download or copy it again"):
-    """What a JSON file holds; InputError with the remedy where it is missing or broken."""
+def read_json(path, remedy="download or copy it again", kind=dict):
+    """What a JSON file holds; InputError with the remedy where it is missing, broken or not of this kind."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{path}: no such file; {remedy}") from e
     except json.JSONDecodeError as e:
         raise InputError(f"{path}:{e.lineno}: is not JSON ({e.msg}); {remedy}") from e
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: is not UTF-8 text ({e.reason}); {remedy}") from e
+    if not isinstance(value, kind):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not what is expected there; {remedy}")
+    return value
 
 
 def write_json(path, value):

@@ -8,8 +8,7 @@ from tqdm import tqdm
 from data import InputError
 
 
-def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False,
-                   arguments=None):
+def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False, arguments=None):
     """Sample responses to all prompts, `together` prompts at a time, and write the records with them to `out`.
 
     sample(prompts, at) -> for each prompt a list of responses, dicts; `at` numbers the batch and is its seed, so a
@@ -25,6 +24,8 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
             raise InputError(f"{path}: exists already; give --resume to go on with it or --overwrite to start anew")
     if resume and out.exists():  # it was finished
         return [json.loads(line) for line in out.read_bytes().splitlines()]
+    if all(prompt is None for prompt in prompts):
+        raise InputError(f"{out}: no prompt is left to answer; raise --max-prompt-tokens")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_part(part, arguments) if resume and part.exists() else {}
     order = sorted((i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: -len(prompts[i]))

@@ -50,7 +50,8 @@ def read_records(path, need_answer=True, vocab_size=None):
 
 def read_tools(path):
     """The tools of a JSON file that holds a list of them (or one), flat or wrapped; InputError for what is neither."""
-    tools = read_json(path, "give a JSON list of tools, each with a name, a description and parameters")
+    tools = read_json(path, "give a JSON list of tools, each with a name, a description and parameters",
+                      kind=(list, dict))
     return [read_tool(tool, f"{path}") for tool in (tools if isinstance(tools, list) else [tools])]
 
 

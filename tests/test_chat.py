@@ -268,18 +268,18 @@ def test_folder_errors(tmp_path):
         assert "\n" not in str(error.value)
 
     folder = tmp_path / "none"
-    refused("none/config.json: cannot be read .*; give a complete model folder")
+    refused("none/config.json: no such file; give a whole model folder")
     folder = make_folder(tmp_path / "m", model_type="llama")
     refused("m/config.json: no chat template .* 'llama'.*; use a Qwen2.5 or Qwen3 folder")
     folder = make_folder(tmp_path / "m", QWEN3)
     refused("think is on, off or none", think="maybe")
     refused("tools is flat or wrapped", tools="both")
-    for broken, pattern in ((b"{", "tokenizer.json:1: is not JSON"), (b"[]", "holds no JSON object"),
-                            (b"{}", 'has no "model"'), (b"\xff", "cannot be read")):
+    for broken, pattern in ((b"{", "tokenizer.json:1: is not JSON"), (b"[]", "tokenizer.json: holds a JSON list"),
+                            (b"{}", 'has no "model"'), (b"\xff", "is not UTF-8 text")):
         (folder / "tokenizer.json").write_bytes(broken)
         refused(pattern)
     (folder / "tokenizer.json").unlink()
-    refused("tokenizer.json: cannot be read")
+    refused("tokenizer.json: no such file")
     folder = make_folder(tmp_path / "m", QWEN3, special=SPECIAL[:2])
     refused("no token <|im_end|>.*; use the tokenizer of")
     folder = make_folder(tmp_path / "m", QWEN3, special=SPECIAL[:3])
