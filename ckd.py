@@ -77,7 +77,8 @@ def tail_mass(mine, log_q, ids):
     return (log_q.exp() * outside).sum(-1)
 
 
-DIVERGENCES = {"ckd": fkl, "fkl": fkl, "rkl": rkl, "akl": akl, "rskd": rskd, "ce": fkl}  # ce only reports its KL
+# Cross-entropy (ce) only reports its KL to the teacher, so that its curves can be laid over the others'.
+DIVERGENCES = {"ckd": fkl, "fkl": fkl, "rkl": rkl, "akl": akl, "rskd": rskd, "ce": fkl}
 
 
 def objective(kind, targets, teacher=None, tail_weight=0.0, m=100, kd_ratio=1.0):
@@ -228,32 +229,32 @@ def cache_rows(groups):
 
 def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micro_tokens=4096, seed=42, cache=None,
                  made_from=None, ranks=1):
-    """The teacher as a function (micro-batch, packed, *moment) -> (ids [N, k], log_p [N, k]).
+    """The teacher as a function (micro-batch, packed, *when) -> (ids [N, k], log_p [N, k]).
 
-    load: loads the teacher; called at the first need, and never where the cache holds all that it would say · groups:
-    everything it will be asked about · cache, made_from: folder of teacher log-probs, and what identifies teacher and
-    tokenizer (`check_pair`) · moment: numbers that seed the draws of rskd, so that they do not depend on what was
-    drawn before. InputError, before anything is loaded, for a cache of something else.
+    load: loads the teacher · groups: everything it will be asked about · cache, made_from: folder of teacher
+    log-probs, and what identifies teacher and tokenizer (`check_pair`) · when: numbers (step, micro-batch) that seed
+    the draws of rskd, so that they do not depend on what was drawn before. A cache of something else is an InputError
+    at once; loading the teacher, or writing the cache with it, waits for the first call.
     """
     teacher, stored, k = None, None, clamped("k", k, width)
 
-    def draws(*moment):
+    def draws(*when):
         if kind != "rskd":
             return None
-        digest = hashlib.sha256(repr((seed, *moment)).encode()).digest()
+        digest = hashlib.sha256(repr((seed, *when)).encode()).digest()
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
 
     if cache is not None:
-        made_from = made_from | {"view": "draws" if kind == "rskd" else "top-k", "width": width}
+        made_from = made_from | {"view": f"draws with seed {seed}" if kind == "rskd" else "top-k", "width": width}
         stored = open_cache(cache, groups, made_from, k)
         if stored is None and ranks > 1:
             raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
 
-    def view(micro, packed, *moment):
+    def view(micro, packed, *when):
         nonlocal teacher, stored
         if cache is None:
             teacher = teacher or load()
-            return teacher_log_probs(teacher, packed, k, width, draws(*moment))
+            return teacher_log_probs(teacher, packed, k, width, draws(*when))
         if stored is None:
             write_cache(cache, groups, made_from, load(), k, width, device, micro_tokens, draws())
             stored = open_cache(cache, groups, made_from, k)
@@ -281,10 +282,13 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
     m = clamped("m", m, width)
     tail_weight = 0.0 if kind == "rskd" else tail_weight  # as released
 
-    def losses(micro, kind, total, *moment):
+    # What is logged: the same names on every rank, also on one that has no micro-batch.
+    names = ("nll", "entropy") + (("kl", "tail", "captured", "inside") if teacher else ())
+
+    def losses(micro, kind, total, *when):
         """The loss of one micro-batch, a share of `total` tokens, and its statistics summed over positions."""
         packed = pack(micro, device)
-        seen = teacher(micro, packed, *moment) if teacher else None
+        seen = teacher(micro, packed, *when) if teacher else None
         with autocast(device, dtype):
             h = student.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
         h = h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
@@ -296,10 +300,10 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
     @torch.no_grad()
     def validate():
         """Means over the held-out tokens. KL is the forward one whatever is trained, so that curves compare."""
-        sums, total = {}, counted_tokens(valid)
+        sums, total = dict.fromkeys(names, 0.0), counted_tokens(valid)
         for micro in tqdm(micro_batches(valid, micro_tokens)[rank::ranks], "validation", leave=False, disable=rank > 0):
             for name, value in losses(micro, "rskd" if kind == "rskd" else "fkl", total)[1].items():
-                sums[name] = sums.get(name, 0) + value / total
+                sums[name] += value / total
         return {f"valid_{name}": value for name, value in sum_over_ranks(sums, device).items()}
 
     plan, epoch = [], 0
@@ -312,14 +316,15 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
         load_checkpoint(out, start, student, optimiser)
     elif valid:
         report(out, {"step": 0} | validate(), rank)
-    with Interrupt() as interrupt, tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0) as bar:
+    bar = tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0)
+    with bar, Interrupt() as interrupt:
         for step, members in enumerate(plan[start:], start + 1):
-            began, total, sums = time.perf_counter(), counted_tokens(members), {}
+            began, total, sums = time.perf_counter(), counted_tokens(members), dict.fromkeys(("loss", *names), 0.0)
             for i, micro in list(enumerate(micro_batches(members, micro_tokens)))[rank::ranks]:
                 loss, stats = losses(micro, kind, total, step, i)
                 loss.backward()
                 for name, value in ({"loss": loss.detach() * total} | stats).items():
-                    sums[name] = sums.get(name, 0) + value / total
+                    sums[name] += value / total
             rate = learning_rate(step, len(plan), lr)
             norm = optimiser_step(student, optimiser, rate)
             row = {"step": step} | sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
@@ -337,7 +342,7 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
                 save_checkpoint(out, step, student, optimiser)
             if interrupted and step < len(plan):
                 return None
-    return summary(out, device)
+    return summary(out, device) if rank == 0 else {}
 
 
 def clamped(name, wanted, width):

@@ -104,18 +104,18 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # [B, Hkv, S, D], S >= T
-        share = q.shape[1] // k.shape[1]  # query heads to a key/value head
+        heads = q.shape[1] // k.shape[1]  # query heads to a key/value head
         if cache is not None and T < k.shape[2]:
             # A decoding step: a few queries, many keys. Let the heads that share keys stand in one matrix product,
             # so that the cache is read once and never repeated in memory.
-            q = q.reshape(B, k.shape[1], share * T, self.head_dim)  # [B, Hkv, H/Hkv * T, D]
-            mask = mask.repeat(1, 1, share, 1)  # [B, 1, H/Hkv * T, S]
+            q = q.reshape(B, k.shape[1], heads * T, self.head_dim)  # [B, Hkv, H/Hkv * T, D]
+            mask = mask.repeat(1, 1, heads, 1)  # [B, 1, H/Hkv * T, S]
             scores = q @ k.transpose(2, 3) * self.head_dim ** -0.5  # [B, Hkv, H/Hkv * T, S]
             scores = scores.masked_fill(~mask, -torch.inf).to(torch.promote_types(v.dtype, torch.float32))
             weights = scores.softmax(-1).to(v.dtype)  # [B, Hkv, H/Hkv * T, S]
             x = (weights @ v).view(B, -1, T, self.head_dim)  # [B, H, T, D]
         else:
-            k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)  # [B, H, S, D]
+            k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)  # [B, H, S, D]
             x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # [B, H, T, D]
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # [B, T, hidden]
 

@@ -34,11 +34,13 @@ def next_tokens(logits, uniform, temperature, top_p):
     if top_p < 1:
         ordered, order = log_probs.sort(-1, descending=True)  # [R, V]
         before = ordered.exp().cumsum(-1) - ordered.exp()  # mass of the likelier tokens
-        dropped = (before >= top_p).scatter(-1, order, before >= top_p)
+        dropped = torch.empty_like(before, dtype=torch.bool).scatter(-1, order, before >= top_p)
         log_probs = log_probs.masked_fill(dropped, -torch.inf).log_softmax(-1)
     # Inverse transform: the first token whose cumulative mass exceeds the uniform number.
-    mass = log_probs.exp().cumsum(-1, dtype=torch.float64)  # [R, V]
-    ids = torch.searchsorted(mass, uniform[:, None].double() * mass[:, -1:], right=True)  # [R, 1]
+    high = torch.float32 if logits.device.type == "mps" else torch.float64  # which mps does not have
+    mass = log_probs.exp().cumsum(-1, dtype=high)  # [R, V]
+    ids = torch.searchsorted(mass, uniform[:, None].to(high) * mass[:, -1:], right=True)  # [R, 1]
+    ids = ids.clamp(max=logits.shape[-1] - 1)  # in float32 the product may round up to the whole mass
     return ids.squeeze(-1), log_probs.gather(-1, ids).squeeze(-1)
 
 

@@ -23,7 +23,7 @@ from data.sources import read_records, read_tools
 FREE_FLAGS = ("command", "run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
 
 
-def train(args, student_folder, teacher_folder=None, **objective):
+def run_training(args, student_folder, teacher_folder=None, **objective):
     """What `sft` and `ckd` share: read, check, load, train, show, save."""
     import ckd
     from model import Transformer
@@ -50,16 +50,21 @@ def train(args, student_folder, teacher_folder=None, **objective):
         Transformer.from_pretrained(folder, device="meta")
     teacher = None
     if teacher_folder:
-        load = lambda: Transformer.from_pretrained(teacher_folder, dtype, device)  # noqa: E731
+        def load():
+            return Transformer.from_pretrained(teacher_folder, dtype, device)
+
         teacher = ckd.open_teacher(load, groups + valid, args.objective, args.k, width, device, args.micro_tokens,
-                                   args.seed, args.cache, made_from, ranks)
-    read = [Path(p).resolve() for p in (student_folder, teacher_folder, args.data, args.valid) if p]
-    if args.overwrite and any(Path(args.out).resolve() in (path, *path.parents) for path in read):
+                                   args.seed, args.cache, made_from | {"dtype": args.dtype}, ranks)
+    read = [Path(p, "x").resolve() for p in (student_folder, teacher_folder) if p]
+    read += [Path(p).resolve() for p in (args.data, args.valid) if p]
+    if args.overwrite and any(Path(args.out).resolve() in path.parents for path in read):
         raise InputError(f"{args.out}: --overwrite would delete what this run reads; name another --out")
     start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
                      args.overwrite, device, rank)
     student = Transformer.from_pretrained(student_folder, device=device)
     student.model.gradient_checkpointing = args.gradient_checkpointing
+    if args.valid and not valid:
+        say(f"{args.valid}: no record is within the caps, so nothing is validated")
     say(f"{sum(len(g['responses']) for g in groups):,} responses to {len(groups):,} prompts, {len(valid)} prompts held "
         f"out; {student.size() / 1e6:,.1f} M parameters on {device}, {args.dtype} over float32"
         + (f"; resuming after step {start}" if start else ""))
@@ -89,13 +94,13 @@ def train(args, student_folder, teacher_folder=None, **objective):
 
 def run_sft(args):
     """Cross-entropy on gold answers (or on the responses of a rollout file): `ckd --objective ce` without a teacher."""
-    return train(args, args.model, kind="ce")
+    return run_training(args, args.model, kind="ce")
 
 
 def run_ckd(args):
     """Distil a teacher into a student along the teacher's own responses."""
     tail = args.tail_weight if args.tail_weight is not None else 10.0 if args.objective == "ckd" else 0.0
-    return train(args, args.student, args.teacher, kind=args.objective, m=args.m, tail_weight=tail,
+    return run_training(args, args.student, args.teacher, kind=args.objective, m=args.m, tail_weight=tail,
                  kd_ratio=args.kd_ratio)
 
 
@@ -108,7 +113,8 @@ def run_rollout(args):
     from model import Transformer
     from train import set_up
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
-    records = read_records(args.data, need_answer=False)[:args.limit]
+    rendered = {"rendered": {"think": chat.think, "tools": chat.tools}}
+    records = [record | rendered for record in read_records(args.data, need_answer=False)[:args.limit]]
     prompts = [chat.encode(chat.prompt(record)) for record in records]
     prompts = [ids if len(ids) <= args.max_prompt_tokens else None for ids in prompts]
     if None in prompts:

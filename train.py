@@ -6,8 +6,11 @@ Departures from the released code:
    mean of micro-batch means, so that a token's weight depends on its neighbour's length).
 2. No positions x vocabulary tensor exists: the head runs on chunks of the counted positions only.
 3. A checkpoint is safetensors and JSON. All randomness is a function of (seed, step), so a step number is all the
-   random state and data position there is, and a resumed run repeats the uninterrupted one.
+   random state and data position there is, and a resumed run repeats the uninterrupted one (to the bit on a CPU;
+   a GPU's sums have no fixed order).
+4. Gradient checkpointing is a flag, not the rule.
 """
+import atexit
 import json
 import math
 import os
@@ -76,6 +79,8 @@ def head_loss(h, W, weights, objective, chunk=256, dtype=None):
     >>> head_loss(h, W, torch.full((3,), 1 / 3), nll, chunk=2)[0]
     tensor(0.5514)
     """
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient under no_grad too
+        h, W = h.detach(), W.detach()
     with torch.autocast(h.device.type, enabled=False):  # the chunks choose their own precision
         total, *sums, names = HeadLoss.apply(h, W, weights, objective, chunk, dtype or h.dtype)
     return total, dict(zip(names, sums))
@@ -133,6 +138,7 @@ def set_up(device):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
     return torch.device(device), int(os.environ.get("RANK", 0)), ranks
 
 
@@ -202,34 +208,34 @@ def log_metrics(out, row):
 
 
 def save_checkpoint(out, step, model, optimiser, keep=2):
-    """Write checkpoints/step-… (weights, optimiser, step) whole or not at all; keep the last `keep`."""
+    """Write checkpoints/step-… (weights and optimiser moments) whole or not at all; keep the last `keep`."""
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     new = folder.with_suffix(".tmp")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
-    named = dict(model.named_parameters())
-    save_tensors({name: p.detach() for name, p in named.items()}, new / "weights.safetensors")
-    moments = {f"{name}/{key}": optimiser.state[p][key] for name, p in named.items()
-               for key in ("exp_avg", "exp_avg_sq", "step")}
-    save_tensors(moments, new / "optimiser.safetensors")
-    write_json(new / "state.json", {"step": step})
+    save_tensors({name: p.detach() for name, p in model.named_parameters()}, new / "weights.safetensors")
+    for moment in ("exp_avg", "exp_avg_sq"):  # a file each: writing one takes a copy of it in memory
+        save_tensors({name: optimiser.state[p][moment] for name, p in model.named_parameters()},
+                     new / f"{moment}.safetensors")
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(new, folder)
-    for old in sorted((Path(out) / "checkpoints").glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    kept = sorted((Path(out) / "checkpoints").glob("step-??????"))[-keep:]
+    for old in (Path(out) / "checkpoints").iterdir():  # older ones, and what a killed run left half-written
+        if old not in kept:
+            shutil.rmtree(old)
 
 
 @torch.no_grad()
 def load_checkpoint(out, step, model, optimiser):
     """Put the weights and the optimiser back as they were at the end of `step`."""
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
-    with (safe_open(folder / "weights.safetensors", "pt") as weights,
-          safe_open(folder / "optimiser.safetensors", "pt") as moments):
-        for name, p in model.named_parameters():
-            p.copy_(weights.get_tensor(name))
-            optimiser.state[p] = {key: moments.get_tensor(f"{name}/{key}").to(p.device).clone()
-                                  for key in ("step", "exp_avg", "exp_avg_sq")}
+    files = {what: safe_open(folder / f"{what}.safetensors", "pt") for what in ("weights", "exp_avg", "exp_avg_sq")}
+    for name, p in model.named_parameters():
+        p.copy_(files["weights"].get_tensor(name))
+        optimiser.state[p] = {what: files[what].get_tensor(name).to(p.device, copy=True)
+                              for what in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[p]["step"] = torch.tensor(float(step), device=p.device)
 
 
 class Interrupt:

@@ -8,7 +8,7 @@ import random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data.chat import Chat
+from data.chat import EXAMPLE_CALL, Chat
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
 CITIES = "Lima Oslo Cairo Quito Paris Tokyo Delhi Accra Turin Porto Kyoto Perth".split()
@@ -87,7 +87,7 @@ def make(out, seed=42, records=512):
     (out / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     writer = Chat()  # a renderer without a tokenizer: its text is what the tokenizer is trained on
     writer.family, writer.default_system, writer.think, writer.tools = "qwen3", None, "off", "flat"
-    writer.example_call = '{"name": <function-name>, "arguments": <args-json-object>}'
+    writer.example_call = EXAMPLE_CALL
     tokenizer = make_tokenizer(writer.prompt(row) + writer.answer(row) for row in rows)
     make_model(out / "teacher-init", tokenizer, seed, hidden=128, layers=4)
     make_model(out / "student-init", tokenizer, seed + 1, hidden=64, layers=2)

@@ -27,9 +27,10 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     """Turn records into groups of ids.
 
     A record with `responses` (a rollout file) gives one response for each, by its own token ids where it has them; any
-    other record trains along its gold answer. `mask` says which response tokens count (paper.md 1.2): all · think, up
-    to and including the last `</think>` · answer, what follows it · alter, think and answer in turn by response. A
-    response without `</think>` is all think.
+    other record trains along its gold answer. A response given as text only gets the end token it lacks. `mask` says
+    which response tokens count (paper.md 1.2): all · think, up to and including the last `</think>` · answer, what
+    follows it · alter, think and answer in turn by response. A response without `</think>` is all think where the
+    prompt opened a think block, and all answer where it did not.
 
     Returns (groups, left_out): a group is a dict of `record`, `prompt` (ids) and `responses`, each a dict of `ids` and
     `span`, the part [start, end) that counts; left_out says what was not taken and why, {reason: number}.
@@ -38,13 +39,19 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
         raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
     groups, seen = [], 0
     left_out = {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}
+    rendered = {"think": chat.think, "tools": chat.tools}
     for record in records:
+        if record.get("rendered", rendered) != rendered:
+            raise InputError(f"record {record['id']}: was sampled with --think {record['rendered']['think']} --tools "
+                             f"{record['rendered']['tools']}; give the same to this command")
         prompt = chat.encode(chat.prompt(record))
         if len(prompt) > max_prompt_tokens:
             left_out["prompts too long"] += 1
             continue
         if record.get("responses"):
             texts = [r.get("ids") or chat.encode(r["text"]) for r in record["responses"]]
+            texts = [ids if ids[-1] in chat.stop_ids or r.get("ids") else ids + [chat.end_id]
+                     for ids, r in zip(texts, record["responses"])]
         else:
             texts = [chat.encode(chat.answer(record))]
         group = {"record": record, "prompt": prompt, "responses": []}
@@ -54,7 +61,9 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
             if len(ids) > max_response_tokens:
                 left_out["responses too long"] += 1
                 continue
-            cut = len(ids) - ids[::-1].index(chat.think_end_id) if chat.think_end_id in ids else len(ids)
+            cut = len(ids) if chat.think == "on" else 0
+            if chat.think_end_id in ids:
+                cut = len(ids) - ids[::-1].index(chat.think_end_id)
             start, end = {"all": (0, len(ids)), "think": (0, cut), "answer": (cut, len(ids))}[part]
             if start == end:
                 left_out["responses with nothing to learn"] += 1

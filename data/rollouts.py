@@ -28,18 +28,20 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
         raise InputError(f"{out}: no prompt is left to answer; raise --max-prompt-tokens")
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_part(part, arguments) if resume and part.exists() else {}
+    lines = [arguments, *done.items()]
+    with open(f"{part}.tmp", "w", encoding="utf-8") as sink:  # renamed: a kill leaves the old part or the new one
+        sink.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    os.replace(f"{part}.tmp", part)
     order = sorted((i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: -len(prompts[i]))
-    with open(part, "w", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
-        sink.write(json.dumps(arguments) + "\n")
+    with open(part, "a", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
         for at in range(0, len(order), together):
             batch = order[at:at + together]
             if any(i not in done for i in batch):
                 bar.set_postfix_str(f"{len(batch)} prompts of up to {len(prompts[batch[0]])} tokens")
                 for i, responses in zip(batch, sample([prompts[i] for i in batch], at)):
                     done[i] = records[i] | {"responses": responses}
-            for i in batch:
-                sink.write(json.dumps([i, done[i]], ensure_ascii=False) + "\n")
-            sink.flush()
+                    sink.write(json.dumps([i, done[i]], ensure_ascii=False) + "\n")
+                sink.flush()
             bar.update(len(batch))
     rows = [done[i] for i in sorted(order)]
     with open(f"{out}.tmp", "w", encoding="utf-8") as sink:

@@ -1,4 +1,5 @@
 """The objectives against textbook loops, formulas and identities; the chunked head loss; the teacher and its cache."""
+import inspect
 import json
 import math
 
@@ -11,7 +12,7 @@ from ckd import objective, teacher_log_probs
 from data import InputError
 from data.groups import pack
 from model import Transformer
-from train import head_loss
+from train import adamw, head_loss, optimiser_step
 
 KINDS = ["ckd", "fkl", "rkl", "akl", "rskd", "ce"]
 V, K, M, N, H = 40, 6, 9, 11, 8
@@ -257,3 +258,62 @@ def test_training_moves_the_student_to_the_teacher(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["kl"] < 0.3 * rows[1]["kl"] and rows[-1]["inside"] > rows[1]["inside"]
     assert {"loss", "kl", "tail", "captured", "inside", "entropy", "nll", "tokens_per_s"} <= set(rows[1])
+
+
+def test_validation_computes_no_gradient(monkeypatch):
+    h, W, teacher, targets, weights = world()
+    apply = objective("ckd", targets, seen_by("ckd", teacher), 10.0, M)
+    with_gradient = head_loss(h, W, weights, apply)[0]
+    monkeypatch.setattr(torch.autograd, "grad", lambda *_: pytest.fail("a gradient was computed"))
+    with torch.no_grad():
+        assert head_loss(h, W, weights, apply)[0] == with_gradient.detach()
+
+
+def test_bfloat16_products_keep_the_direction_of_the_gradient():
+    """The default precision: chunks in bfloat16, sums and objectives in float32, gradients in the parameters' own."""
+    h, W, teacher, targets, weights = world(torch.float32)
+    apply = objective("ckd", targets, seen_by("ckd", teacher), 10.0, M)
+    exact, rounded = (torch.autograd.grad(head_loss(h, W, weights, apply, 4, dtype)[0], (h, W))
+                      for dtype in (torch.float32, torch.bfloat16))
+    for a, b in zip(exact, rounded):
+        assert b.dtype == torch.float32 and not torch.equal(a, b)
+        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+        assert abs(a.norm() / b.norm() - 1) < 0.02
+
+
+def test_the_optimiser_is_the_released_one():
+    model = Transformer(CONFIG | {"model_type": "qwen2"}).init_weights(0)
+    matrices, vectors = adamw(model, 0.5, 0.25).param_groups
+    assert matrices["weight_decay"] == 0.25 and vectors["weight_decay"] == 0.0
+    assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in vectors["params"]} == {1}
+    assert matrices["betas"] == vectors["betas"] == (0.9, 0.95) and matrices["eps"] == 1e-8
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    norm = optimiser_step(model, torch.optim.SGD(model.parameters(), lr=9.0), lr=1.0)  # the given rate counts
+    moved = torch.cat([(a - p.detach()).flatten() for a, p in zip(before, model.parameters())])
+    assert norm == pytest.approx(3 * model.size() ** 0.5, rel=1e-4)
+    assert moved.norm() == pytest.approx(1.0, rel=1e-4)  # clipped to norm 1
+
+
+def test_defaults_are_the_released_settings():
+    """paper.md 2."""
+    import star
+    a = star.parser().parse_args("ckd --teacher t --student s --data d --out o".split())
+    assert (a.objective, a.k, a.m, a.kd_ratio, a.mask, a.batch, a.epochs) == ("ckd", 100, 100, 1.0, "all", 128, 1)
+    assert (a.lr, a.weight_decay, a.max_prompt_tokens, a.max_response_tokens, a.seed) == (3e-6, 1e-4, 5120, 512, 42)
+    a = star.parser().parse_args("rollout --model m --data d --out o".split())
+    assert (a.n, a.temperature, a.top_p) == (8, 1.0, 1.0)
+    defaults = inspect.signature(ckd.distill).parameters
+    assert {name: defaults[name].default for name in ("kind", "m", "tail_weight", "lr", "weight_decay", "batch")} == {
+        "kind": "ckd", "m": 100, "tail_weight": 10.0, "lr": 3e-6, "weight_decay": 1e-4, "batch": 128}
+
+
+@pytest.mark.parametrize("objective,expected", [("ckd", 10.0), ("fkl", 0.0), ("akl", 0.0)])
+def test_lambda_is_ten_for_ckd_and_none_for_the_others(objective, expected, monkeypatch):
+    import star
+    monkeypatch.setattr(star, "run_training", lambda *_, tail_weight, **__: tail_weight)
+    a = star.parser().parse_args(f"ckd --teacher t --student s --data d --out o --objective {objective}".split())
+    assert a.run(a) == expected
+    a = star.parser().parse_args("ckd --teacher t --student s --data d --out o --tail-weight 2 --objective akl".split())
+    assert a.run(a) == 2.0

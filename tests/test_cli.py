@@ -294,7 +294,8 @@ def test_cached_equals_live(here, objective):
 def test_rollout(here, capsys):
     assert run(ROLLOUT) == 0
     given, written = rows("train.jsonl"), rows("out.jsonl")
-    assert [{**row, "responses": 0} for row in written] == [{**row, "responses": 0} for row in given]
+    added = {"responses": 0, "rendered": {"think": "on", "tools": "flat"}}
+    assert [row | added | {"rendered": row["rendered"]} for row in written] == [row | added for row in given]
     for response in (response for row in written for response in row["responses"]):
         assert list(response) == ["text", "ids", "finish_reason", "logprob"] and 1 <= len(response["ids"]) <= 8
     assert not Path("out.jsonl.part").exists()
@@ -340,7 +341,7 @@ def test_help(capsys, command):
 
 # ---- stopped and resumed -----------------------------------------------------------------------------------------
 
-LONG = f"{CKD} --samples 0 --steps 12 --save-every 2 --cache cache --out"
+LONG = f"{CKD} --samples 0 --steps 12 --save-every 2 --out"
 
 
 def wait_for(process, happened):
@@ -376,15 +377,16 @@ def test_killed_and_resumed(here):
 
 
 def test_interrupted_and_resumed(here):
-    assert run(f"{LONG} whole") == 0
-    process, log = start(f"{LONG} run"), Path("run/metrics.jsonl")
+    command = LONG.replace("--out", "--objective rskd --cache cache --out")  # draws, and a cache to come back to
+    assert run(f"{command} whole") == 0
+    process, log = start(f"{command} run"), Path("run/metrics.jsonl")
     wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130 and "Stopping after this step" in error and "Traceback" not in error
     last = rows("run/metrics.jsonl")[-1]["step"]
-    assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/state.json").exists()
-    assert run(f"{LONG} run --resume") == 0
+    assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/weights.safetensors").exists()
+    assert run(f"{command} run --resume") == 0
     is_the_uninterrupted("run")
 
 
@@ -402,9 +404,10 @@ def test_rollout_killed_and_resumed(here):
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
 
 
-def test_two_processes_are_one(here):
-    assert run(f"{CKD} --out one --micro-tokens 600") == 0
-    process = start(f"{CKD} --out two --micro-tokens 600", (
+@pytest.mark.parametrize("micro_tokens", [600, 100_000])  # with the larger, one of the two has nothing to do
+def test_two_processes_are_one(here, micro_tokens):
+    assert run(f"{CKD} --out one --micro-tokens {micro_tokens}") == 0
+    process = start(f"{CKD} --out two --micro-tokens {micro_tokens}", (
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"))  # else --m is its own
     _, error = process.communicate()
     assert process.returncode == 0, error

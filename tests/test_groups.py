@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ckd import objective
+from data import InputError
 from data.groups import (counted_tokens, length, make_groups, micro_batches, optimiser_batches, pack, visible)
 from model import Transformer
 from train import head_loss
@@ -109,8 +110,8 @@ def test_batches_are_whole_groups_in_an_order_of_seed_and_epoch(groups):
 
 
 class Words:
-    """A stand-in for a tokenizer: a text is its ids, one a word; 9 is </think>."""
-    think_end_id = 9
+    """A stand-in for a tokenizer: a text is its ids, one a word; 9 is </think>, 0 the end."""
+    think, tools, think_end_id, end_id, stop_ids = "on", "flat", 9, 0, [0, 1]
 
     def encode(self, text):
         return [int(word) for word in text.split()]
@@ -124,15 +125,30 @@ class Words:
 
 def test_masks_caps_and_where_responses_come_from():
     records = [{"prompt": "1 2 3", "answer": "4 9 5 6"},
-               {"prompt": "1", "responses": [{"ids": [7, 9, 8, 9, 2], "text": "1 1"}, {"text": "3 4"}]},
+               {"prompt": "1", "responses": [{"ids": [7, 9, 8, 9, 2], "text": "1 1"}, {"text": "3 0"}]},
                {"prompt": "1 2 3 4 5 6", "answer": "1"},
                {"prompt": "1", "responses": [{"text": "1 2 3 4 5 6 7 8"}]}]
-    spans = lambda mask: [r["span"] for g in make_groups(records, Words(), 5, 6, mask)[0]  # noqa: E731
+    chat = Words()
+    spans = lambda mask: [r["span"] for g in make_groups(records, chat, 5, 6, mask)[0]  # noqa: E731
                           for r in g["responses"]]
     assert spans("all") == [(0, 4), (0, 5), (0, 2)]
     assert spans("think") == [(0, 2), (0, 4), (0, 2)]  # up to the last </think>; without one, all of it
     assert spans("answer") == [(2, 4), (4, 5)]  # the response that is all thought has nothing to count
     assert spans("alter") == [(0, 2), (4, 5), (0, 2)]  # think, answer, think
-    groups, left_out = make_groups(records, Words(), 5, 6)
+    chat.think = "off"  # the think block stands in the prompt: a response without the tag is all answer
+    assert spans("think") == [(0, 2), (0, 4)] and spans("answer") == [(2, 4), (4, 5), (0, 2)]
+    groups, left_out = make_groups(records, chat, 5, 6)
     assert left_out["prompts too long"] == 1 and left_out["responses too long"] == 1
     assert groups[1]["responses"][0]["ids"] == [7, 9, 8, 9, 2]  # the file's own ids, not its text again
+
+
+def test_text_gets_the_end_token_it_lacks_and_ids_are_left_alone():
+    record = {"prompt": "1", "responses": [{"text": "3 4"}, {"text": "3 1"}, {"ids": [3, 4], "text": "3 4"}]}
+    responses = make_groups([record], Words(), 9, 9)[0][0]["responses"]
+    assert [r["ids"] for r in responses] == [[3, 4, 0], [3, 1], [3, 4]]  # a sample that was cut off stays cut off
+
+
+def test_rollouts_of_another_rendering_are_refused():
+    record = {"id": "r", "prompt": "1", "responses": [{"ids": [3]}], "rendered": {"think": "off", "tools": "flat"}}
+    with pytest.raises(InputError, match="record r: was sampled with --think off --tools flat"):
+        make_groups([record], Words(), 9, 9)

@@ -117,9 +117,10 @@ def test_one_uniform_number_a_token_whatever_else_runs(model, prompts):
 
 
 def test_extremes_of_the_uniform_number_and_of_top_p():
-    logits = torch.tensor([[-50.0, 0.0, 0.0, -50.0]])
-    assert next_tokens(logits, torch.tensor([0.0]), 1.0, 1.0)[0].item() in (0, 1)
-    assert next_tokens(logits, torch.tensor([1 - 2**-24]), 1.0, 1.0)[0].item() in (2, 3)
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    for uniform, token in ((0.0, 1), (0.4999, 1), (0.5001, 2), (1 - 2**-24, 2)):
+        ids, logprobs = next_tokens(logits, torch.tensor([uniform]), 1.0, 1.0)
+        assert ids.item() == token and logprobs.item() == pytest.approx(-0.6931, abs=1e-3)
     ids, logprobs = next_tokens(torch.tensor([[1.0, 3.0, 2.0]]).repeat(50, 1), torch.rand(50), 1.0, 1e-6)
     assert (ids == 1).all() and (logprobs == 0).all()  # a top-p of nothing still keeps the likeliest
 
