@@ -20,7 +20,7 @@ from data.chat import Chat
 from data.groups import make_groups
 from data.sources import read_records, read_tools
 
-FREE_FLAGS = ("command", "run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
+FREE_FLAGS = ("run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
 
 
 def run_training(args, student_folder, teacher_folder=None, **objective):
@@ -193,6 +193,8 @@ def run_demo(args):
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise InputError(f"{out}: exists already; give --overwrite or another --out")
+    print(f"Makes a small random teacher and student in {out}, then runs sft, rollout and ckd on them: "
+          + ("half a minute" if args.quick else "about two minutes") + " on two CPU cores.")
     demo.make(out, args.seed)
     small = ["--hold-out", "16", "--batch", "32", "--dtype", "float32", "--device", "cpu", "--valid-every", "20",
              "--samples", "3", "--seed", str(args.seed)]

@@ -168,6 +168,8 @@ REFUSED = {
     "run is a file": (f"{SFT} --out train.jsonl", None, "train.jsonl: is a file; --out names a folder"),
     "run is a file, overwritten": (f"{SFT} --out train.jsonl --overwrite", None, "train.jsonl: is a file; --out names"),
     "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
+    "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: earlier(SFT),
+                               "run: --overwrite would delete what this run reads; "),
     "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: earlier(CKD), "run: was begun with another .*k.*; resu"),
     "cache of another teacher": (
         f"{CKD} --cache cache --overwrite", lambda: earlier(
