@@ -190,7 +190,9 @@ def read_tokenizer(folder):
         raise InputError(f'{path}: has no "model"; download or copy it again')
     try:
         return Tokenizer.from_file(str(path))
-    except Exception as e:  # tokenizers raises plain Exception and nothing narrower; only its one call stands here
+    except Exception as e:
+        if type(e) is not Exception:  # tokenizers raises plain Exception and nothing narrower
+            raise
         raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
 
 
