@@ -188,17 +188,17 @@ def run_chat(args):
 
 
 def run_demo(args):
-    """Make a small random pair and its data, train the teacher, let it answer, distil; about two minutes."""
+    """Make a small random pair and its data, train the teacher, let it answer, distil; two to three minutes."""
     from data import demo
     out = Path(args.out)
     if out.exists() and not args.overwrite:
         raise InputError(f"{out}: exists already; give --overwrite or another --out")
     print(f"Makes a small random teacher and student in {out}, then runs sft, rollout and ckd on them: "
-          + ("half a minute" if args.quick else "about two minutes") + " on two CPU cores.")
+          + ("half a minute" if args.quick else "two to three minutes") + " on two CPU cores.")
     demo.make(out, args.seed)
     small = ["--hold-out", "16", "--batch", "32", "--dtype", "float32", "--device", "cpu", "--valid-every", "20",
              "--samples", "3", "--seed", str(args.seed)]
-    steps = ("10", "5") if args.quick else ("120", "60")
+    steps = ("10", "5") if args.quick else ("70", "160")
     for line in (
             ["sft", "--model", f"{out}/teacher-init", "--data", f"{out}/train.jsonl", "--out", f"{out}/teacher",
              "--steps", steps[0], "--lr", "3e-3", *small],

@@ -74,7 +74,7 @@ def make_model(folder, tokenizer, seed, hidden=64, layers=2, vocab_size=None, **
               "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "eos_token_id": end,
               "tie_word_embeddings": True, "vocab_size": vocab_size or tokenizer.get_vocab_size()} | settings
     (folder / "config.json").write_text(json.dumps(config))
-    model = Transformer(config).init_weights(seed)
+    model = Transformer(config).init_weights(seed, std=0.5 * hidden ** -0.5)  # 0.02 is for models a thousand wide
     model.folder = folder
     model.save_pretrained(folder)
 
