@@ -86,7 +86,8 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
                 sample["finish_reason"], alive[row, slot] = "stop", -2
         if each_step is not None:
             each_step(came)
-        # Those that ended leave the batch: a prompt with none left leaves the cache, and slots close up.
+        # Those that ended leave the batch: a prompt with none left leaves the cache, and slots close up. All prompts
+        # have as many slots as the one with most still running; the others' spare slots are empty.
         running = (alive >= 0).sum(1)  # [rows]
         if step + 1 == max_new_tokens or not running.any():
             break

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The real run of the README: a 0.5B teacher made by sft on real records, distilled into the 0.5B as shipped by ckd, and
-# beside it cross-entropy on the same rollouts in the same order (equal tokens). About 50 minutes on two CPU cores.
+# beside it cross-entropy on the same rollouts in the same order (equal tokens). About an hour on two quiet CPU cores.
 #
 #   tests/real_run.sh MODEL_FOLDER RECORDS.jsonl.gz VALIDATION.jsonl.gz OUT [LARGER_TEACHER_FOLDER]
 #
