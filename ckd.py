@@ -20,7 +20,6 @@ Departures from the released code:
 """
 import hashlib
 import json
-import os
 import shutil
 import time
 from pathlib import Path
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import WHOLE_FOLDER, InputError, read_json, write_json
+from data import WHOLE_FOLDER, InputError, read_json, refuse_changes, whole_folder, write_json
 from data.chat import read_tokenizer
 from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack, visible
 from train import (Interrupt, adamw, autocast, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
@@ -170,12 +169,8 @@ def check_pair(teacher_folder, student_folder):
             {"teacher": fingerprint(teacher_folder), "tokenizer": tokenizer})
 
 
-def open_cache(folder, groups, made_from, k):
-    """Open a cache of teacher log-probs and note in each response where its rows are.
-
-    Returns (ids, log_p) as memory maps [positions, k], or None when `folder` is empty or not there. InputError when
-    it is no cache, and when what it was made from differs from `made_from` or from these groups' ids.
-    """
+def number_rows(groups):
+    """Note in each response where its rows are in a cache. Returns what identifies these groups to it."""
     digest, position = hashlib.sha256(), 0
     for group in groups:
         digest.update(np.array(group["prompt"], dtype=np.int32).tobytes() + b"prompt")
@@ -183,14 +178,19 @@ def open_cache(folder, groups, made_from, k):
             response["row"] = position
             position += response["span"][1] - response["span"][0]
             digest.update(np.array([*response["span"], *response["ids"]], dtype=np.int32).tobytes() + b"response")
-    made_from |= {"data": digest.hexdigest()[:16], "positions": position, "k": k}
+    return {"data": digest.hexdigest()[:16], "positions": position}
+
+
+def open_cache(folder, made_from):
+    """Open a cache of teacher log-probs: (ids, log_p) as memory maps [positions, k].
+
+    None when `folder` is empty or not there. InputError when it is no cache, or made from something else.
+    """
     folder = Path(folder)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
     found = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
-    if differing := [key for key in made_from if found.get(key) != made_from[key]]:
-        raise InputError(f"{folder}: this cache was made from another {' and another '.join(differing)}; "
-                         "remove the folder or name a new one")
+    refuse_changes(f"{folder}: this cache was made from", found, made_from, "remove the folder or name a new one")
     try:
         return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "log_p.npy", mmap_mode="r")
     except ValueError as e:
@@ -202,23 +202,19 @@ def write_cache(folder, groups, made_from, teacher, k, width, device, micro_toke
     size = made_from["positions"] * k * 6
     print(f"Teacher cache: {made_from['positions']:,} positions x {k} x 6 bytes = {6 * k:,} bytes per token, "
           f"{size / 1e9:.2f} GB in {folder}")
-    new = Path(f"{folder}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    if shutil.disk_usage(new).free < size:
-        new.rmdir()
-        raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; use a smaller --k or another disk")
-    shape = (made_from["positions"], k)
-    ids = np.lib.format.open_memmap(new / "ids.npy", mode="w+", dtype=np.int32, shape=shape)
-    log_p = np.lib.format.open_memmap(new / "log_p.npy", mode="w+", dtype=np.float16, shape=shape)
-    for micro in tqdm(micro_batches(groups, micro_tokens), desc="teacher cache", unit="batch"):
-        tokens, values = teacher_log_probs(teacher, pack(micro, device), k, width, draws)
-        at = cache_rows(micro)
-        ids[at], log_p[at] = tokens.cpu().numpy(), values.cpu().numpy()
-    ids.flush()
-    log_p.flush()
-    write_json(new / "cache.json", made_from)
-    os.replace(new, folder)
+    with whole_folder(folder) as new:
+        if shutil.disk_usage(new).free < size:
+            raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; use a smaller --k or another one")
+        shape = (made_from["positions"], k)
+        ids = np.lib.format.open_memmap(new / "ids.npy", mode="w+", dtype=np.int32, shape=shape)
+        log_p = np.lib.format.open_memmap(new / "log_p.npy", mode="w+", dtype=np.float16, shape=shape)
+        for micro in tqdm(micro_batches(groups, micro_tokens), desc="teacher cache", unit="batch"):
+            tokens, values = teacher_log_probs(teacher, pack(micro, device), k, width, draws)
+            at = cache_rows(micro)
+            ids[at], log_p[at] = tokens.cpu().numpy(), values.cpu().numpy()
+        ids.flush()
+        log_p.flush()
+        write_json(new / "cache.json", made_from)
 
 
 def cache_rows(groups):
@@ -245,8 +241,9 @@ def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micr
         return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
 
     if cache is not None:
-        made_from = made_from | {"view": f"draws with seed {seed}" if kind == "rskd" else "top-k", "width": width}
-        stored = open_cache(cache, groups, made_from, k)
+        what = f"draws with seed {seed}" if kind == "rskd" else "top-k"
+        made_from = made_from | number_rows(groups) | {"view": what, "width": width, "k": k}
+        stored = open_cache(cache, made_from)
         if stored is None and ranks > 1:
             raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
 
@@ -257,7 +254,7 @@ def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micr
             return teacher_log_probs(teacher, packed, k, width, draws(*when))
         if stored is None:
             write_cache(cache, groups, made_from, load(), k, width, device, micro_tokens, draws())
-            stored = open_cache(cache, groups, made_from, k)
+            stored = open_cache(cache, made_from)
         ids, log_p = (part[cache_rows(micro)] for part in stored)  # [N, k] each
         return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(log_p.astype(np.float32)).to(device)
 

@@ -9,7 +9,6 @@ Departures from the published models' own code:
 2. A tied output head is not a parameter: `head_weight` is the embedding matrix itself.
 3. Dense models only. Mixture of experts, sliding windows in use and rope scaling are refused by name.
 """
-import json
 import os
 import shutil
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import WHOLE_FOLDER, InputError, read_json
+from data import WHOLE_FOLDER, InputError, read_json, whole_folder, write_json
 
 # Everything beside the weights that `transformers` and vLLM want to find in a model folder.
 CARRIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
@@ -277,23 +276,16 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that `transformers` and vLLM load: weights, config.json, and the tokenizer and generation
-        files of the folder this model came from. `dtype` None keeps the weights' own. Written beside `folder` and
-        renamed into place, so that it is there whole or not at all."""
-        folder = Path(folder)
-        new = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
+        files of the folder this model came from. `dtype` None keeps the weights' own. There whole, or not at all."""
         state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in self.named_parameters()}
-        save_tensors(state, new / "model.safetensors")
         name = str(next(iter(state.values())).dtype).removeprefix("torch.")
         config = {k: v for k, v in self.config.items() if k not in ("torch_dtype", "dtype")} | {"torch_dtype": name}
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for file in CARRIED_FILES:
-            if self.folder is not None and (self.folder / file).exists():
-                shutil.copyfile(self.folder / file, new / file)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(new, folder)
+        with whole_folder(folder) as new:
+            save_tensors(state, new / "model.safetensors")
+            write_json(new / "config.json", config)
+            for file in CARRIED_FILES:
+                if self.folder is not None and (self.folder / file).exists():
+                    shutil.copyfile(self.folder / file, new / file)
 
 
 def understood(config, where):

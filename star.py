@@ -101,7 +101,7 @@ def run_ckd(args):
     """Distil a teacher into a student along the teacher's own responses."""
     tail = args.tail_weight if args.tail_weight is not None else 10.0 if args.objective == "ckd" else 0.0
     return run_training(args, args.student, args.teacher, kind=args.objective, m=args.m, tail_weight=tail,
-                 kd_ratio=args.kd_ratio)
+                        kd_ratio=args.kd_ratio)
 
 
 def run_rollout(args):
@@ -227,7 +227,7 @@ def torch_dtype(name):
 
 
 def answers(model, chat, groups, dtype, name):
-    """Greedy answers to a few groups' prompts: [{"request", "gold" or first response, name: text}]."""
+    """Greedy answers to a few groups' prompts: [{"request", "gold" or None, name: text}]."""
     import torch
 
     import simrl

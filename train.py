@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from data import InputError, read_json, write_json
+from data import InputError, read_json, refuse_changes, whole_folder, write_json, write_lines
 from model import save_tensors
 
 
@@ -184,10 +184,8 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
         if overwrite:
             shutil.rmtree(out, ignore_errors=True)
         elif (out / "arguments.json").exists():
-            before = read_json(out / "arguments.json")
-            if differing := [name for name in arguments if before.get(name) != arguments[name]]:
-                raise InputError(f"{out}: was begun with another {' and '.join(differing)}; resume with the settings "
-                                 "in its arguments.json, or start anew with --overwrite")
+            refuse_changes(f"{out}: was begun with", read_json(out / "arguments.json"), arguments,
+                           "resume with the settings in its arguments.json, or start anew with --overwrite")
             steps = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-??????")]
             step = max(steps, default=0)
         out.mkdir(parents=True, exist_ok=True)
@@ -195,9 +193,7 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
         log = out / "metrics.jsonl"
         if log.exists():  # what was logged after the checkpoint comes again; a kill may have left half a line
             lines = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-            new = log.with_suffix(".tmp")  # renamed, so that a kill leaves the old log or the new one
-            new.write_text("".join(line + "\n" for line in lines if step))
-            os.replace(new, log)
+            write_lines(log, (line + "\n" for line in lines if step))
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 
@@ -209,17 +205,11 @@ def log_metrics(out, row):
 
 def save_checkpoint(out, step, model, optimiser, keep=2):
     """Write checkpoints/step-… (weights and optimiser moments) whole or not at all; keep the last `keep`."""
-    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
-    new = folder.with_suffix(".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    save_tensors({name: p.detach() for name, p in model.named_parameters()}, new / "weights.safetensors")
-    for moment in ("exp_avg", "exp_avg_sq"):  # a file each: writing one takes a copy of it in memory
-        save_tensors({name: optimiser.state[p][moment] for name, p in model.named_parameters()},
-                     new / f"{moment}.safetensors")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(new, folder)
+    with whole_folder(Path(out) / "checkpoints" / f"step-{step:06d}") as new:
+        save_tensors({name: p.detach() for name, p in model.named_parameters()}, new / "weights.safetensors")
+        for moment in ("exp_avg", "exp_avg_sq"):  # a file each: writing one takes a copy of it in memory
+            save_tensors({name: optimiser.state[p][moment] for name, p in model.named_parameters()},
+                         new / f"{moment}.safetensors")
     kept = sorted((Path(out) / "checkpoints").glob("step-??????"))[-keep:]
     for old in (Path(out) / "checkpoints").iterdir():  # older ones, and what a killed run left half-written
         if old not in kept:

@@ -1,6 +1,8 @@
 """Records, prompts and packed groups: everything between a file on disk and the tensors a model sees."""
 import json
 import os
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 WHOLE_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
@@ -29,7 +31,33 @@ def read_json(path, remedy="download or copy it again", kind=dict):
 
 
 def write_json(path, value):
-    """Write JSON beside `path` and rename it into place: there whole, or not at all."""
-    new = Path(f"{path}.tmp")
-    new.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(new, path)
+    """Write JSON to `path`: there whole, or not at all."""
+    write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False) + "\n"])
+
+
+def write_lines(path, lines):
+    """Write text lines beside `path` and rename them into place: a kill leaves the old file or the new one."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as sink:
+        sink.writelines(lines)
+    os.replace(f"{path}.tmp", path)
+
+
+@contextmanager
+def whole_folder(folder):
+    """A new folder to write into, which takes the place of `folder` at the end, or is gone if that does not come."""
+    new = Path(f"{folder}.tmp")
+    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if Path(folder).exists():
+            shutil.rmtree(folder)
+        os.replace(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def refuse_changes(where, before, now, remedy):
+    """InputError that names each setting in `now` that is another in `before`."""
+    if differing := [name for name in now if before.get(name) != now[name]]:
+        raise InputError(f"{where} another {' and another '.join(differing)}; {remedy}")

@@ -1,11 +1,10 @@
 """Rollout files: records with the `responses` a model gave, written as they are sampled."""
 import json
-import os
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, refuse_changes, write_lines
 
 
 def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False, arguments=None):
@@ -29,9 +28,7 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_part(part, arguments) if resume and part.exists() else {}
     lines = [arguments, *done.items()]
-    with open(f"{part}.tmp", "w", encoding="utf-8") as sink:  # renamed: a kill leaves the old part or the new one
-        sink.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    os.replace(f"{part}.tmp", part)
+    write_lines(part, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     order = sorted((i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: -len(prompts[i]))
     with open(part, "a", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
         for at in range(0, len(order), together):
@@ -44,9 +41,7 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
                 sink.flush()
             bar.update(len(batch))
     rows = [done[i] for i in sorted(order)]
-    with open(f"{out}.tmp", "w", encoding="utf-8") as sink:
-        sink.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(f"{out}.tmp", out)
+    write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     part.unlink()
     return rows
 
@@ -57,7 +52,6 @@ def read_part(part, arguments):
     if not whole:
         return {}
     before, *rows = map(json.loads, whole)
-    if differing := [name for name in arguments or () if before.get(name) != arguments[name]]:
-        raise InputError(f"{part}: was begun with another {' and '.join(differing)}; resume with the settings in its "
-                         "first line, or start anew with --overwrite")
+    refuse_changes(f"{part}: was begun with", before or {}, arguments or {},
+                   "resume with the settings in its first line, or start anew with --overwrite")
     return dict(rows)

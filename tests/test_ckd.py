@@ -233,7 +233,7 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
     groups = some_groups()
     groups[2]["responses"][0]["ids"][-1] ^= 1  # one token of the data
     with pytest.raises(InputError, match="another data"):
-        ckd.open_cache(tmp_path / "cache", groups + some_groups(2, seed=9), made | {"view": "top-k", "width": V}, K)
+        ckd.open_teacher(None, groups + some_groups(2, seed=9), k=K, width=V, cache=tmp_path / "cache", made_from=made)
 
 
 @pytest.mark.parametrize("kind", ["ckd", "akl", "rskd", "ce"])

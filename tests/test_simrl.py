@@ -1,4 +1,4 @@
-"""The sampler: against itself in every arrangement, against transformers, and against the distribution it should draw."""
+"""The sampler: against itself in every arrangement, against transformers, and against the distribution to draw from."""
 import os
 
 import pytest
