@@ -50,7 +50,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
             continue
         if record.get("responses"):
             texts = [r.get("ids") or chat.encode(r["text"]) for r in record["responses"]]
-            texts = [ids if ids[-1] in chat.stop_ids or r.get("ids") else ids + [chat.end_id]
+            texts = [ids if r.get("ids") or ids and ids[-1] in chat.stop_ids else ids + [chat.end_id]
                      for ids, r in zip(texts, record["responses"])]
         else:
             texts = [chat.encode(chat.answer(record))]

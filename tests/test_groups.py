@@ -143,9 +143,10 @@ def test_masks_caps_and_where_responses_come_from():
 
 
 def test_text_gets_the_end_token_it_lacks_and_ids_are_left_alone():
-    record = {"prompt": "1", "responses": [{"text": "3 4"}, {"text": "3 1"}, {"ids": [3, 4], "text": "3 4"}]}
+    record = {"prompt": "1", "responses": [{"text": "3 4"}, {"text": "3 1"}, {"ids": [3, 4], "text": "3 4"},
+                                           {"text": ""}]}
     responses = make_groups([record], Words(), 9, 9)[0][0]["responses"]
-    assert [r["ids"] for r in responses] == [[3, 4, 0], [3, 1], [3, 4]]  # a sample that was cut off stays cut off
+    assert [r["ids"] for r in responses] == [[3, 4, 0], [3, 1], [3, 4], [0]]  # a sample that was cut off stays cut off
 
 
 def test_rollouts_of_another_rendering_are_refused():
