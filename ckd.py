@@ -20,17 +20,19 @@ Departures from the released code:
 """
 import hashlib
 import json
-import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import WHOLE_FOLDER, InputError, read_json, refuse_changes, whole_folder, write_json
+from data import WHOLE_FOLDER, InputError, read_json
+from data.cache import cache_rows, fingerprint, number_rows, open_cache, write_cache
 from data.chat import read_tokenizer
 from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack, visible
+from data.show import summary
 from train import (Interrupt, adamw, autocast, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
                    peak_memory, save_checkpoint, sum_over_ranks)
 
@@ -115,7 +117,7 @@ def objective(kind, targets, teacher=None, tail_weight=0.0, m=100, kd_ratio=1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The teacher, live or from disk
+# The teacher, live or from disk (data/cache.py)
 
 @torch.no_grad()
 def teacher_log_probs(teacher, batch, k, width, draws=None, chunk=256):
@@ -138,17 +140,6 @@ def teacher_log_probs(teacher, batch, k, width, draws=None, chunk=256):
     return torch.cat(ids), torch.cat(log_p)
 
 
-def fingerprint(folder):
-    """A short hash of a model folder: its config.json, and each weight file's size and first and last MiB."""
-    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))
-            file.seek(max(0, path.stat().st_size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
-
-
 def check_pair(teacher_folder, student_folder):
     """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
 
@@ -167,60 +158,6 @@ def check_pair(teacher_folder, student_folder):
     tokenizer = hashlib.sha256(json.dumps(decisive[0]).encode()).hexdigest()[:16]
     return (widths[0] if widths[0] == widths[1] else decisive[0][0][-1][1] + 1,
             {"teacher": fingerprint(teacher_folder), "tokenizer": tokenizer})
-
-
-def number_rows(groups):
-    """Note in each response where its rows are in a cache. Returns what identifies these groups to it."""
-    digest, position = hashlib.sha256(), 0
-    for group in groups:
-        digest.update(np.array(group["prompt"], dtype=np.int32).tobytes() + b"prompt")
-        for response in group["responses"]:
-            response["row"] = position
-            position += response["span"][1] - response["span"][0]
-            digest.update(np.array([*response["span"], *response["ids"]], dtype=np.int32).tobytes() + b"response")
-    return {"data": digest.hexdigest()[:16], "positions": position}
-
-
-def open_cache(folder, made_from):
-    """Open a cache of teacher log-probs: (ids, log_p) as memory maps [positions, k].
-
-    None when `folder` is empty or not there. InputError when it is no cache, or made from something else.
-    """
-    folder = Path(folder)
-    if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
-        return None
-    found = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
-    refuse_changes(f"{folder}: this cache was made from", found, made_from, "remove the folder or name a new one")
-    try:
-        return np.load(folder / "ids.npy", mmap_mode="r"), np.load(folder / "log_p.npy", mmap_mode="r")
-    except ValueError as e:
-        raise InputError(f"{folder}: a file of this cache is cut short ({e}); remove the folder") from e
-
-
-def write_cache(folder, groups, made_from, teacher, k, width, device, micro_tokens, draws=None):
-    """Run the teacher once over all groups and keep ids (int32) and log-probs (float16) of every counted position."""
-    size = made_from["positions"] * k * 6
-    print(f"Teacher cache: {made_from['positions']:,} positions x {k} x 6 bytes = {6 * k:,} bytes per token, "
-          f"{size / 1e9:.2f} GB in {folder}")
-    with whole_folder(folder) as new:
-        if shutil.disk_usage(new).free < size:
-            raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; use a smaller --k or another one")
-        shape = (made_from["positions"], k)
-        ids = np.lib.format.open_memmap(new / "ids.npy", mode="w+", dtype=np.int32, shape=shape)
-        log_p = np.lib.format.open_memmap(new / "log_p.npy", mode="w+", dtype=np.float16, shape=shape)
-        for micro in tqdm(micro_batches(groups, micro_tokens), desc="teacher cache", unit="batch"):
-            tokens, values = teacher_log_probs(teacher, pack(micro, device), k, width, draws)
-            at = cache_rows(micro)
-            ids[at], log_p[at] = tokens.cpu().numpy(), values.cpu().numpy()
-        ids.flush()
-        log_p.flush()
-        write_json(new / "cache.json", made_from)
-
-
-def cache_rows(groups):
-    """Where the counted positions of these groups stand in the cache, in the order in which `pack` lists them."""
-    return np.concatenate([np.arange(r["row"], r["row"] + r["span"][1] - r["span"][0])
-                           for group in groups for r in group["responses"]])
 
 
 def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micro_tokens=4096, seed=42, cache=None,
@@ -253,7 +190,8 @@ def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micr
             teacher = teacher or load()
             return teacher_log_probs(teacher, packed, k, width, draws(*when))
         if stored is None:
-            write_cache(cache, groups, made_from, load(), k, width, device, micro_tokens, draws())
+            write_cache(cache, groups, made_from, partial(teacher_log_probs, load(), k=k, width=width, draws=draws()),
+                        k, device, micro_tokens)
             stored = open_cache(cache, made_from)
         ids, log_p = (part[cache_rows(micro)] for part in stored)  # [N, k] each
         return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(log_p.astype(np.float32)).to(device)
@@ -339,7 +277,7 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
                 save_checkpoint(out, step, student, optimiser)
             if interrupted and step < len(plan):
                 return None
-    return summary(out, device) if rank == 0 else {}
+    return summary(out, peak_memory(device)) if rank == 0 else {}
 
 
 def clamped(name, wanted, width):
@@ -357,16 +295,3 @@ def report(out, row, rank):
     shown = [f"{name.removeprefix('valid_')} {value:.4f}" for name, value in row.items() if name.startswith("valid_")]
     if shown:
         tqdm.write(f"step {row['step']:5d}, held out:  " + "  ".join(shown))
-
-
-def summary(out, device):
-    """The figures of a whole run, from its metrics.jsonl."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    trained = [row for row in rows if "loss" in row]
-    valid = [{k: v for k, v in row.items() if k.startswith("valid_")} for row in rows if "valid_nll" in row]
-    seconds, packed = (sum(row[name] for row in trained) for name in ("seconds", "packed_tokens"))
-    return {"steps": len(trained), "sequences": sum(row["sequences"] for row in trained),
-            "response_tokens": sum(row["tokens"] for row in trained), "packed_tokens": packed,
-            "seconds": round(seconds, 1), "tokens_per_s": round(packed / seconds, 1),
-            "peak_memory_gb": round(peak_memory(device), 2),
-            "valid_before": valid[0] if valid else None, "valid_after": valid[-1] if valid else None}

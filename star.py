@@ -4,21 +4,21 @@
     python star.py sft     --model DIR --data FILE --out DIR         cross-entropy on gold answers
     python star.py rollout --model DIR --data FILE --out FILE        a teacher's answers to the prompts
     python star.py ckd     --teacher DIR --student DIR --data FILE --out DIR
+    python star.py eval    --model DIR --data FILE --out DIR         exact calls, reward, refusals; --compare DIR
+    python star.py reward  --data FILE                               the similarity reward of anybody's generations
     python star.py chat    --model DIR [--tools FILE]
     python star.py plot    RUN [RUN ...] --out FILE.png
 
 `python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
 """
 import argparse
-import random
+import json
 import sys
-import time
 from pathlib import Path
 
-from data import InputError, read_json, write_json
+from data import InputError, read_json, write_json, write_lines
 from data.chat import Chat
-from data.groups import make_groups
-from data.sources import read_records, read_tools
+from data.sources import read_tools
 
 FREE_FLAGS = ("run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
 
@@ -26,6 +26,9 @@ FREE_FLAGS = ("run", "resume", "overwrite", "out", "device")  # may differ when 
 def run_training(args, student_folder, teacher_folder=None, **objective):
     """What `sft` and `ckd` share: read, check, load, train, show, save."""
     import ckd
+    from data.groups import read_groups
+    from data.rollouts import answers
+    from data.show import show_run
     from model import Transformer
     from train import open_run, set_up
     device, rank, ranks = set_up(args.device)
@@ -35,26 +38,15 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
     if teacher_folder:
         width, made_from = ckd.check_pair(teacher_folder, student_folder)
     caps = args.max_prompt_tokens, args.max_response_tokens, args.mask
-    groups, left_out = make_groups(read_records(args.data, True, chat.vocab_size)[:args.limit], chat, *caps)
-    for reason in filter(left_out.get, left_out):
-        say(f"left out of {args.data}: {left_out[reason]} {reason}")
-    if args.valid:
-        valid, _ = make_groups(read_records(args.valid, True, chat.vocab_size)[:args.valid_limit], chat, *caps)
-    else:
-        random.Random(args.seed).shuffle(groups)
-        cut = min(args.hold_out, len(groups) // 4)
-        valid, groups = groups[:cut], groups[cut:]
-    if not groups:
-        raise InputError(f"{args.data}: no record is left to train on; see above, and change --max-*-tokens or --mask")
+    groups, valid = read_groups(args.data, args.valid, chat, caps, args.limit, args.valid_limit, args.hold_out,
+                                args.seed, say)
     for folder in filter(None, (student_folder, teacher_folder)):  # broken ones are refused before --out is touched
         Transformer.from_pretrained(folder, device="meta")
     teacher = None
     if teacher_folder:
-        def load():
-            return Transformer.from_pretrained(teacher_folder, dtype, device)
-
-        teacher = ckd.open_teacher(load, groups + valid, args.objective, args.k, width, device, args.micro_tokens,
-                                   args.seed, args.cache, made_from | {"dtype": args.dtype}, ranks)
+        teacher = ckd.open_teacher(lambda: Transformer.from_pretrained(teacher_folder, dtype, device), groups + valid,
+                                   args.objective, args.k, width, device, args.micro_tokens, args.seed, args.cache,
+                                   made_from | {"dtype": args.dtype}, ranks)
     read = [Path(p, "x").resolve() for p in (student_folder, teacher_folder) if p]
     read += [Path(p).resolve() for p in (args.data, args.valid) if p]
     if args.overwrite and any(Path(args.out).resolve() in path.parents for path in read):
@@ -81,13 +73,10 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
     if rank == 0:
         student.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
         before, after = read_json(samples, kind=list), answers(student, chat, valid[:args.samples], dtype, "after")
-        write_json(samples, [b | a for b, a in zip(before, after)])
+        both = [b | a for b, a in zip(before, after)]
+        write_json(samples, both)
         write_json(Path(args.out) / "summary.json", summary)
-        for b, a in list(zip(before, after))[:3]:
-            print(*(f"{name:8s} {one_line(value)}" for name, value in (b | a).items()), "", sep="\n")
-        changes = {name.replace("valid_", "held-out "): f"{value:.4f} -> {summary['valid_after'][name]:.4f}"
-                   for name, value in (summary["valid_before"] or {}).items()}
-        table({name: value for name, value in summary.items() if not name.startswith("valid_")} | changes)
+        show_run(both, summary)
         print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")
     return 0
 
@@ -106,85 +95,68 @@ def run_ckd(args):
 
 def run_rollout(args):
     """Write each record back with n sampled responses: {"text", "ids", "finish_reason", "logprob"} each."""
-    import torch
-
-    import simrl
-    from data.rollouts import write_rollouts
+    from data.rollouts import rollout
     from model import Transformer
     from train import set_up
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
-    rendered = {"rendered": {"think": chat.think, "tools": chat.tools}}
-    records = [record | rendered for record in read_records(args.data, need_answer=False)[:args.limit]]
-    prompts = [chat.encode(chat.prompt(record)) for record in records]
-    prompts = [ids if len(ids) <= args.max_prompt_tokens else None for ids in prompts]
-    if None in prompts:
-        print(f"left out of {args.data}: {prompts.count(None)} prompts of more than {args.max_prompt_tokens} tokens")
-    device, _, _ = set_up(args.device)
-    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    rollout(lambda: Transformer.from_pretrained(args.model, torch_dtype(args.dtype), set_up(args.device)[0]), chat,
+            args.data, args.out, limit=args.limit, n=args.n, rows=args.rows, max_prompt_tokens=args.max_prompt_tokens,
+            max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
+            resume=args.resume, overwrite=args.overwrite,
+            arguments={k: v for k, v in vars(args).items() if k not in FREE_FLAGS})
+    return 0
 
-    def sample(batch, at):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + at)
-        groups = simrl.generate(model, batch, args.n, args.max_new_tokens, chat.stop_ids, generator, args.temperature,
-                                args.top_p, chat.vocab_size)
-        return [[{"text": chat.decode(s["ids"]), "ids": s["ids"], "finish_reason": s["finish_reason"],
-                  "logprob": round(sum(s["logprobs"]), 4)} for s in group] for group in groups]
 
-    began = time.perf_counter()
-    rows = write_rollouts(sample, records, prompts, args.out, max(1, args.rows // args.n), args.resume, args.overwrite,
-                          {k: v for k, v in vars(args).items() if k not in FREE_FLAGS})
-    for row in rows[:2]:
-        print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
-        for r in row["responses"][:2]:
-            print(f"{r['finish_reason']:8s} {one_line(r['text'])}")
-    responses = [r for row in rows for r in row["responses"]]
-    print()
-    table({"prompts": len(rows), "responses": len(responses), "seconds": round(time.perf_counter() - began, 1),
-           "finished": f"{sum(r['finish_reason'] == 'stop' for r in responses) / max(1, len(responses)):.1%}",
-           "response_tokens": sum(len(r["ids"]) for r in responses), "written_to": args.out})
+def run_eval(args):
+    """Score a model's answers to records that have gold answers, with intervals; compare two models on them."""
+    from data import evaluation
+    from model import Transformer
+    from train import open_run, set_up
+    device, other, others = set_up(args.device)[0], args.compare, None
+    earlier = Path(other or "", "generations.jsonl")
+    if other and not earlier.exists() and not Path(other, "config.json").exists():
+        raise InputError(f"{other}: is neither a model folder nor the --out of an earlier eval")
+
+    def generate(model, out):
+        chat = Chat.from_pretrained(model, think=args.think, tools=args.tools)
+        settings = {k: v for k, v in vars(args).items() if k not in (*FREE_FLAGS, "compare")} | {"model": model}
+        open_run(out, settings, args.resume, args.overwrite, device)
+        return evaluation.generate(lambda: Transformer.from_pretrained(model, torch_dtype(args.dtype), device), chat,
+                                   args.data, out, args.limit, args.n, args.rows, args.max_prompt_tokens,
+                                   args.max_new_tokens, args.seed)
+
+    if other:
+        others = evaluation.read(earlier) if earlier.exists() else generate(other, f"{args.out}-compared")
+    rows = generate(args.model, args.out)
+    write_json(Path(args.out) / "summary.json", evaluation.report(args.model, rows, other, others))
+    print(f"\nThe generations with their scores are in {args.out}/generations.jsonl")
+    return 0
+
+
+def run_reward(args):
+    """The reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines in their order."""
+    from data.evaluation import score_file
+    from reward import explain
+    results = score_file(args.data, args.explain, think=args.think, strip_eos=args.strip_eos, binary=args.binary)
+    if args.explain:
+        print(*map(explain, results), sep="\n")
+        return 0
+    lines = (json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n" for result in results)
+    write_lines(args.out, lines) if args.out else sys.stdout.writelines(lines)
     return 0
 
 
 def run_chat(args):
     """Talk to a model. Where it calls a tool, you are the tool: type its result."""
-    import torch
-
-    import simrl
+    from data.talk import talk
     from model import Transformer
     from train import set_up
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools_form)
     tools = read_tools(args.tools) if args.tools else []
-    device, _, _ = set_up(args.device)
-    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
-    generator = torch.Generator().manual_seed(args.seed)
-    messages = [{"role": "system", "content": args.system}] if args.system else []
+    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), set_up(args.device)[0])
     print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
-    asked = "you> "
-    while True:
-        try:
-            text = input(asked)
-        except (EOFError, KeyboardInterrupt):
-            text = ""
-        if not text:
-            print()
-            return 0
-        messages.append({"role": "tool" if asked.startswith("tool") else "user", "content": text})
-        prompt = chat.encode(chat.prompt({"messages": messages, "tools": tools}))
-        so_far, printed = [], 0
-
-        def show(came):
-            nonlocal printed
-            so_far.extend(came.values())
-            text = chat.decode([t for t in so_far if t not in chat.stop_ids])
-            if not text.endswith("\ufffd"):  # half a character: wait for the rest
-                print(text[printed:], end="", flush=True)
-                printed = len(text)
-
-        simrl.generate(model, [prompt], 1, args.max_new_tokens, chat.stop_ids, generator, args.temperature,
-                       args.top_p, chat.vocab_size, each_step=show)
-        print()
-        reply = chat.decode([t for t in so_far if t not in chat.stop_ids])
-        messages.append({"role": "assistant", "content": ("<think>" if chat.think == "on" else "") + reply})
-        asked = "tool result> " if "<tool_call>" in reply else "you> "
+    talk(model, chat, tools, args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
+    return 0
 
 
 def run_demo(args):
@@ -196,16 +168,7 @@ def run_demo(args):
     print(f"Makes a small random teacher and student in {out}, then runs sft, rollout and ckd on them: "
           + ("half a minute" if args.quick else "two to three minutes") + " on two CPU cores.")
     demo.make(out, args.seed)
-    small = ["--hold-out", "16", "--batch", "32", "--dtype", "float32", "--device", "cpu", "--valid-every", "20",
-             "--samples", "3", "--seed", str(args.seed)]
-    steps = ("10", "5") if args.quick else ("70", "160")
-    for line in (
-            ["sft", "--model", f"{out}/teacher-init", "--data", f"{out}/train.jsonl", "--out", f"{out}/teacher",
-             "--steps", steps[0], "--lr", "3e-3", *small],
-            ["rollout", "--model", f"{out}/teacher/model", "--data", f"{out}/train.jsonl", "--n", "4", "--limit", "64",
-             "--max-new-tokens", "64", "--dtype", "float32", "--device", "cpu", "--out", f"{out}/rollouts.jsonl"],
-            ["ckd", "--teacher", f"{out}/teacher/model", "--student", f"{out}/student-init", "--data",
-             f"{out}/rollouts.jsonl", "--out", f"{out}/student", "--steps", steps[1], "--lr", "3e-3", *small]):
+    for line in demo.commands(out, args.seed, args.quick):
         print(f"\n$ python star.py {' '.join(line)}\n")
         if code := main(line + ["--overwrite"] * args.overwrite):
             return code
@@ -224,33 +187,6 @@ def torch_dtype(name):
     """The torch dtype of a command-line name."""
     import torch
     return getattr(torch, name)
-
-
-def answers(model, chat, groups, dtype, name):
-    """Greedy answers to a few groups' prompts: [{"request", "gold" or None, name: text}]."""
-    import torch
-
-    import simrl
-    if not groups:
-        return []
-    model = model if model.head_weight.dtype == dtype else model.copy(dtype)
-    found = simrl.generate(model, [group["prompt"] for group in groups], 1, 128, chat.stop_ids, torch.Generator(), 0.0,
-                           width=chat.vocab_size)
-    return [{"request": group["record"]["messages"][-1]["content"],
-             "gold": chat.answer(group["record"]) if group["record"].get("answer") else None,
-             name: chat.decode(samples[0]["ids"])} for group, samples in zip(groups, found)]
-
-
-def one_line(text):
-    """Text on one line and not too long, for the terminal."""
-    text = " ".join((text or "").split())
-    return text if len(text) <= 160 else text[:157] + "..."
-
-
-def table(rows):
-    """Print {name: value} as two columns."""
-    for name, value in rows.items():
-        print(f"{name:<20}  {value:,}" if isinstance(value, (int, float)) else f"{name:<20}  {value}")
 
 
 def within(kind, least, most=float("inf")):
@@ -354,6 +290,32 @@ def parser():
     prompts(p)
     sampling(p, 1.0, 512)
     machine(p, "weights and compute")
+
+    p = command("eval", run_eval)
+    p.add_argument("--model", required=True, help="model folder")
+    p.add_argument("--data", required=True, help="records with gold answers")
+    p.add_argument("--limit", type=count, help="read only the first so many records")
+    p.add_argument("--out", required=True, help="folder for the generations, their scores and summary.json")
+    p.add_argument("--compare", metavar="DIR", help="a second model folder, evaluated too (into OUT-compared), or the "
+                   "--out of an earlier eval on the same records")
+    p.add_argument("--n", type=natural, default=0, help="also draw so many samples at temperature 1: pass@n, entropy")
+    p.add_argument("--rows", type=count, default=64, help="responses in the making at a time")
+    p.add_argument("--max-prompt-tokens", type=count, default=5120, help="longer prompts are left out")
+    p.add_argument("--max-new-tokens", type=count, default=512, help="cut a response here")
+    p.add_argument("--resume", action="store_true", help="go on where a stopped run was")
+    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
+    prompts(p)
+    machine(p, "weights and compute")
+
+    p = command("reward", run_reward)
+    p.add_argument("--data", required=True, help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
+    p.add_argument("--out", metavar="FILE", help="file to write; default: the terminal")
+    p.add_argument("--explain", type=count, metavar="LINE", help="print how this line's reward came about instead")
+    p.add_argument("--think", choices=("on", "none"), default="on", help="none: ask for no think block, for models "
+                   "without such tags")
+    p.add_argument("--strip-eos", action="store_true", help="keep the end token out of text replies; with it, an empty "
+                   "reply to a short refusal is worth 0.5")
+    p.add_argument("--binary", action="store_true", help="all or nothing: the paper's ablation")
 
     p = command("chat", run_chat)
     p.add_argument("--model", required=True, help="model folder")

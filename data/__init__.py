@@ -1,4 +1,4 @@
-"""Records, prompts and packed groups: everything between a file on disk and the tensors a model sees."""
+"""Records, prompts and packed groups: everything between a file on disk and the tensors a model sees, and back."""
 import json
 import os
 import shutil

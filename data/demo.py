@@ -91,3 +91,20 @@ def make(out, seed=42, records=512):
     tokenizer = make_tokenizer(writer.prompt(row) + writer.answer(row) for row in rows)
     make_model(out / "teacher-init", tokenizer, seed, hidden=128, layers=4)
     make_model(out / "student-init", tokenizer, seed + 1, hidden=64, layers=2)
+
+
+def commands(out, seed=42, quick=False):
+    """The command lines of the demo, each a list of words for star.py, on what `make` wrote under `out`.
+
+    quick: a few steps only, which show the plumbing and learn nothing.
+    """
+    small = ["--hold-out", "16", "--batch", "32", "--dtype", "float32", "--device", "cpu", "--valid-every", "20",
+             "--samples", "3", "--seed", str(seed)]
+    steps = ("10", "5") if quick else ("70", "160")
+    return [
+        ["sft", "--model", f"{out}/teacher-init", "--data", f"{out}/train.jsonl", "--out", f"{out}/teacher",
+         "--steps", steps[0], "--lr", "3e-3", *small],
+        ["rollout", "--model", f"{out}/teacher/model", "--data", f"{out}/train.jsonl", "--n", "4", "--limit", "64",
+         "--max-new-tokens", "64", "--dtype", "float32", "--device", "cpu", "--out", f"{out}/rollouts.jsonl"],
+        ["ckd", "--teacher", f"{out}/teacher/model", "--student", f"{out}/student-init", "--data",
+         f"{out}/rollouts.jsonl", "--out", f"{out}/student", "--steps", steps[1], "--lr", "3e-3", *small]]

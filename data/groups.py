@@ -21,6 +21,28 @@ import numpy as np
 import torch
 
 from data import InputError
+from data.sources import read_records
+
+
+def read_groups(data, valid, chat, caps, limit=None, valid_limit=None, hold_out=32, seed=42, say=print):
+    """The groups of record or rollout files: (those to train on, those to validate on).
+
+    data: the file to train on · valid: the file to validate on; None holds out up to `hold_out` groups of `data`, a
+    quarter at most, drawn by `seed` · caps: what follows chat in `make_groups` · limit, valid_limit: only the first so
+    many records of each · say: prints what of `data` is left out. InputError when nothing is left to train on.
+    """
+    groups, left_out = make_groups(read_records(data, True, chat.vocab_size)[:limit], chat, *caps)
+    for reason in filter(left_out.get, left_out):
+        say(f"left out of {data}: {left_out[reason]} {reason}")
+    if valid:
+        held, _ = make_groups(read_records(valid, True, chat.vocab_size)[:valid_limit], chat, *caps)
+    else:
+        random.Random(seed).shuffle(groups)
+        cut = min(hold_out, len(groups) // 4)
+        held, groups = groups[:cut], groups[cut:]
+    if not groups:
+        raise InputError(f"{data}: no record is left to train on; see above, and change --max-*-tokens or --mask")
+    return groups, held
 
 
 def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):

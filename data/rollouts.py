@@ -1,18 +1,65 @@
-"""Rollout files: records with the `responses` a model gave, written as they are sampled."""
+"""A model's answers to records: rollouts and their files (records with `responses`), and a few greedy ones to show.
+
+torch and the sampler are imported where they are used, so that rollout files are read and written without them.
+"""
 import json
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import InputError, refuse_changes, write_lines
+from data.show import one_line, table
+from data.sources import read_records
 
 
-def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False, arguments=None):
+def rollout(load, chat, data, out, limit=None, n=8, rows=64, max_prompt_tokens=5120, max_new_tokens=512,
+            temperature=1.0, top_p=1.0, seed=42, resume=False, overwrite=False, arguments=None):
+    """Sample n responses to each record of the file `data`, write the records with them to `out`, and show some.
+
+    load: loads the model to sample with, once the records are read · chat: its Chat · limit: only the first so many
+    records · rows: responses in the making at a time · max_prompt_tokens: longer prompts are left out and counted ·
+    temperature, top_p, max_new_tokens: as in `simrl.generate` · resume, overwrite, arguments: as in `write_rollouts`.
+    A response is {"text", "ids", "finish_reason", "logprob"}; a record also notes how its prompt was `rendered`.
+    """
+    import torch
+
+    import simrl
+    rendered = {"rendered": {"think": chat.think, "tools": chat.tools}}
+    records = [record | rendered for record in read_records(data, need_answer=False)[:limit]]
+    prompts = [chat.encode(chat.prompt(record)) for record in records]
+    prompts = [ids if len(ids) <= max_prompt_tokens else None for ids in prompts]
+    if None in prompts:
+        print(f"left out of {data}: {prompts.count(None)} prompts of more than {max_prompt_tokens} tokens")
+    model = load()
+
+    def sample(members, at):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + at)
+        groups = simrl.generate(model, [prompts[i] for i in members], n, max_new_tokens, chat.stop_ids, generator, temperature, top_p,
+                                chat.vocab_size)
+        return [[{"text": chat.decode(s["ids"]), "ids": s["ids"], "finish_reason": s["finish_reason"],
+                  "logprob": round(sum(s["logprobs"]), 4)} for s in group] for group in groups]
+
+    began = time.perf_counter()
+    written = write_rollouts(sample, records, prompts, out, max(1, rows // n), resume, overwrite, arguments)
+    for row in written[:2]:
+        print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
+        for r in row["responses"][:2]:
+            print(f"{r['finish_reason']:8s} {one_line(r['text'])}")
+    responses = [r for row in written for r in row["responses"]]
+    print()
+    table({"prompts": len(written), "responses": len(responses), "seconds": round(time.perf_counter() - began, 1),
+           "finished": f"{sum(r['finish_reason'] == 'stop' for r in responses) / max(1, len(responses)):.1%}",
+           "response_tokens": sum(len(r["ids"]) for r in responses), "written_to": out})
+
+
+def write_rollouts(sample, records, prompts, out, together, resume=False, overwrite=False, arguments=None,
+                   name="rollout"):
     """Sample responses to all prompts, `together` prompts at a time, and write the records with them to `out`.
 
-    sample(prompts, at) -> for each prompt a list of responses, dicts; `at` numbers the batch and is its seed, so a
-    resumed file is the file of an uninterrupted run · prompts: lists of ids, one for each record; None leaves it out
-    · arguments: a dict that a resumed file must have been begun with.
+    sample(members, at) -> for each of these indices of records a list of responses, dicts; `at` numbers the batch and
+    is its seed, so a resumed file is the file of an uninterrupted run · prompts: lists of ids, one for each record;
+    None leaves it out · arguments: a dict that a resumed file must have been begun with · name: of the progress bar.
 
     Finished batches are kept in `out`.part, longest prompts first (prompts that are sampled together should be alike).
     The end puts the records back in their order and renames the file into place. Returns the written records.
@@ -30,12 +77,12 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
     lines = [arguments, *done.items()]
     write_lines(part, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     order = sorted((i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: -len(prompts[i]))
-    with open(part, "a", encoding="utf-8") as sink, tqdm(total=len(order), desc="rollout", unit="prompt") as bar:
+    with open(part, "a", encoding="utf-8") as sink, tqdm(total=len(order), desc=name, unit="prompt") as bar:
         for at in range(0, len(order), together):
             batch = order[at:at + together]
             if any(i not in done for i in batch):
                 bar.set_postfix_str(f"{len(batch)} prompts of up to {len(prompts[batch[0]])} tokens")
-                for i, responses in zip(batch, sample([prompts[i] for i in batch], at)):
+                for i, responses in zip(batch, sample(batch, at)):
                     done[i] = records[i] | {"responses": responses}
                     sink.write(json.dumps([i, done[i]], ensure_ascii=False) + "\n")
                 sink.flush()
@@ -55,3 +102,18 @@ def read_part(part, arguments):
     refuse_changes(f"{part}: was begun with", before or {}, arguments or {},
                    "resume with the settings in its first line, or start anew with --overwrite")
     return dict(rows)
+
+
+def answers(model, chat, groups, dtype, name):
+    """Greedy answers to a few groups' prompts: [{"request", "gold" or None, name: text}]."""
+    import torch
+
+    import simrl
+    if not groups:
+        return []
+    model = model if model.head_weight.dtype == dtype else model.copy(dtype)
+    found = simrl.generate(model, [group["prompt"] for group in groups], 1, 128, chat.stop_ids, torch.Generator(), 0.0,
+                           width=chat.vocab_size)
+    return [{"request": group["record"]["messages"][-1]["content"],
+             "gold": chat.answer(group["record"]) if group["record"].get("answer") else None,
+             name: chat.decode(samples[0]["ids"])} for group, samples in zip(groups, found)]

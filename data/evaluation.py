@@ -1,0 +1,220 @@
+"""How good a model is on records: its generations, scored; means with intervals; two models on the same items.
+
+Each record is answered greedily, and with n > 0 also n times at temperature 1. What is counted, over the items where
+it can be:
+
+    exact calls        of those with gold calls: the same calls in any order, every argument equal
+    valid calls        of the same: calls that pass the reward's format check, right or wrong
+    correct refusals   of those with a gold text: a reply without a call
+    reward             of all: the released reward of the greedy answer (reward.py)
+    pass@1, pass@n     of those with gold calls: exact calls among the n samples, on average and at least once
+    reward at T = 1    of all: the samples' mean reward
+    entropy            of all: the samples' mean of -log p, in nats a token, which estimates the policy's entropy
+
+Intervals are 95 % percentile bootstraps over items. Two models are compared item by item: a bootstrap of the paired
+differences, and a permutation test that flips their signs.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+import reward
+from data import InputError
+from data.chat import THINK
+from data.rollouts import write_rollouts
+from data.show import columns, one_line
+from data.sources import read_lines, read_records
+
+RESAMPLES = 5_000
+
+
+def generate(load, chat, data, out, limit=None, n=0, rows=64, max_prompt_tokens=5120, max_new_tokens=512, seed=42,
+             resume=False, overwrite=False, arguments=None):
+    """Answer every record of the file `data`, score the answers and write both to `out`/generations.jsonl.
+
+    load: loads the model, once the records are read · chat: its Chat · n: samples at temperature 1 beside the greedy
+    answer · the rest as in `rollouts.rollout`. Returns the written records: the first of a record's `responses` is
+    the greedy one; each has {"text", "ids", "finish_reason", "logprob", "reward", "answer_score", "case", "exact"}.
+    """
+    import torch
+
+    import simrl
+    rendered = {"rendered": {"think": chat.think, "tools": chat.tools}}
+    records = [record | rendered for record in read_records(data)[:limit]]
+    for record in records:
+        if not record.get("answer"):
+            raise InputError(f"{data}: record {record['id']} has no gold answer to compare with; remove it")
+    prompts = [chat.encode(chat.prompt(record)) for record in records]
+    prompts = [ids if len(ids) <= max_prompt_tokens else None for ids in prompts]
+    if None in prompts:
+        print(f"left out of {data}: {prompts.count(None)} prompts of more than {max_prompt_tokens} tokens")
+    model = None
+
+    def sample(members, at):
+        nonlocal model
+        model = model or load()
+        batch = [prompts[i] for i in members]
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + at)
+        found = [[] for _ in batch]
+        for samples, temperature in ((1, 0.0), (n, 1.0))[:2 if n else 1]:
+            groups = simrl.generate(model, batch, samples, max_new_tokens, chat.stop_ids, generator, temperature,
+                                    width=chat.vocab_size)
+            found = [have + group for have, group in zip(found, groups)]
+        return [[judged(chat, records[i], s) for s in group] for i, group in zip(members, found)]
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    return write_rollouts(sample, records, prompts, Path(out) / "generations.jsonl", max(1, rows // max(n, 1)), resume,
+                          overwrite, arguments, "eval")
+
+
+def judged(chat, record, sample):
+    """One sampled response with its text and scores."""
+    text = chat.decode(sample["ids"])
+    result = reward.score(THINK[chat.think] + text, chat.answer(record) + "\n", record["tools"], chat.think)
+    return {"text": text, "ids": sample["ids"], "finish_reason": sample["finish_reason"],
+            "logprob": round(sum(sample["logprobs"]), 4)} | {
+        name: result[name] for name in ("reward", "answer_score", "case", "exact")}
+
+
+def score_file(path, only=None, **options):
+    """Yield `reward.score` of each line {"prompt", "generation", "label"} of a .jsonl or .jsonl.gz file, in order.
+
+    only: the number of the one line to score · options: see `reward.score`. InputError for a line that is none.
+    """
+    count = 0
+    for number, line in tqdm(read_lines(Path(path)), desc="reward", unit=" lines", disable=only is not None):
+        if not line.strip() or only not in (None, number):
+            continue
+        try:
+            given = json.loads(line)
+            prompt, generation, label = (given[name] for name in ("prompt", "generation", "label"))
+            tools = reward.tools_in(prompt)
+            yield reward.score(prompt + generation, label, tools, **options)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise InputError(f'{path}:{number}: is not {{"prompt": text, "generation": text, "label": text}} '
+                             f"({type(e).__name__}: {e}); correct it or remove the line") from e
+        count += 1
+    if not count:
+        raise InputError(f"{path}: has no line {only or 1}; give a file with one JSON object a line")
+
+
+def read(path):
+    """The records of a generations.jsonl, as `generate` returned them; InputError for anything else."""
+    try:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        collect(rows)
+    except (ValueError, KeyError, TypeError) as e:
+        raise InputError(f"{path}: is not what eval writes ({type(e).__name__}: {e}); run that eval again") from e
+    return rows
+
+
+def measures(row):
+    """{name: number} of one record with its scored responses; a name that cannot be counted there is left out."""
+    (greedy, *drawn), calls = row["responses"], bool(row["answer"]["tool_calls"])
+    found = {"reward": greedy["reward"]}
+    if calls:
+        found |= {"exact calls": greedy["exact"], "valid calls": greedy["case"] == "calls and calls"}
+    else:
+        found["correct refusals"] = greedy["case"] == "text and text"
+    if drawn:
+        found["reward at T = 1"] = np.mean([r["reward"] for r in drawn])
+        found["entropy"] = -np.mean([r["logprob"] / len(r["ids"]) for r in drawn])
+        if calls:
+            hits = [r["exact"] for r in drawn]
+            found |= {"pass@1": np.mean(hits), f"pass@{len(hits)}": any(hits)}
+    return {name: float(value) for name, value in found.items()}
+
+
+def kinds(row):
+    """The kinds of item a record counts among: by its answer, and multi-turn where more than one message came."""
+    calls = len(row["answer"]["tool_calls"])
+    turns = sum(message["role"] != "system" for message in row["messages"])
+    return ["text" if calls == 0 else "one call" if calls == 1 else "several calls"] + ["multi-turn"] * (turns > 1)
+
+
+def interval(values, seed=0):
+    """(mean, low, high) with a 95 % bootstrap interval of the mean."""
+    values, r = np.asarray(values, dtype=float), np.random.default_rng(seed)
+    means = [values[r.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
+    return values.mean(), *np.percentile(means, [2.5, 97.5])
+
+
+def chance(differences, seed=0):
+    """The p-value of paired differences: how often flipping their signs at random gives a mean as far from 0.
+
+    >>> round(chance([1.0] * 6), 2), chance([0.0] * 6)
+    (0.03, 1.0)
+    """
+    d, r = np.asarray(differences, dtype=float), np.random.default_rng(seed)
+    as_far = sum(abs((r.integers(2, size=len(d)) * 2 - 1) @ d) >= abs(d.sum()) - 1e-9 for _ in range(RESAMPLES))
+    return float(1 + as_far) / (1 + RESAMPLES)
+
+
+def collect(rows):
+    """{name: {index of the row: value}} over rows, in the order in which names first come."""
+    values = {}
+    for i, row in enumerate(rows):
+        for name, value in measures(row).items():
+            values.setdefault(name, {})[i] = value
+    return values
+
+
+def summarise(rows):
+    """{"items", "metrics": {name: {mean, low, high, items}}, "by": {source or kind: {"items", name: mean}}}."""
+    groups = {}
+    for row in rows:
+        for group in [row["source"], *kinds(row)]:
+            groups.setdefault(group, []).append(row)
+    return {"items": len(rows), "metrics": {
+        name: dict(zip(("mean", "low", "high"), map(float, interval(list(values.values()))))) | {"items": len(values)}
+        for name, values in collect(rows).items()},
+        "by": {group: {"items": len(members)} | {name: float(np.mean(list(values.values())))
+                                                  for name, values in collect(members).items()}
+               for group, members in groups.items()}}
+
+
+def compare(rows, others):
+    """{name: {"mean", "low", "high", "p"}} of the paired differences rows - others."""
+    if [row["id"] for row in rows] != [row["id"] for row in others]:
+        raise InputError("--compare: the two evaluations are of different records; run both on the same --data and "
+                         "--limit, with the same --max-prompt-tokens")
+    mine, theirs, found = collect(rows), collect(others), {}
+    for name in [name for name in mine if name in theirs]:
+        differences = [mine[name][i] - theirs[name][i] for i in mine[name]]
+        mean, low, high = map(float, interval(differences))
+        found[name] = {"mean": mean, "low": low, "high": high, "p": chance(differences)}
+    return found
+
+
+def report(model, rows, other=None, others=None):
+    """Print the tables of one evaluation, or of two side by side; returns what goes to summary.json."""
+    found = {"model": model} | summarise(rows)
+
+    def cell(m, sign=""):
+        return f"{m['mean']:{sign}.3f} [{m['low']:{sign}.3f}, {m['high']:{sign}.3f}]"
+
+    for row in [row for row in rows if row["answer"]["tool_calls"]][:3]:
+        gold = " ".join(f"{call['name']}({call['arguments']})" for call in row["answer"]["tool_calls"])
+        print(f"\nrequest  {one_line(row['messages'][-1]['content'])}\ngold     {one_line(gold)}\n"
+              f"answer   {one_line(row['responses'][0]['text'])}\nreward   {row['responses'][0]['reward']:.3f}, "
+              f"{row['responses'][0]['case']}")
+    print()
+    names = list(found["metrics"])
+    columns([["by source and kind", "items", *names]] + [
+        [group, figures["items"], *(f"{figures[name]:.3f}" if name in figures else "" for name in names)]
+        for group, figures in found["by"].items()])
+    print()
+    head, lines = ["", "items", model], [[name, m["items"], cell(m)] for name, m in found["metrics"].items()]
+    if others is not None:
+        found |= {"compared_with": summarise(others) | {"model": other}, "difference": compare(rows, others)}
+        head += [other, "difference", "more than chance?"]
+        for line in [line for line in lines if line[0] in found["difference"]]:
+            d = found["difference"][line[0]]
+            line += [cell(found["compared_with"]["metrics"][line[0]]), cell(d, "+"),
+                     f"{'yes' if d['p'] < 0.05 else 'no'} (p = {d['p']:.4f})"]
+    columns([head, *lines])
+    print("\n95 % bootstrap intervals over items" + (
+        "; differences paired by item, p from sign flips" if others is not None else ""))
+    return found
