@@ -1,6 +1,8 @@
 """The reward of Sim-RL (paper Eqs. 6-10; paper.md 1.5): how close a generation's calls are to the gold calls.
 
-    R = (R_format - 1) + R_format (R_fc + R_response)                                  Eq. 6, in [-1, 1]
+    R    = (R_format - 1) + R_format (R_fc + R_response)                               in [-1, 1]
+    R_fc = sum of sim(p, g) over matched calls / (|P| + |G| - |P and G|)               P: predicted, G: gold calls
+    sim  = sum of s(value, value) over shared arguments / number of all arguments      R_response, s: see below
 
 R_format is 0 where the text has not exactly one think block, or a call that cannot be read, asks for a tool that was
 not offered, or has an argument the tool does not know. Otherwise it is 1, and the rest compares calls with calls
@@ -10,7 +12,7 @@ are due, are worth 0. Text only, no tensors; what a model wrote is parsed and ne
 What the code does beyond the paper's text is the released function's, to the last digit (tests/test_reward.py):
 1. Calls are matched greedily in the order they were written, each with the most similar gold call of its name that is
    left, which is then gone even at similarity 0. The order matters; it is not the best assignment.
-2. |P and G| in Eq. 7 is the number of pairs matched by name.
+2. |P and G| is the number of pairs matched by name.
 3. Numbers and booleans compare by ==, so True is 1 and 5.0 is 5. Unlike types and nested values compare as their
    Python text, so "5" is 5 and a list's order matters.
 4. The end token is part of a text reply, where ROUGE-L reads it as the words "im" and "end".
@@ -147,7 +149,7 @@ def rouge_l(text, gold):
 
 
 def value_similarity(value, gold):
-    """s in Eq. 8: ROUGE-L for two strings, equality for numbers and booleans, equality of the text of all else."""
+    """s: ROUGE-L for two strings, equality for numbers and booleans, equality of the text of all else."""
     if isinstance(value, str) and isinstance(gold, str):
         return rouge_l(value, gold)
     if isinstance(value, (int, float)) and isinstance(gold, (int, float)):  # a bool is an int
@@ -156,9 +158,9 @@ def value_similarity(value, gold):
 
 
 def similarity(arguments, gold):
-    """sim, Eq. 8: summed similarity of the shared arguments over the number of all; 1 where neither has any."""
+    """sim: summed similarity of the shared arguments over the number of all; 1 where neither has any."""
     everything = arguments.keys() | gold.keys()
-    shared = arguments.keys() & gold.keys()
+    shared = [name for name in arguments if name in gold]  # in order: a set's order, and so the last bit, is random
     return sum(value_similarity(arguments[k], gold[k]) for k in shared) / len(everything) if everything else 1.0
 
 
@@ -231,7 +233,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
         else:
             case, same = "calls and calls", exact(calls, gold)
             result["pairs"], result["left"] = match(calls, gold)
-            value = sum(sim for _, sim in result["pairs"]) / (len(calls) + len(result["left"]))  # Eq. 7
+            value = sum(sim for _, sim in result["pairs"]) / (len(calls) + len(result["left"]))  # R_fc
     except FormatError as error:
         return result | {"case": str(error)}
     except RecursionError:
@@ -248,7 +250,7 @@ def explain(result):
         met = "no gold call of this name is left" if i is None else f"met gold call {i + 1}, similarity {sim:.4g}"
         lines.append(f"\n{json.dumps(call['name'])}: {met}")
         wanted = {} if i is None else gold[i]["arguments"]
-        for name in call["arguments"].keys() | wanted.keys() if i is not None else ():
+        for name in call["arguments"] | wanted if i is not None else ():
             mine, theirs = (json.dumps(a[name]) if name in a else "-" for a in (call["arguments"], wanted))
             both = name in call["arguments"] and name in wanted
             sim = value_similarity(call["arguments"][name], wanted[name]) if both else 0.0

@@ -2,8 +2,10 @@
 
     python star.py demo                                              a few minutes, nothing needed
     python star.py sft     --model DIR --data FILE --out DIR         cross-entropy on gold answers
+    python star.py prepare --data FILE [FILE ...] --out FILE         self-check, labels, a mix by quotas
     python star.py rollout --model DIR --data FILE --out FILE        a teacher's answers to the prompts
     python star.py ckd     --teacher DIR --student DIR --data FILE --out DIR
+    python star.py simrl   --model DIR --data FILE --out DIR         GRPO with the similarity reward
     python star.py eval    --model DIR --data FILE --out DIR         exact calls, reward, refusals; --compare DIR
     python star.py reward  --data FILE                               the similarity reward of anybody's generations
     python star.py chat    --model DIR [--tools FILE]
@@ -12,15 +14,16 @@
 `python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from data import InputError, read_json, write_json, write_lines
 from data.chat import Chat
+from data.flags import amount, count, going_on, machine, natural, optimisation, prompts, reading, sampling, within
 from data.sources import read_tools
 
-FREE_FLAGS = ("run", "resume", "overwrite", "out", "device")  # may differ when a run is resumed
+# May differ when a run is resumed; a rollout's filters act on all of its responses, at the end.
+FREE_FLAGS = ("run", "resume", "overwrite", "out", "device", "keep_all", "min_reward")
 
 
 def run_training(args, student_folder, teacher_folder=None, **objective):
@@ -30,7 +33,7 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
     from data.rollouts import answers
     from data.show import show_run
     from model import Transformer
-    from train import open_run, set_up
+    from train import set_up
     device, rank, ranks = set_up(args.device)
     dtype = torch_dtype(args.dtype)
     say = print if rank == 0 else lambda *_: None
@@ -40,19 +43,12 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
     caps = args.max_prompt_tokens, args.max_response_tokens, args.mask
     groups, valid = read_groups(args.data, args.valid, chat, caps, args.limit, args.valid_limit, args.hold_out,
                                 args.seed, say)
-    for folder in filter(None, (student_folder, teacher_folder)):  # broken ones are refused before --out is touched
-        Transformer.from_pretrained(folder, device="meta")
     teacher = None
     if teacher_folder:
         teacher = ckd.open_teacher(lambda: Transformer.from_pretrained(teacher_folder, dtype, device), groups + valid,
                                    args.objective, args.k, width, device, args.micro_tokens, args.seed, args.cache,
                                    made_from | {"dtype": args.dtype}, ranks)
-    read = [Path(p, "x").resolve() for p in (student_folder, teacher_folder) if p]
-    read += [Path(p).resolve() for p in (args.data, args.valid) if p]
-    if args.overwrite and any(Path(args.out).resolve() in path.parents for path in read):
-        raise InputError(f"{args.out}: --overwrite would delete what this run reads; name another --out")
-    start = open_run(args.out, {k: v for k, v in vars(args).items() if k not in FREE_FLAGS}, args.resume,
-                     args.overwrite, device, rank)
+    start = begin(args, device, rank, [student_folder, teacher_folder], [args.data, args.valid])
     student = Transformer.from_pretrained(student_folder, device=device)
     student.model.gradient_checkpointing = args.gradient_checkpointing
     if args.valid and not valid:
@@ -67,18 +63,12 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
                           batch=args.batch, epochs=args.epochs, steps=args.steps, width=width, dtype=dtype,
                           micro_tokens=args.micro_tokens, valid_every=args.valid_every, save_every=args.save_every,
                           start=start, seed=args.seed, rank=rank, ranks=ranks, **objective)
-    if summary is None:
-        say(f"Stopped. Go on with the same command and --resume; checkpoints are in {args.out}/checkpoints")
-        return 130
-    if rank == 0:
-        student.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
+    if summary is not None and rank == 0:
         before, after = read_json(samples, kind=list), answers(student, chat, valid[:args.samples], dtype, "after")
         both = [b | a for b, a in zip(before, after)]
         write_json(samples, both)
-        write_json(Path(args.out) / "summary.json", summary)
         show_run(both, summary)
-        print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")
-    return 0
+    return end(args, student, summary, rank)
 
 
 def run_sft(args):
@@ -93,8 +83,56 @@ def run_ckd(args):
                         kd_ratio=args.kd_ratio)
 
 
+def run_simrl(args):
+    """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
+    import reward
+    import simrl
+    from data.rollouts import read_prompts
+    from data.show import show_groups
+    from model import Transformer
+    from train import set_up
+    if args.top_p < 1 or args.temperature == 0:  # the trainer differentiates the whole distribution
+        raise InputError("--top-p below 1 or --temperature 0: Sim-RL samples the whole distribution; leave both at 1")
+    device, rank, ranks = set_up(args.device)
+    dtype, say = torch_dtype(args.dtype), print if rank == 0 else lambda *_: None
+    chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
+    prompts = [{"record": record, "prompt": ids, "gold": chat.answer(record)} for record, ids in zip(
+        *read_prompts(args.data, chat, args.max_prompt_tokens, args.limit, say=say)) if ids is not None]
+
+    def score(record, text):
+        """What Sim-RL learns from: the reward of a response, whose think block the prompt may have opened."""
+        result = reward.score(chat.prompt(record) + text, chat.answer(record), record["tools"], chat.think,
+                              args.strip_eos, args.reward == "binary")
+        return {name: result[name] for name in ("reward", "answer_score", "case")}
+
+    start = begin(args, device, rank, [args.model], [args.data])
+    model = Transformer.from_pretrained(args.model, device=device)
+    model.model.gradient_checkpointing = args.gradient_checkpointing
+    reference = Transformer.from_pretrained(args.model, dtype, device) if args.kl_weight else None  # pi_ref
+    say(f"{len(prompts):,} prompts, {args.prompts} x {args.n} responses a step; {model.size() / 1e6:,.1f} M parameters "
+        f"on {device}" + (f"; resuming after step {start}" if start else ""))
+    summary = simrl.refine(
+        model, prompts, args.out, score, chat.decode, chat.stop_ids, chat.vocab_size, reference, args.kl_weight,
+        group_size=args.n, prompts_per_step=args.prompts, batch=args.batch, episodes=args.episodes, steps=args.steps,
+        lr=args.lr, weight_decay=args.weight_decay, clip=args.clip, advantage=args.advantage,
+        keep=args.filter, max_draws=args.max_draws, loss_mean=args.loss_mean, temperature=args.temperature,
+        max_new_tokens=args.max_new_tokens, rows=args.rows, micro_tokens=args.micro_tokens, dtype=dtype,
+        save_every=args.save_every, start=start, seed=args.seed, rank=rank, ranks=ranks)
+    if summary is not None and rank == 0:
+        show_groups(Path(args.out) / "samples.jsonl", summary)
+    return end(args, model, summary, rank)
+
+
+def run_prepare(args):
+    """Drop records that cannot be learnt from, label the others, and choose a mix of them by quotas."""
+    from data.prepare import prepare
+    chat = Chat.from_pretrained(args.model) if args.model else None
+    prepare(args.data, args.out, args.size, chat, args.max_prompt_tokens, args.seed, args.overwrite)
+    return 0
+
+
 def run_rollout(args):
-    """Write each record back with n sampled responses: {"text", "ids", "finish_reason", "logprob"} each."""
+    """Write each record back with n sampled responses, filtered by form, with their rewards where it has an answer."""
     from data.rollouts import rollout
     from model import Transformer
     from train import set_up
@@ -102,8 +140,8 @@ def run_rollout(args):
     rollout(lambda: Transformer.from_pretrained(args.model, torch_dtype(args.dtype), set_up(args.device)[0]), chat,
             args.data, args.out, limit=args.limit, n=args.n, rows=args.rows, max_prompt_tokens=args.max_prompt_tokens,
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
-            resume=args.resume, overwrite=args.overwrite,
-            arguments={k: v for k, v in vars(args).items() if k not in FREE_FLAGS})
+            resume=args.resume, overwrite=args.overwrite, keep_all=args.keep_all, min_reward=args.min_reward,
+            arguments=settings(args))
     return 0
 
 
@@ -119,8 +157,7 @@ def run_eval(args):
 
     def generate(model, out):
         chat = Chat.from_pretrained(model, think=args.think, tools=args.tools)
-        settings = {k: v for k, v in vars(args).items() if k not in (*FREE_FLAGS, "compare")} | {"model": model}
-        open_run(out, settings, args.resume, args.overwrite, device)
+        open_run(out, settings(args) | {"model": model, "compare": None}, args.resume, args.overwrite, device)
         return evaluation.generate(lambda: Transformer.from_pretrained(model, torch_dtype(args.dtype), device), chat,
                                    args.data, out, args.limit, args.n, args.rows, args.max_prompt_tokens,
                                    args.max_new_tokens, args.seed)
@@ -136,12 +173,7 @@ def run_eval(args):
 def run_reward(args):
     """The reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines in their order."""
     from data.evaluation import score_file
-    from reward import explain
-    results = score_file(args.data, args.explain, think=args.think, strip_eos=args.strip_eos, binary=args.binary)
-    if args.explain:
-        print(*map(explain, results), sep="\n")
-        return 0
-    lines = (json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n" for result in results)
+    lines = score_file(args.data, args.explain, think=args.think, strip_eos=args.strip_eos, binary=args.binary)
     write_lines(args.out, lines) if args.out else sys.stdout.writelines(lines)
     return 0
 
@@ -183,26 +215,44 @@ def run_plot(args):
     return 0
 
 
+def begin(args, device, rank, folders, files):
+    """Open the run at --out and return the step to go on from. What it reads is looked at first: model folders that are
+    broken, and --overwrite of a folder that holds one of them, are refused before anything is touched."""
+    from model import Transformer
+    from train import open_run
+    for folder in filter(None, folders):
+        Transformer.from_pretrained(folder, device="meta")
+    read = [Path(p, "x").resolve() for p in folders if p] + [Path(p).resolve() for p in files if p]
+    if args.overwrite and any(Path(args.out).resolve() in path.parents for path in read):
+        raise InputError(f"{args.out}: --overwrite would delete what this run reads; name another --out")
+    return open_run(args.out, settings(args), args.resume, args.overwrite, device, rank)
+
+
+def end(args, model, summary, rank):
+    """Save a finished run's model and summary, or say how to go on with a stopped one; returns the exit code."""
+    if rank == 0 and summary is None:
+        print(f"Stopped. Go on with the same command and --resume; checkpoints are in {args.out}/checkpoints")
+    elif rank == 0:
+        model.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
+        write_json(Path(args.out) / "summary.json", summary)
+        print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")
+    return 130 if summary is None else 0
+
+
+def settings(args):
+    """The flags that must be the same when a run is resumed."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+
+
 def torch_dtype(name):
     """The torch dtype of a command-line name."""
     import torch
     return getattr(torch, name)
 
 
-def within(kind, least, most=float("inf")):
-    """An argparse type: numbers from `least` to `most`."""
-    def number(text):
-        if not least <= kind(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
-        return kind(text)
-
-    return number
-
-
 def parser():
     """The command line."""
     top = argparse.ArgumentParser(prog="star.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    count, natural, amount = within(int, 1), within(int, 0), within(float, 0.0)
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run):
@@ -211,54 +261,21 @@ def parser():
         p.set_defaults(run=run)
         return p
 
-    def prompts(p, form="--tools"):
-        g = p.add_argument_group("prompts")
-        g.add_argument("--think", choices=("on", "off", "none"), help="on: the prompt ends in an opened <think>; off: "
-                       "in an empty think block; none: no think tags; default: what the model's template knows")
-        g.add_argument(form, choices=("flat", "wrapped"), default="flat", help="tools as released, or as OpenAI does")
-
-    def sampling(p, temperature, new_tokens):
-        g = p.add_argument_group("sampling")
-        g.add_argument("--temperature", type=amount, default=temperature, help="0 is greedy")
-        g.add_argument("--top-p", type=within(float, 1e-6, 1.0), default=1.0, help="draw from the likeliest only")
-        g.add_argument("--max-new-tokens", type=count, default=new_tokens, help="cut a response here")
-
-    def machine(p, dtype_help):
-        g = p.add_argument_group("machine")
-        g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-        g.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype_help)
-        g.add_argument("--seed", type=int, default=42, help="of everything random")
-
     def training(p, lr, weight_decay):
         g = p.add_argument_group("data")
-        g.add_argument("--data", required=True, help="records or rollouts, .jsonl or .jsonl.gz")
-        g.add_argument("--limit", type=count, help="read only the first so many records")
+        reading(g, "records or rollouts")
         g.add_argument("--valid", help="records or rollouts to validate on; default: some of --data, held out")
         g.add_argument("--valid-limit", type=count, help="validate on only the first so many records")
         g.add_argument("--hold-out", type=natural, default=32, help="records held out of --data without --valid")
-        g.add_argument("--max-prompt-tokens", type=count, default=5120, help="longer prompts are left out")
         g.add_argument("--max-response-tokens", type=count, default=512, help="longer responses are left out")
         g.add_argument("--mask", choices=("all", "think", "answer", "alter"), default="all",
                        help="which response tokens count: all, up to </think>, after it, or in turn")
-        prompts(p)
-        g = p.add_argument_group("optimisation")
-        g.add_argument("--lr", type=amount, default=lr, help="peak rate; 3%% warm-up, cosine to a tenth")
-        g.add_argument("--batch", type=count, default=128, help="sequences an optimiser step, in whole groups")
         g.add_argument("--epochs", type=count, default=1, help="passes over the data")
         g.add_argument("--steps", type=count, help="optimiser steps, whatever --epochs says")
-        g.add_argument("--weight-decay", type=amount, default=weight_decay, help="on matrices only")
-        g.add_argument("--micro-tokens", type=count, default=4096, help="padded tokens in memory at a time; changes "
-                       "memory and speed, not the gradient")
-        g.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, smaller")
-        g = p.add_argument_group("run")
-        g.add_argument("--out", required=True, help="folder of the run")
-        g.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
-        g.add_argument("--overwrite", action="store_true", help="delete what is in --out first")
+        prompts(p)
+        g = optimisation(p, lr, weight_decay, 100)
         g.add_argument("--valid-every", type=count, default=100, help="steps between validations")
-        g.add_argument("--save-every", type=count, default=100, help="steps between checkpoints; the last two are kept")
         g.add_argument("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
-        g.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
-        machine(p, "compute; weights and optimiser are float32")
 
     p = command("ckd", run_ckd)
     p.add_argument("--teacher", required=True, help="model folder")
@@ -277,33 +294,62 @@ def parser():
     p.add_argument("--model", required=True, help="model folder to start from")
     training(p, 1e-5, 0.0)
 
+    p = command("simrl", run_simrl)
+    p.add_argument("--model", required=True, help="model folder to start from; also the reference of the KL")
+    g = p.add_argument_group("data")
+    reading(g, "records with gold answers")
+    g.add_argument("--episodes", type=count, default=3, help="passes over the prompts, if none are drawn in addition")
+    g.add_argument("--steps", type=count, help="rollout batches, whatever --episodes says")
+    prompts(p)
+    sampling(p, 1.0, 512)
+    g = p.add_argument_group("Sim-RL (paper.md 1.5, 1.6)")
+    g.add_argument("--prompts", type=count, default=128, help="prompts a step")
+    g.add_argument("--n", type=within(int, 2), default=8, help="responses to a prompt")
+    g.add_argument("--rows", type=count, default=64, help="responses in the making at a time: memory and speed only")
+    g.add_argument("--reward", choices=("similarity", "binary"), default="similarity", help="binary: all or nothing")
+    g.add_argument("--strip-eos", action="store_true", help="keep the end token out of text replies")
+    g.add_argument("--filter", choices=("scores", "rewards", "none"), default="scores", help="groups to train on: "
+                   "answer scores not all equal, their mean within 0.01-0.99; rewards not all equal; all")
+    g.add_argument("--max-draws", type=count, default=4, help="draw at most so many times --prompts to fill a step")
+    g.add_argument("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
+                   help="R - mean over the standard deviation, or R - mean")
+    g.add_argument("--kl-weight", type=amount, default=1e-3, help="of the KL to the starting model; 0 loads none")
+    g.add_argument("--clip", type=amount, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"), help="of the ratio")
+    g.add_argument("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
+                   help="over the tokens of an optimiser step; as released, of micro-batch means; as in the paper")
+    optimisation(p, 3e-7, 0.0, 10)
+
+    p = command("prepare", run_prepare)
+    p.add_argument("--data", required=True, nargs="+", metavar="FILE", help="records with gold answers")
+    p.add_argument("--out", required=True, help="file to write, .jsonl or .jsonl.gz: records, `labels` and `turns`")
+    p.add_argument("--size", type=count, help="choose so many by the quotas of paper.md 1.7; default: keep all")
+    p.add_argument("--model", metavar="DIR", help="model folder whose tokenizer measures prompts")
+    p.add_argument("--max-prompt-tokens", type=count, default=8192, help="with --model: longer prompts are left out")
+    p.add_argument("--seed", type=int, default=42, help="of the choice")
+    p.add_argument("--overwrite", action="store_true", help="write over what is there")
+
     p = command("rollout", run_rollout)
     p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--data", required=True, help="records; an answer is not needed")
-    p.add_argument("--limit", type=count, help="read only the first so many records")
-    p.add_argument("--out", required=True, help="file to write: the records with `responses`")
+    reading(p, "records; an answer is not needed")
+    going_on(p, "file to write: the records with `responses`")
     p.add_argument("--n", type=count, default=8, help="responses to a prompt")
     p.add_argument("--rows", type=count, default=64, help="responses in the making at a time")
-    p.add_argument("--max-prompt-tokens", type=count, default=5120, help="longer prompts are left out")
-    p.add_argument("--resume", action="store_true", help="go on where a stopped run was")
-    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
+    g = p.add_argument_group("filters (paper.md 1.7), at the end of a run").add_mutually_exclusive_group()
+    g.add_argument("--keep-all", action="store_true", help="keep responses of bad form and duplicates")
+    g.add_argument("--min-reward", type=within(float, -1.0, 1.0), metavar="X", help="drop what is worth less, too")
     prompts(p)
     sampling(p, 1.0, 512)
     machine(p, "weights and compute")
 
     p = command("eval", run_eval)
     p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--data", required=True, help="records with gold answers")
-    p.add_argument("--limit", type=count, help="read only the first so many records")
-    p.add_argument("--out", required=True, help="folder for the generations, their scores and summary.json")
+    reading(p, "records with gold answers")
+    going_on(p, "folder for the generations, their scores and summary.json")
     p.add_argument("--compare", metavar="DIR", help="a second model folder, evaluated too (into OUT-compared), or the "
                    "--out of an earlier eval on the same records")
     p.add_argument("--n", type=natural, default=0, help="also draw so many samples at temperature 1: pass@n, entropy")
     p.add_argument("--rows", type=count, default=64, help="responses in the making at a time")
-    p.add_argument("--max-prompt-tokens", type=count, default=5120, help="longer prompts are left out")
     p.add_argument("--max-new-tokens", type=count, default=512, help="cut a response here")
-    p.add_argument("--resume", action="store_true", help="go on where a stopped run was")
-    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
     prompts(p)
     machine(p, "weights and compute")
 

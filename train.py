@@ -5,9 +5,9 @@ Departures from the released code:
 1. The loss is a mean over all counted tokens of the optimiser batch, whatever the micro-batches or ranks (released:
    mean of micro-batch means, so that a token's weight depends on its neighbour's length).
 2. No positions x vocabulary tensor exists: the head runs on chunks of the counted positions only.
-3. A checkpoint is safetensors and JSON. All randomness is a function of (seed, step), so a step number is all the
-   random state and data position there is, and a resumed run repeats the uninterrupted one (to the bit on a CPU;
-   a GPU's sums have no fixed order).
+3. A checkpoint is safetensors and JSON. All randomness is a function of the seed and of counts (of steps, of prompts
+   drawn), so a few numbers are all the random state and data position there is, and a resumed run repeats the
+   uninterrupted one (to the bit on a CPU; a GPU's sums have no fixed order).
 4. Gradient checkpointing is a flag, not the rule.
 """
 import atexit
@@ -156,6 +156,18 @@ def sum_over_ranks(sums, device):
     return dict(zip(sums, values.tolist()))
 
 
+def joined_over_ranks(rows, device):
+    """The lists of all ranks as one, in the order of ranks: what JSON can write travels as its bytes, so no pickle."""
+    if not dist.is_initialized():
+        return rows
+    data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=device)  # [bytes]
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
+    parts = [data.new_zeros(max(sizes)) for _ in sizes]  # all_gather wants one length: shorter ones are padded
+    dist.all_gather(parts, torch.cat((data, data.new_zeros(max(sizes) - len(data)))))
+    return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].tolist()))]
+
+
 def peak_memory(device):
     """Peak memory so far in GB: the GPU's own count there, the process's resident size elsewhere."""
     if device.type == "cuda":
@@ -190,26 +202,31 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
             step = max(steps, default=0)
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "arguments.json", arguments)
-        log = out / "metrics.jsonl"
-        if log.exists():  # what was logged after the checkpoint comes again; a kill may have left half a line
-            lines = [line for line in log.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-            write_lines(log, (line + "\n" for line in lines if step))
+        for log in filter(Path.exists, (out / "metrics.jsonl", out / "samples.jsonl")):
+            # What was logged after the checkpoint comes again; a kill may have left half a line, or half a character.
+            with open(log, encoding="utf-8", errors="replace") as file:
+                write_lines(log, (line for line in file if step and line.endswith("\n")
+                                  and json.loads(line)["step"] <= step))
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 
-def log_metrics(out, row):
-    """Append one line to metrics.jsonl."""
-    with open(Path(out) / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+def log_metrics(out, *rows, name="metrics.jsonl"):
+    """Append rows, a line each, to metrics.jsonl or another file of the run."""
+    with open(Path(out) / name, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def save_checkpoint(out, step, model, optimiser, keep=2):
-    """Write checkpoints/step-… (weights and optimiser moments) whole or not at all; keep the last `keep`."""
+def save_checkpoint(out, step, model, optimiser, progress=None, keep=2):
+    """Write checkpoints/step-… (weights, optimiser moments, progress.json) whole or not at all; keep the last `keep`.
+
+    progress: the counts that `load_checkpoint` gives back; default {"updates": step}, how often the optimiser stepped.
+    """
     with whole_folder(Path(out) / "checkpoints" / f"step-{step:06d}") as new:
         save_tensors({name: p.detach() for name, p in model.named_parameters()}, new / "weights.safetensors")
         for moment in ("exp_avg", "exp_avg_sq"):  # a file each: writing one takes a copy of it in memory
-            save_tensors({name: optimiser.state[p][moment] for name, p in model.named_parameters()},
-                         new / f"{moment}.safetensors")
+            save_tensors({name: optimiser.state[p].get(moment, torch.zeros_like(p))  # before its first step: none
+                          for name, p in model.named_parameters()}, new / f"{moment}.safetensors")
+        write_json(new / "progress.json", progress or {"updates": step})
     kept = sorted((Path(out) / "checkpoints").glob("step-??????"))[-keep:]
     for old in (Path(out) / "checkpoints").iterdir():  # older ones, and what a killed run left half-written
         if old not in kept:
@@ -218,14 +235,16 @@ def save_checkpoint(out, step, model, optimiser, keep=2):
 
 @torch.no_grad()
 def load_checkpoint(out, step, model, optimiser):
-    """Put the weights and the optimiser back as they were at the end of `step`."""
+    """Put the weights and the optimiser back as they were at the end of `step`. Returns the progress saved there."""
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    progress = read_json(folder / "progress.json")
     files = {what: safe_open(folder / f"{what}.safetensors", "pt") for what in ("weights", "exp_avg", "exp_avg_sq")}
     for name, p in model.named_parameters():
         p.copy_(files["weights"].get_tensor(name))
         optimiser.state[p] = {what: files[what].get_tensor(name).to(p.device, copy=True)
                               for what in ("exp_avg", "exp_avg_sq")}
-        optimiser.state[p]["step"] = torch.tensor(float(step), device=p.device)
+        optimiser.state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
+    return progress
 
 
 class Interrupt:

@@ -105,6 +105,7 @@ def commands(out, seed=42, quick=False):
         ["sft", "--model", f"{out}/teacher-init", "--data", f"{out}/train.jsonl", "--out", f"{out}/teacher",
          "--steps", steps[0], "--lr", "3e-3", *small],
         ["rollout", "--model", f"{out}/teacher/model", "--data", f"{out}/train.jsonl", "--n", "4", "--limit", "64",
-         "--max-new-tokens", "64", "--dtype", "float32", "--device", "cpu", "--out", f"{out}/rollouts.jsonl"],
+         "--max-new-tokens", "64", "--dtype", "float32", "--device", "cpu", "--out", f"{out}/rollouts.jsonl",
+         *["--keep-all"] * quick],  # what little it learnt has not the form yet
         ["ckd", "--teacher", f"{out}/teacher/model", "--student", f"{out}/student-init", "--data",
          f"{out}/rollouts.jsonl", "--out", f"{out}/student", "--steps", steps[1], "--lr", "3e-3", *small]]

@@ -23,33 +23,26 @@ from tqdm import tqdm
 import reward
 from data import InputError
 from data.chat import THINK
-from data.rollouts import write_rollouts
+from data.rollouts import read_prompts, write_rollouts
 from data.show import columns, one_line
-from data.sources import read_lines, read_records
+from data.sources import read_lines
 
 RESAMPLES = 5_000
+PARTS = ("prompt", "generation", "label")  # of a line that `star.py reward` scores
 
 
-def generate(load, chat, data, out, limit=None, n=0, rows=64, max_prompt_tokens=5120, max_new_tokens=512, seed=42,
-             resume=False, overwrite=False, arguments=None):
+def generate(load, chat, data, out, limit=None, n=0, rows=64, max_prompt_tokens=5120, max_new_tokens=512, seed=42):
     """Answer every record of the file `data`, score the answers and write both to `out`/generations.jsonl.
 
     load: loads the model, once the records are read · chat: its Chat · n: samples at temperature 1 beside the greedy
-    answer · the rest as in `rollouts.rollout`. Returns the written records: the first of a record's `responses` is
-    the greedy one; each has {"text", "ids", "finish_reason", "logprob", "reward", "answer_score", "case", "exact"}.
+    answer · the rest as in `rollouts.rollout`. Goes on with what a stopped run left there. Returns the written
+    records: the first of a record's `responses` is the greedy one; each has {"text", "ids", "finish_reason",
+    "logprob", "reward", "answer_score", "case", "exact"}.
     """
     import torch
 
     import simrl
-    rendered = {"rendered": {"think": chat.think, "tools": chat.tools}}
-    records = [record | rendered for record in read_records(data)[:limit]]
-    for record in records:
-        if not record.get("answer"):
-            raise InputError(f"{data}: record {record['id']} has no gold answer to compare with; remove it")
-    prompts = [chat.encode(chat.prompt(record)) for record in records]
-    prompts = [ids if len(ids) <= max_prompt_tokens else None for ids in prompts]
-    if None in prompts:
-        print(f"left out of {data}: {prompts.count(None)} prompts of more than {max_prompt_tokens} tokens")
+    records, prompts = read_prompts(data, chat, max_prompt_tokens, limit)
     model = None
 
     def sample(members, at):
@@ -65,8 +58,8 @@ def generate(load, chat, data, out, limit=None, n=0, rows=64, max_prompt_tokens=
         return [[judged(chat, records[i], s) for s in group] for i, group in zip(members, found)]
 
     Path(out).mkdir(parents=True, exist_ok=True)
-    return write_rollouts(sample, records, prompts, Path(out) / "generations.jsonl", max(1, rows // max(n, 1)), resume,
-                          overwrite, arguments, "eval")
+    return write_rollouts(sample, records, prompts, Path(out) / "generations.jsonl", max(1, rows // max(n, 1)),
+                          resume=True, name="eval")
 
 
 def judged(chat, record, sample):
@@ -79,24 +72,29 @@ def judged(chat, record, sample):
 
 
 def score_file(path, only=None, **options):
-    """Yield `reward.score` of each line {"prompt", "generation", "label"} of a .jsonl or .jsonl.gz file, in order.
+    """Yield a line {"reward", "answer_score"} for each line {"prompt", "generation", "label"} of a .jsonl[.gz] file.
 
-    only: the number of the one line to score · options: see `reward.score`. InputError for a line that is none.
+    only: the number of the one line whose page is wanted instead: what was written, the gold label, and
+    `reward.explain` · options: see `reward.score`. InputError for a line that is none.
     """
-    count = 0
+    found = False
     for number, line in tqdm(read_lines(Path(path)), desc="reward", unit=" lines", disable=only is not None):
-        if not line.strip() or only not in (None, number):
-            continue
-        try:
-            given = json.loads(line)
-            prompt, generation, label = (given[name] for name in ("prompt", "generation", "label"))
-            tools = reward.tools_in(prompt)
-            yield reward.score(prompt + generation, label, tools, **options)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise InputError(f'{path}:{number}: is not {{"prompt": text, "generation": text, "label": text}} '
-                             f"({type(e).__name__}: {e}); correct it or remove the line") from e
-        count += 1
-    if not count:
+        if line.strip() and only in (None, number):
+            try:
+                given = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise InputError(f"{path}:{number}: not JSON ({e}); each line must be one whole JSON object") from e
+            if not isinstance(given, dict) or not all(isinstance(given.get(name), str) for name in PARTS):
+                raise InputError(f"{path}:{number}: lacks one of {', '.join(PARTS)}, each of them text; add it")
+            prompt, generation, label = (given[name] for name in PARTS)
+            found = True
+            result = reward.score(prompt + generation, label, reward.tools_in(prompt), **options)
+            if only is None:
+                yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
+            else:
+                yield f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n{reward.explain(result)}\n"
+                return
+    if not found:
         raise InputError(f"{path}: has no line {only or 1}; give a file with one JSON object a line")
 
 

@@ -3,6 +3,7 @@
 A file of its own rather than data/__init__.py, whose pieces are about files of every kind; these are about a terminal.
 """
 import json
+from collections import deque
 from pathlib import Path
 
 
@@ -28,6 +29,19 @@ def show_run(samples, figures):
     table({name: value for name, value in figures.items() if not name.startswith("valid_")} | changes)
 
 
+def show_groups(path, figures):
+    """Print the best and the worst of the last three groups of a samples.jsonl, and a run's figures."""
+    with open(path, encoding="utf-8") as file:
+        last = deque(file, maxlen=3)
+    for group in map(json.loads, last):
+        print(f"\ngold     {one_line(group['gold'])}")
+        ranked = sorted(group["samples"], key=lambda sample: -sample["reward"])
+        for sample in (ranked[0], ranked[-1]):
+            print(f"{sample['reward']:<8.2f} {one_line(sample['text'])}")
+    print(f"\nEvery sample is in {path}\n")
+    table(figures)
+
+
 def one_line(text):
     """Text on one line and not too long, for the terminal."""
     text = " ".join((text or "").split())
@@ -36,8 +50,9 @@ def one_line(text):
 
 def table(rows):
     """Print {name: value} as two columns."""
+    width = max([20, *map(len, rows)])
     for name, value in rows.items():
-        print(f"{name:<20}  {value:,}" if isinstance(value, (int, float)) else f"{name:<20}  {value}")
+        print(f"{name:<{width}}  {value:,}" if isinstance(value, (int, float)) else f"{name:<{width}}  {value}")
 
 
 def columns(rows):

@@ -14,8 +14,8 @@ JSON string, wrapped tools, the older `functions` and `function_call`). Types in
 optional") become JSON schema.
 
 Departures from the released code: (1) nothing is repaired. A gold call to a tool that is not offered is an error
-naming its line, where the authors match near-miss names by substring. (2) A think block or <tool_call> blocks
-written inside an assistant's text are taken apart into reasoning, content and calls.
+naming its line, where the authors match near-miss names by substring; `star.py prepare` drops such records. (2) A
+think block or <tool_call> blocks written inside an assistant's text are taken apart into reasoning, content and calls.
 """
 import gzip
 import json
@@ -23,7 +23,10 @@ import re
 import zlib
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data import InputError, read_json
+from reward import score
 
 ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system", "function": "tool"}
 TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "tuple": "array",
@@ -32,17 +35,20 @@ TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"
     name: name for name in ("string", "integer", "number", "boolean", "array", "object", "null")}
 
 
-def read_records(path, need_answer=True, vocab_size=None):
+def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
     """All records of a .jsonl, .jsonl.gz or .json (one object a line) file.
 
     need_answer: False also accepts prompts, whose last message is the user's or a tool's and which have no answer.
     vocab_size: the ids of responses must be below it.
+    check_answer: False also accepts answers with calls to tools that are not offered, and with calls that cannot be
+    read, which become text; `self_check` tells.
     Raises InputError, naming the file and the line, for whatever cannot be used. Empty lines are skipped.
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
-    records = [read_record(line, f"{path}:{number}", f"{stem}:{number}", need_answer, vocab_size)
-               for number, line in read_lines(path) if line.strip()]
+    records = [read_record(line, f"{path}:{number}", f"{stem}:{number}", need_answer, vocab_size, check_answer)
+               for number, line in tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False)
+               if line.strip()]
     if not records:
         raise InputError(f"{path}: holds no records; give a file with one JSON object a line")
     return records
@@ -67,7 +73,7 @@ def read_lines(path):
         raise InputError(f"{path}: cannot be read ({error.strerror}); give a .jsonl or .jsonl.gz file") from error
 
 
-def read_record(line, where, default_id, need_answer, vocab_size):
+def read_record(line, where, default_id, need_answer, vocab_size, check_answer):
     """One line (bytes) to a record. where: "file:line" for errors."""
     try:
         given = json.loads(line.decode("utf-8-sig"))
@@ -85,13 +91,14 @@ def read_record(line, where, default_id, need_answer, vocab_size):
     tools = given.get("tools") or given.get("functions") or []
     tools = parse(tools, where, "tools") if isinstance(tools, str) else tools
     tools = [read_tool(tool, where) for tool in (tools if isinstance(tools, list) else [tools])]
-    messages = [read_message(message, where) for message in given["messages"]]
+    *history, last = given["messages"]
+    messages = [read_message(message, where) for message in history] + [read_message(last, where, check_answer)]
     record = {"id": default_id, "source": default_id.rpartition(":")[0]}
     if "answer" in given or "responses" in given:
         record |= given | {"tools": tools, "messages": messages}
         if given.get("answer") is not None:
             answer = given["answer"] if isinstance(given["answer"], dict) else {}
-            record["answer"] = answer | {"tool_calls": read_calls(answer.get("tool_calls") or [], where),
+            record["answer"] = answer | {"tool_calls": read_calls(answer.get("tool_calls") or [], where, check_answer),
                                          "content": text(answer.get("content"), where)}
     else:
         record |= {key: str(given[key]) for key in record if given.get(key) is not None}
@@ -105,14 +112,36 @@ def read_record(line, where, default_id, need_answer, vocab_size):
     check_responses(record.get("responses") or [], where, vocab_size)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError(f"{where}: no message to answer; before the answer must come a user's or a tool's")
-    answer = record.get("answer") or {}
-    if need_answer and not (answer.get("tool_calls") or answer.get("content") or record.get("responses")):
+    if need_answer and not (has_answer(record) or record.get("responses")):
         raise InputError(f"{where}: no answer; give a last assistant turn with calls or content, or run rollout first")
-    for call in answer.get("tool_calls", []):
-        if call["name"] not in [tool["name"] for tool in tools]:
+    for call in (record.get("answer") or {}).get("tool_calls", []):
+        if check_answer and call["name"] not in [tool["name"] for tool in tools]:
             raise InputError(f"{where}: the answer calls {call['name']!r}, which is not among the tools; "
                              "add the tool or remove the record")
     return record
+
+
+def has_answer(record):
+    """Whether the record has a gold answer: calls or text."""
+    answer = record.get("answer") or {}
+    return bool(answer.get("tool_calls") or answer.get("content"))
+
+
+def score_gold(record):
+    """What `reward.score` says of the record's gold answer when it is scored against itself."""
+    answer = record["answer"]
+    calls = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in answer["tool_calls"]]
+    text = "<think>\n\n</think>\n\n" + "\n".join([answer["content"] or "", *calls]).lstrip("\n")
+    return score(text, text, record["tools"])
+
+
+def self_check(record):
+    """The reward of the gold answer scored against itself, in [-1, 1]; `star.py prepare` keeps what is over 0.99.
+
+    Less than 1 is what no answer could earn full reward for: a call that cannot be read, an unknown tool or argument,
+    think tags or <tool_call> within a text.
+    """
+    return score_gold(record)["reward"]
 
 
 def check_responses(responses, where, vocab_size):
@@ -130,8 +159,8 @@ def check_responses(responses, where, vocab_size):
             raise InputError(f"{where}: one of the responses has neither ids nor text; run rollout again")
 
 
-def read_message(message, where):
-    """One message of any shape in the record format; ids and other keys are dropped."""
+def read_message(message, where, check=True):
+    """One message of any shape in the record format; ids and other keys are dropped. check: see `read_calls`."""
     role = str(message.get("role") if isinstance(message, dict) else message)
     if role not in ROLES or not isinstance(message, dict):
         raise InputError(f"{where}: unknown role {role!r}; roles are system, user, assistant and tool")
@@ -145,10 +174,10 @@ def read_message(message, where):
         result["content"] = content = content[block.end():]
     if not calls and "<tool_call>" in content:
         said, *blocks = re.split(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content, flags=re.S)  # text, block, text...
-        calls = [parse(block, where, "<tool_call>") for block in blocks[::2]]
+        calls = [parse(block, where, "<tool_call>", check) for block in blocks[::2]]
         result["content"] = (said + "".join(blocks[1::2])).strip() or None
     if calls:
-        result["tool_calls"] = read_calls(calls, where)
+        result["tool_calls"] = read_calls(calls, where, check)
     if reasoning:
         result["reasoning_content"] = reasoning
     return result
@@ -163,17 +192,20 @@ def text(content, where):
     return content
 
 
-def read_calls(calls, where):
-    """[{"name", "arguments"}] from plain or OpenAI tool calls."""
+def read_calls(calls, where, check=True):
+    """[{"name", "arguments"}] from plain or OpenAI tool calls. check: False keeps what is neither, as text."""
     result = []
-    for call in calls if isinstance(calls, list) else [calls]:
-        call = call.get("function", call) if isinstance(call, dict) else {}
+    for given in calls if isinstance(calls, list) else [calls]:
+        call = given.get("function", given) if isinstance(given, dict) else {}
         arguments = call.get("arguments") if isinstance(call, dict) else None
         if isinstance(arguments, str):
-            arguments = parse(arguments, where, "arguments")
-        if not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
+            arguments = parse(arguments, where, "arguments", check)
+        if isinstance(arguments, dict) and isinstance(call.get("name"), str):
+            result.append({"name": call["name"], "arguments": arguments})
+        elif check:
             raise InputError(f'{where}: a call lacks its name or its arguments object; write {{"name", "arguments"}}')
-        result.append({"name": call["name"], "arguments": arguments})
+        else:
+            result.append(json.dumps(given))
     return result
 
 
@@ -186,10 +218,13 @@ def read_tool(tool, where):
             "parameters": to_json_schema(tool.get("parameters") or {}, where)}
 
 
-def parse(string, where, what):
+def parse(string, where, what, check=True):
+    """What a JSON string holds. check: False gives a string that is not JSON back."""
     try:
         return json.loads(string)
     except ValueError as error:
+        if not check:
+            return string
         raise InputError(f"{where}: {what} is not JSON ({error}); correct it or remove the record") from error
 
 

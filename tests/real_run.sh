@@ -27,6 +27,14 @@ for objective in ckd ce; do
         --data "$out/rollouts-prompts.jsonl" --valid "$out/rollouts-valid.jsonl" --valid-every 9 --batch 16 \
         --cache "$out/teacher-cache" $small --out "$out/$objective"
 done
+# The model as shipped and both students on 200 validation records, greedily: a quarter of an hour each.
+python star.py eval --model "$model" --data "$valid" --limit 200 --rows 32 --max-new-tokens 128 --out "$out/eval-base"
+python star.py eval --model "$out/ce/model" --compare "$out/eval-base" --data "$valid" --limit 200 --rows 32 \
+    --max-new-tokens 128 --out "$out/eval-ce"
+for other in ce base; do
+    python star.py eval --model "$out/ckd/model" --compare "$out/eval-$other" --data "$valid" --limit 200 --rows 32 \
+        --max-new-tokens 128 --out "$out/eval-ckd" --resume
+done
 # What needs requirements-dev.txt: the curves, and the exported student in transformers (the same logits).
 python star.py plot "$out/ckd" "$out/ce" --out "$out/curves.png"
 STAR_REAL_MODEL="$out/ckd/model" python -m pytest -q tests/test_model.py -k real_weights

@@ -28,7 +28,8 @@ TRAIN = ("--data train.jsonl --out run --batch 8 --steps 2 --hold-out 4 --sample
          "--device cpu --max-response-tokens 128 --save-dtype float32")
 SFT = f"sft --model student {TRAIN}"
 CKD = f"ckd --teacher teacher --student student {TRAIN} --k 5 --m 5"
-ROLLOUT = "rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32"
+ROLLOUT = ("rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32 "
+           "--keep-all")
 
 
 @pytest.fixture
@@ -299,7 +300,8 @@ def test_rollout(here, capsys):
     added = {"responses": 0, "rendered": {"think": "on", "tools": "flat"}}
     assert [row | added | {"rendered": row["rendered"]} for row in written] == [row | added for row in given]
     for response in (response for row in written for response in row["responses"]):
-        assert list(response) == ["text", "ids", "finish_reason", "logprob"] and 1 <= len(response["ids"]) <= 8
+        assert list(response) == ["text", "ids", "finish_reason", "logprob", "reward"]
+        assert 1 <= len(response["ids"]) <= 8
     assert not Path("out.jsonl.part").exists()
     capsys.readouterr()
     assert run(f"{CKD} --data out.jsonl") == 0 and "24 prompts" not in capsys.readouterr().err
@@ -329,7 +331,7 @@ def test_plot(here, capsys):
     assert run("plot run --out curves.xyz") == 2 and capsys.readouterr().err.startswith("star.py plot: curves.xyz: ")
 
 
-@pytest.mark.parametrize("command", ["sft", "ckd", "rollout", "chat", "demo", "plot"])
+@pytest.mark.parametrize("command", ["sft", "ckd", "prepare", "rollout", "chat", "demo", "plot"])
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,170 @@
+"""eval and reward from the command line: what is counted, the intervals and the comparison, and what is refused."""
+import gzip
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import star
+from data import evaluation
+
+ROOT = Path(__file__).parents[1]
+CALL = {"name": "f", "arguments": {"a": 1}}
+
+
+def row(calls, *responses, name="1", source="s", messages=1):
+    """A record with scored responses, each (exact, case, reward)."""
+    return {"id": name, "source": source, "answer": {"tool_calls": calls, "content": None if calls else "no"},
+            "messages": [{"role": "user", "content": "?"}] * messages,
+            "responses": [{"exact": e, "case": c, "reward": r, "logprob": -6.0, "ids": [1, 2, 3], "text": ""}
+                          for e, c, r in responses]}
+
+
+RIGHT, WRONG = (True, "calls and calls", 1.0), (False, "calls and calls", 0.25)
+TEXT, BROKEN = (False, "text where calls are due", 0.0), (False, "call is not JSON", -1.0)
+
+
+def test_measures():
+    assert evaluation.measures(row([CALL], RIGHT)) == {"reward": 1, "exact calls": 1, "valid calls": 1}
+    assert evaluation.measures(row([CALL], WRONG)) == {"reward": 0.25, "exact calls": 0, "valid calls": 1}
+    assert evaluation.measures(row([CALL], BROKEN)) == {"reward": -1, "exact calls": 0, "valid calls": 0}
+    assert evaluation.measures(row([CALL], TEXT)) == {"reward": 0, "exact calls": 0, "valid calls": 0}
+    assert evaluation.measures(row([], (True, "text and text", 0.5))) == {"reward": 0.5, "correct refusals": 1}
+    assert evaluation.measures(row([], (False, "calls where text is due", 0.0))) == {"reward": 0, "correct refusals": 0}
+    found = evaluation.measures(row([CALL], WRONG, RIGHT, WRONG, BROKEN, TEXT))
+    assert found["pass@1"] == 0.25 and found["pass@4"] == 1 and found["exact calls"] == 0
+    assert found["reward at T = 1"] == pytest.approx((1 + 0.25 - 1 + 0) / 4) and found["entropy"] == 2.0
+
+
+def test_interval_is_near_the_textbook_one():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
+    mean, low, high = evaluation.interval(values)
+    half = 1.96 * values.std(ddof=1) / 20
+    assert mean == values.mean()
+    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.03)
+
+
+def test_chance_is_the_exact_permutation_test():
+    differences = [0.5, -0.2, 0.9, 0.4, 0.1, 0.3, 0.0, 0.6]
+    signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T
+    exact = np.mean(np.abs(signs @ differences) >= abs(sum(differences)) - 1e-9)
+    assert evaluation.chance(differences) == pytest.approx(exact, abs=0.02)
+    assert evaluation.chance([1.0]) == pytest.approx(1.0)  # one item proves nothing
+
+
+def test_summary_and_comparison():
+    mine = [row([CALL], RIGHT, name=str(i), source="ab"[i % 2], messages=1 + i % 2) for i in range(40)]
+    mine += [row([], (True, "text and text", 0.5), name="t")]
+    theirs = [row([CALL], RIGHT if i < 10 else WRONG, name=str(i)) for i in range(40)]
+    theirs += [row([], (True, "text and text", 0.5), name="t")]
+    found = evaluation.summarise(mine)
+    assert found["metrics"]["exact calls"] == {"mean": 1, "low": 1, "high": 1, "items": 40}
+    assert {k: v["items"] for k, v in found["by"].items()} == {"a": 20, "b": 20, "one call": 40, "multi-turn": 20,
+                                                                "s": 1, "text": 1}
+    difference = evaluation.compare(mine, theirs)
+    assert difference["exact calls"]["mean"] == 0.75 and difference["exact calls"]["p"] < 0.001
+    assert difference["correct refusals"] == {"mean": 0, "low": 0, "high": 0, "p": 1.0}
+    with pytest.raises(star.InputError, match="different records"):
+        evaluation.compare(mine, theirs[:-1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the command line
+
+def evaluate(world, out, *flags):
+    return star.main(["eval", "--model", f"{world}/student", "--data", f"{world}/train.jsonl", "--out", str(out),
+                      "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--rows", "6", *flags])
+
+
+def test_eval_and_compare(world, tmp_path, capsys):
+    assert evaluate(world, tmp_path / "a", "--n", "3", "--compare", f"{world}/teacher") == 0
+    shown = capsys.readouterr().out
+    assert "more than chance?" in shown and "pass@3" in shown and "by source and kind" in shown
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["items"] == 24 and set(summary["difference"]) == set(summary["metrics"])
+    rows = [json.loads(line) for line in (tmp_path / "a/generations.jsonl").read_text().splitlines()]
+    assert [len(r["responses"]) for r in rows] == [4] * 24
+    # The earlier evaluation of the other model, and one's own: no difference at all.
+    assert evaluate(world, tmp_path / "b", "--n", "3", "--compare", str(tmp_path / "a")) == 0
+    difference = json.loads((tmp_path / "b/summary.json").read_text())["difference"]
+    assert all(d["mean"] == 0 and d["p"] == 1 for d in difference.values())
+    assert (tmp_path / "a/generations.jsonl").read_bytes() == (tmp_path / "b/generations.jsonl").read_bytes()
+
+
+def test_a_killed_eval_goes_on(world, tmp_path):
+    assert evaluate(world, tmp_path / "whole") == 0
+    command = [sys.executable, ROOT / "star.py", "eval", "--model", world / "student", "--data", world / "train.jsonl",
+               "--out", tmp_path / "cut", "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--rows",
+               "6"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part = tmp_path / "cut/generations.jsonl.part"
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 6):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert evaluate(world, tmp_path / "cut", "--resume", "--limit", "20") == 2  # another setting
+    assert evaluate(world, tmp_path / "cut", "--resume") == 0
+    assert (tmp_path / "cut/generations.jsonl").read_bytes() == (tmp_path / "whole/generations.jsonl").read_bytes()
+
+
+def refused(capsys, *argv):
+    """The one line that a refused command ends in."""
+    assert star.main([str(a) for a in argv]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("star.py")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_eval_refusals(world, tmp_path, capsys):
+    data = world / "train.jsonl"
+    line = refused(capsys, "eval", "--model", world / "student", "--data", data, "--out", tmp_path / "x", "--compare",
+                   tmp_path)
+    assert "neither a model folder" in line and not (tmp_path / "x").exists()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "answer"}) + "\n"
+                               for line in data.read_text().splitlines()))
+    assert "no answer" in refused(capsys, "eval", "--model", world / "student", "--data", prompts, "--out",
+                                  tmp_path / "y")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/generations.jsonl").write_text("{}\n")
+    assert "not what eval writes" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
+                                             tmp_path / "z", "--compare", tmp_path / "old")
+
+
+def test_reward_command(tmp_path, capsys):
+    rows = [json.loads(line) for line in gzip.open(Path(__file__).with_name("reward_golden.jsonl.gz"))][:200]
+    random.Random(0).shuffle(rows)
+    given = [json.dumps({name: row[name] for name in evaluation.PARTS}) + "\n" for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(given))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(given)
+    assert star.main(["reward", "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
+    written = (tmp_path / "out.jsonl").read_text()
+    for row, line in zip(rows, written.splitlines(), strict=True):
+        assert json.loads(line) == pytest.approx({name: row[name] for name in ("reward", "answer_score")}, abs=1e-6)
+    capsys.readouterr()
+    assert star.main(["reward", "--data", str(tmp_path / "b.jsonl.gz")]) == 0
+    assert capsys.readouterr().out == written
+    number = next(i for i, row in enumerate(rows, 1) if 0 < row["reward"] < 1)
+    assert star.main(["reward", "--data", str(tmp_path / "a.jsonl"), "--explain", str(number)]) == 0
+    shown = capsys.readouterr().out
+    assert f"reward  {rows[number - 1]['reward']:.6g}" in shown and "case    " in shown
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("{", ":2: not JSON"), ("[]", ":2: lacks one of"), ('{"prompt": "", "generation": ""}', ":2: lacks one of"),
+    ('{"prompt": "", "generation": "", "label": 1}', ":2: lacks one of"), ("[" * 100_000, ":2: not JSON"),
+])
+def test_reward_refusals(line, expected, tmp_path, capsys):
+    data = tmp_path / "a.jsonl"
+    data.write_text('{"prompt": "", "generation": "", "label": ""}\n' + line + "\n")
+    assert expected in refused(capsys, "reward", "--data", data, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "has no line 9" in refused(capsys, "reward", "--data", data, "--explain", 9)
+    assert "cannot be read" in refused(capsys, "reward", "--data", tmp_path / "none")
