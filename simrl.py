@@ -366,10 +366,8 @@ def summary(out, device):
     """The figures of a whole run, from its metrics.jsonl; the first and last reward are means over a fifth of it."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     fifth, drawn = max(1, len(rows) // 5), sum(row["groups_drawn"] for row in rows)
-    mean = lambda part: round(statistics.fmean(row["reward"] for row in part), 4)  # noqa: E731
+    first, last = (round(statistics.fmean(row["reward"] for row in part), 4) for part in (rows[:fifth], rows[-fifth:]))
     return {"steps": len(rows), "updates": rows[-1]["updates"], "prompts_drawn": drawn,
-            "groups_kept": round(sum(row["groups_kept"] for row in rows) / drawn, 4),
-            "reward_first": mean(rows[:fifth]), "reward_last": mean(rows[-fifth:])} | {
-        name: round(sum(row[name] for row in rows), 1)
-        for name in ("seconds_sampling", "seconds_scoring", "seconds_training")} | {
-        "peak_memory_gb": round(peak_memory(device), 2)}
+            "groups_kept": round(sum(row["groups_kept"] for row in rows) / drawn, 4), "reward_first": first,
+            "reward_last": last} | {name: round(sum(row[name] for row in rows), 1) for name in rows[0]
+                                    if name.startswith("seconds_")} | {"peak_memory_gb": round(peak_memory(device), 2)}

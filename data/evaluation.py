@@ -15,6 +15,7 @@ Intervals are 95 % percentile bootstraps over items. Two models are compared ite
 differences, and a permutation test that flips their signs.
 """
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -162,9 +163,9 @@ def collect(rows):
 def summarise(rows):
     """{"items", "metrics": {name: {mean, low, high, items}}, "by": {source or kind: {"items", name: mean}}}."""
     groups = {}
-    for row in rows:
-        for group in [row["source"], *kinds(row)]:
-            groups.setdefault(group, []).append(row)
+    for names in (kinds, lambda row: [row["source"]]):  # kinds first, the largest groups first
+        found = Counter(name for row in rows for name in names(row))
+        groups |= {name: [row for row in rows if name in names(row)] for name, _ in found.most_common()}
     return {"items": len(rows), "metrics": {
         name: dict(zip(("mean", "low", "high"), map(float, interval(list(values.values()))))) | {"items": len(values)}
         for name, values in collect(rows).items()},
@@ -200,7 +201,7 @@ def report(model, rows, other=None, others=None):
               f"{row['responses'][0]['case']}")
     print()
     names = list(found["metrics"])
-    columns([["by source and kind", "items", *names]] + [
+    columns([["by kind and source", "items", *names]] + [
         [group, figures["items"], *(f"{figures[name]:.3f}" if name in figures else "" for name in names)]
         for group, figures in found["by"].items()])
     print()

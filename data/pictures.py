@@ -4,7 +4,8 @@ from pathlib import Path
 
 from data import InputError
 
-NAMES = ("valid_kl", "valid_nll", "valid_tail", "valid_inside", "loss", "entropy")
+NAMES = ("reward", "answer_score", "signal", "format_failures", "length", "valid_kl", "valid_nll", "valid_tail",
+         "valid_inside", "loss", "entropy")
 
 
 def plot(folders, out):
