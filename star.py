@@ -359,8 +359,8 @@ def parser():
     p.add_argument("--explain", type=count, metavar="LINE", help="print how this line's reward came about instead")
     p.add_argument("--think", choices=("on", "none"), default="on", help="none: ask for no think block, for models "
                    "without such tags")
-    p.add_argument("--strip-eos", action="store_true", help="keep the end token out of text replies; with it, an empty "
-                   "reply to a short refusal is worth 0.5")
+    p.add_argument("--strip-eos", action="store_true", help="keep the end token out of text replies; released: it "
+                   "counts, which makes an empty reply to a short refusal worth 0.5")
     p.add_argument("--binary", action="store_true", help="all or nothing: the paper's ablation")
 
     p = command("chat", run_chat)
