@@ -4,7 +4,7 @@ A model this small cannot learn that "play lomari" and {"song": "lomari"} hold t
 differently, as they are by Qwen's own tokenizer, where a space melts into the word behind it. So here
 
     words that may stand in a name or a value (song, play, celsius)    one id each, the space before them another
-    all other words of the world's text (the, please, volumes)         one id each, together with the space before them
+    all other words of the world's text (the, please, umbrella)        one id each, together with the space before them
     letters that are no such word                                      syllables (lo ma ri), else single letters
     digits, and everything else                                        one id each; beyond ASCII one id for each byte
 
