@@ -314,7 +314,7 @@ def parser():
     g.add_argument("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
                    help="R - mean over the standard deviation, or R - mean")
     g.add_argument("--kl-weight", type=amount, default=1e-3, help="of the KL to the starting model; 0 loads none")
-    g.add_argument("--clip", type=amount, nargs=2, default=(0.2, 0.2), metavar=("LOW", "HIGH"), help="of the ratio")
+    g.add_argument("--clip", type=amount, nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"), help="of the ratio")
     g.add_argument("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
                    help="over the tokens of an optimiser step; as released, of micro-batch means; as in the paper")
     optimisation(p, 3e-7, 0.0, 10)

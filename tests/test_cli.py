@@ -18,10 +18,11 @@ from safetensors.torch import load_file, save_file
 
 import ckd
 import model
+import reward
 import simrl
 import star
 import train
-from data import groups
+from data import evaluation, groups, stemmer
 
 PROGRAM = str(Path(star.__file__))
 TRAIN = ("--data train.jsonl --out run --batch 8 --steps 2 --hold-out 4 --samples 1 --lr 1e-3 --dtype float32 "
@@ -30,6 +31,8 @@ SFT = f"sft --model student {TRAIN}"
 CKD = f"ckd --teacher teacher --student student {TRAIN} --k 5 --m 5"
 ROLLOUT = ("rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32 "
            "--keep-all")
+SIMRL = ("simrl --model student --data train.jsonl --out run --prompts 4 --n 2 --batch 4 --steps 3 --max-new-tokens 8 "
+         "--filter none --think off --dtype float32 --device cpu --save-dtype float32 --lr 1e-3 --save-every 1")
 
 
 @pytest.fixture
@@ -189,6 +192,13 @@ REFUSED = {
                                  "out.jsonl.part: exists already; give --resume .* or --overwrite"),
     "no tools file": ("chat --model student --tools nowhere.json", None, "nowhere.json: no such file; give a JSON lis"),
     "plot of no run": ("plot teacher --out x.png", None, "teacher: no metrics.jsonl; name the --out folder of a run"),
+    "no model to refine": (f"{SIMRL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
+    "greedy Sim-RL": (f"{SIMRL} --temperature 0", None, "--top-p below 1 or --temperature 0: .*; leave both at 1"),
+    "nucleus Sim-RL": (f"{SIMRL} --top-p 0.9", None, "--top-p below 1 or --temperature 0: .*; leave both at 1"),
+    "Sim-RL on too long prompts": (f"{SIMRL} --max-prompt-tokens 3", None, "train.jsonl: no prompt is left to answer; "),
+    "Sim-RL without gold": (SIMRL, lambda: line(lambda record: record | {"answer": None, "responses": [{"text": "x"}]}),
+                            "train.jsonl: record .* has no gold answer .*; add one, or remove it"),
+    "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: earlier(SIMRL), "run: was begun with another n; "),
     "demo exists": ("demo --out teacher", None, "teacher: exists already; give --overwrite or another --out"),
 }
 
@@ -223,6 +233,7 @@ def test_refused_by_a_process(here):
     f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch many",
     f"{ROLLOUT} --n 0", f"{ROLLOUT} --rows 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
     f"{ROLLOUT} --top-p 1.5", f"{ROLLOUT} --max-new-tokens 0", f"{ROLLOUT} --limit 0",
+    f"{SIMRL} --n 1", f"{SIMRL} --clip 0.2", f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0",
     f"{SFT} --learning-rate 1", f"{SFT} --mask some", "sft", "distill", ""])
 def test_bad_flags(here, capsys, command):
     before = files(here)
@@ -270,6 +281,36 @@ def test_a_run_leaves_what_it_promises(here, capsys, command):
     assert not torch.equal(trained.head_weight, before.head_weight)
     assert run(f"{command} --save-every 1 --steps 3 --resume") == 0  # nothing is left to do, and nothing changes
     assert rows("run/metrics.jsonl") == logged
+
+
+@pytest.mark.parametrize("command", [SIMRL, f"{SIMRL} --kl-weight 0 --reward binary --loss-mean sequence"])
+def test_sim_rl_leaves_what_it_promises(here, capsys, command):
+    assert run(command) == 0
+    assert "python star.py chat --model run/model" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "arguments.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl", "summary.json"]
+    logged, groups = rows("run/metrics.jsonl"), rows("run/samples.jsonl")
+    assert [row["step"] for row in logged] == [1, 2, 3] and [row["updates"] for row in logged] == [2, 4, 6]
+    assert {"reward", "reward_std", "answer_score", "format_failures", "groups_kept", "clipped", "entropy", "length",
+            "finished", "seconds_sampling", "seconds_scoring", "seconds_training"} <= logged[0].keys()
+    assert ("kl" in logged[0]) == ("--kl-weight 0" not in command)
+    assert [group["step"] for group in groups] == [1] * 4 + [2] * 4 + [3] * 4
+    assert {"text", "reward", "answer_score", "case", "advantage", "finish_reason"} <= groups[0]["samples"][0].keys()
+    assert all(group["gold"] and group["prompt"].endswith("</think>\n\n") for group in groups)
+    assert {Path(name).suffix for name in files("run")} <= {".json", ".jsonl", ".safetensors"}  # no pickle
+    assert run(f"{command} --resume") == 0 and rows("run/metrics.jsonl") == logged
+
+
+def test_sim_rl_killed_and_resumed(here):
+    command = SIMRL.replace("--steps 3", "--steps 6")
+    assert run(command.replace("--out run", "--out whole")) == 0
+    process = start(command)
+    wait_for(process, lambda: Path("run/checkpoints/step-000002").exists())
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert run(f"{command} --resume") == 0
+    assert files("run/model") == files("whole/model") and rows("run/samples.jsonl") == rows("whole/samples.jsonl")
 
 
 def test_defaults_of_a_run(here):
@@ -331,7 +372,7 @@ def test_plot(here, capsys):
     assert run("plot run --out curves.xyz") == 2 and capsys.readouterr().err.startswith("star.py plot: curves.xyz: ")
 
 
-@pytest.mark.parametrize("command", ["sft", "ckd", "prepare", "rollout", "chat", "demo", "plot"])
+@pytest.mark.parametrize("command", ["sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "demo", "plot"])
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -422,6 +463,7 @@ def test_two_processes_are_one(here, micro_tokens):
         assert all(b[name] == pytest.approx(a[name], abs=1e-4) for name in a.keys() - {"seconds", "tokens_per_s"})
 
 
-@pytest.mark.parametrize("module", [ckd, groups, model, simrl, star, train], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [
+    ckd, evaluation, groups, model, reward, simrl, star, stemmer, train], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
