@@ -15,15 +15,16 @@ continuation's earlier tokens. The prompt's keys and values are stored once and 
 Departures from the paper and from the released code:
 1. One model samples and trains; the released run hands its weights to vLLM. Log-probs are recomputed, as released.
 2. Ids beyond the tokenizer (padding rows of the embedding) are cut off, in the sampler and in the trainer.
-3. The token that ends a response is kept as its last id, and nothing is appended to one that was cut off (released: an
-   end token is, and counts as an action of the policy that never took it). What was cut off trains as it is.
-4. The loss is the token mean over the optimiser batch. `sequence` is the paper's Eq. 11; `micro-batch` the released
-   mean of micro-batch means, in which a token's weight depends on its neighbours.
+3. The token that ends a response is kept as its last id, and may be its first (released: one token comes before it).
+   Nothing is appended to a response that was cut off, which trains as it is (released: an end token is, and counts as
+   an action of the policy that never took it).
+4. The loss is the token mean over the optimiser batch. `sequence` is the paper's Eq. 11; `micro-batch` a mean of
+   micro-batch means as released, where a token's weight depends on its neighbours (there: two sequences each).
 5. KL is the k2 estimate as a loss, and a group is judged by its answer scores, both as released. That rule also drops
    groups of rewards -1 and 0, which differ; `rewards` keeps them. The paper: a KL, and means of 0 or 1 are dropped.
 6. The number of steps is fixed; what the filter drops is replaced by going on through the prompts, at most max_draws
-   times a step's prompts. Too few kept groups make fewer optimiser steps. (Released: the run ends with the prompts,
-   before the learning rate has come down, and what is left of a rollout batch then is dropped.)
+   times a step's prompts. Too few kept groups make fewer optimiser steps, and the learning rate then ends higher.
+   (Released: the run ends with the prompts, and what is left of a rollout batch then is dropped.)
 7. An optimiser batch is made of whole groups (released: of sequences of many prompts).
 """
 import json
@@ -368,6 +369,6 @@ def summary(out, device):
     fifth, drawn = max(1, len(rows) // 5), sum(row["groups_drawn"] for row in rows)
     first, last = (round(statistics.fmean(row["reward"] for row in part), 4) for part in (rows[:fifth], rows[-fifth:]))
     return {"steps": len(rows), "updates": rows[-1]["updates"], "prompts_drawn": drawn,
-            "groups_kept": round(sum(row["groups_kept"] for row in rows) / drawn, 4), "reward_first": first,
+            "share_kept": round(sum(row["groups_kept"] for row in rows) / drawn, 4), "reward_first": first,
             "reward_last": last} | {name: round(sum(row[name] for row in rows), 1) for name in rows[0]
                                     if name.startswith("seconds_")} | {"peak_memory_gb": round(peak_memory(device), 2)}

@@ -14,16 +14,15 @@
 `python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
 """
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from data import InputError, read_json, write_json, write_lines
 from data.chat import Chat
-from data.flags import amount, count, going_on, machine, natural, optimisation, prompts, reading, sampling, within
+from data.flags import (amount, count, going_on, machine, natural, optimisation, prompts, reading, sampling, settings,
+                        within)
 from data.sources import read_tools
-
-# May differ when a run is resumed; a rollout's filters act on all of its responses, at the end.
-FREE_FLAGS = ("run", "resume", "overwrite", "out", "device", "keep_all", "min_reward")
 
 
 def run_training(args, student_folder, teacher_folder=None, **objective):
@@ -85,9 +84,8 @@ def run_ckd(args):
 
 def run_simrl(args):
     """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
-    import reward
     import simrl
-    from data.rollouts import read_prompts
+    from data.rollouts import judge, read_prompts
     from data.show import show_groups
     from model import Transformer
     from train import set_up
@@ -100,10 +98,8 @@ def run_simrl(args):
         *read_prompts(args.data, chat, args.max_prompt_tokens, args.limit, say=say)) if ids is not None]
 
     def score(record, text):
-        """What Sim-RL learns from: the reward of a response, whose think block the prompt may have opened."""
-        result = reward.score(chat.prompt(record) + text, chat.answer(record), record["tools"], chat.think,
-                              args.strip_eos, args.reward == "binary")
-        return {name: result[name] for name in ("reward", "answer_score", "case")}
+        """What Sim-RL learns from."""
+        return judge(chat, record, text, strip_eos=args.strip_eos, binary=args.reward == "binary")
 
     start = begin(args, device, rank, [args.model], [args.data])
     model = Transformer.from_pretrained(args.model, device=device)
@@ -128,7 +124,6 @@ def run_prepare(args):
     from data.prepare import prepare
     chat = Chat.from_pretrained(args.model) if args.model else None
     prepare(args.data, args.out, args.size, chat, args.max_prompt_tokens, args.seed, args.overwrite)
-    return 0
 
 
 def run_rollout(args):
@@ -142,40 +137,43 @@ def run_rollout(args):
             max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed,
             resume=args.resume, overwrite=args.overwrite, keep_all=args.keep_all, min_reward=args.min_reward,
             arguments=settings(args))
-    return 0
 
 
 def run_eval(args):
     """Score a model's answers to records that have gold answers, with intervals; compare two models on them."""
     from data import evaluation
+    from data.rollouts import read_prompts
     from model import Transformer
-    from train import open_run, set_up
-    device, other, others = set_up(args.device)[0], args.compare, None
-    earlier = Path(other or "", "generations.jsonl")
-    if other and not earlier.exists() and not Path(other, "config.json").exists():
-        raise InputError(f"{other}: is neither a model folder nor the --out of an earlier eval")
-
-    def generate(model, out):
+    from train import set_up
+    device, out, old, done = set_up(args.device)[0], Path(args.out), args.compare, []
+    asked = [(args.model, out)]
+    if old and (Path(old) / "config.json").exists():  # a model; otherwise an evaluation made before
+        asked, old = [(old, Path(f"{out}-compared")), *asked], None
+    elif old:
+        done = [(read_json(Path(old) / "arguments.json", "--compare takes a model folder or the --out of an eval"),
+                 evaluation.read(Path(old) / "generations.jsonl"))]
+    runs = []
+    for model, folder in asked:  # all is read and refused before anything is written
         chat = Chat.from_pretrained(model, think=args.think, tools=args.tools)
-        open_run(out, settings(args) | {"model": model, "compare": None}, args.resume, args.overwrite, device)
-        return evaluation.generate(lambda: Transformer.from_pretrained(model, torch_dtype(args.dtype), device), chat,
-                                   args.data, out, args.limit, args.n, args.rows, args.max_prompt_tokens,
-                                   args.max_new_tokens, args.seed)
-
-    if other:
-        others = evaluation.read(earlier) if earlier.exists() else generate(other, f"{args.out}-compared")
-    rows = generate(args.model, args.out)
-    write_json(Path(args.out) / "summary.json", evaluation.report(args.model, rows, other, others))
-    print(f"\nThe generations with their scores are in {args.out}/generations.jsonl")
-    return 0
+        runs.append((chat, read_prompts(args.data, chat, args.max_prompt_tokens, args.limit),
+                     argparse.Namespace(**vars(args) | {"model": model, "out": folder, "compare": None})))
+    for *_, run in runs:
+        begin(run, device, 0, [model for model, _ in asked], [args.data, old and Path(old, "x")])
+    for chat, (records, prompts), run in runs:
+        done.append((settings(run), evaluation.generate(
+            lambda: Transformer.from_pretrained(run.model, torch_dtype(run.dtype), device), chat, records, prompts,
+            run.out, run.n, run.rows, run.max_new_tokens, run.seed)))
+    evaluation.report(out / "summary.json", *done[::-1])
+    print(f"\nThe generations with their scores are in {out}/generations.jsonl")
 
 
 def run_reward(args):
     """The reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines in their order."""
     from data.evaluation import score_file
+    if args.out and Path(args.out).exists():
+        raise InputError(f"{args.out}: exists already; give another --out")
     lines = score_file(args.data, args.explain, think=args.think, strip_eos=args.strip_eos, binary=args.binary)
     write_lines(args.out, lines) if args.out else sys.stdout.writelines(lines)
-    return 0
 
 
 def run_chat(args):
@@ -188,7 +186,6 @@ def run_chat(args):
     model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), set_up(args.device)[0])
     print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
     talk(model, chat, tools, args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    return 0
 
 
 def run_demo(args):
@@ -204,7 +201,6 @@ def run_demo(args):
         print(f"\n$ python star.py {' '.join(line)}\n")
         if code := main(line + ["--overwrite"] * args.overwrite):
             return code
-    return 0
 
 
 def run_plot(args):
@@ -212,7 +208,6 @@ def run_plot(args):
     from data.pictures import plot
     plot(args.runs, args.out)
     print(f"wrote {args.out}")
-    return 0
 
 
 def begin(args, device, rank, folders, files):
@@ -237,11 +232,6 @@ def end(args, model, summary, rank):
         write_json(Path(args.out) / "summary.json", summary)
         print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")
     return 130 if summary is None else 0
-
-
-def settings(args):
-    """The flags that must be the same when a run is resumed."""
-    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
 
 
 def torch_dtype(name):
@@ -316,7 +306,7 @@ def parser():
     g.add_argument("--kl-weight", type=amount, default=1e-3, help="of the KL to the starting model; 0 loads none")
     g.add_argument("--clip", type=amount, nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"), help="of the ratio")
     g.add_argument("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
-                   help="over the tokens of an optimiser step; as released, of micro-batch means; as in the paper")
+                   help="over an optimiser step's tokens; of micro-batch means, as released; as in the paper")
     optimisation(p, 3e-7, 0.0, 10)
 
     p = command("prepare", run_prepare)
@@ -387,10 +377,15 @@ def main(argv=None):
     """Run one command; returns the exit code. What the user can mend ends in one line and code 2."""
     args = parser().parse_args(argv)
     try:
-        return args.run(args)
+        if args.command not in ("ckd", "sft", "simrl") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise InputError("this command is one process: start it without torchrun, once for each part of the data")
+        return args.run(args) or 0
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (InputError, OSError) as e:
         message = str(e)
-        if isinstance(e, OSError) and e.errno and not e.filename and "out" in args:  # a write that failed half-way
+        if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a write that failed half-way
             message = f"{args.out}: {e.strerror}; mend that and go on with --resume"
     except KeyboardInterrupt:
         return 130

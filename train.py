@@ -160,12 +160,12 @@ def joined_over_ranks(rows, device):
     """The lists of all ranks as one, in the order of ranks: what JSON can write travels as its bytes, so no pickle."""
     if not dist.is_initialized():
         return rows
-    data = torch.tensor(list(json.dumps(rows).encode()), dtype=torch.uint8, device=device)  # [bytes]
+    data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)  # [bytes]
     sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
     parts = [data.new_zeros(max(sizes)) for _ in sizes]  # all_gather wants one length: shorter ones are padded
     dist.all_gather(parts, torch.cat((data, data.new_zeros(max(sizes) - len(data)))))
-    return [row for part, size in zip(parts, sizes) for row in json.loads(bytes(part[:size].tolist()))]
+    return [row for part, size in zip(parts, sizes) for row in json.loads(part[:size].cpu().numpy().tobytes())]
 
 
 def peak_memory(device):
@@ -193,6 +193,10 @@ def open_run(out, arguments, resume, overwrite, device, rank=0):
                 raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
             if not (out / "arguments.json").exists():  # --overwrite deletes runs, not what else a folder may hold
                 raise InputError(f"{out}: holds no arguments.json, so it is not a run; remove it or give another --out")
+        if overwrite and (out / "arguments.json").exists():
+            before = read_json(out / "arguments.json").get("command")
+            if before != arguments.get("command"):
+                raise InputError(f"{out}: holds a run of {before!r}; remove it or give another --out")
         if overwrite:
             shutil.rmtree(out, ignore_errors=True)
         elif (out / "arguments.json").exists():

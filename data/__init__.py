@@ -1,8 +1,9 @@
 """Records, prompts and packed groups: everything between a file on disk and the tensors a model sees, and back."""
+import gzip
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 WHOLE_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
@@ -36,10 +37,18 @@ def write_json(path, value):
 
 
 def write_lines(path, lines):
-    """Write text lines beside `path` and rename them into place: a kill leaves the old file or the new one."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as sink:
-        sink.writelines(lines)
-    os.replace(f"{path}.tmp", path)
+    """Write text lines beside `path` and rename them into place: a kill leaves the old file or the new one.
+
+    A path that ends in .gz is compressed; the same lines give the same bytes.
+    """
+    new = Path(f"{path}.tmp")
+    try:
+        with open(new, "wb") as file, (gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz")
+                                       else nullcontext(file)) as sink:
+            sink.writelines(line.encode() for line in lines)
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # of a generator that failed, or a full disk
 
 
 @contextmanager

@@ -5,11 +5,11 @@ it can be:
 
     exact calls        of those with gold calls: the same calls in any order, every argument equal
     valid calls        of the same: calls that pass the reward's format check, right or wrong
-    correct refusals   of those with a gold text: a reply without a call
+    correct refusals   of those with a gold text: a reply without a call, whatever it says
     reward             of all: the released reward of the greedy answer (reward.py)
     pass@1, pass@n     of those with gold calls: exact calls among the n samples, on average and at least once
     reward at T = 1    of all: the samples' mean reward
-    entropy            of all: the samples' mean of -log p, in nats a token, which estimates the policy's entropy
+    entropy            of all: the samples' -log p over their tokens, in nats, which estimates the policy's entropy
 
 Intervals are 95 % percentile bootstraps over items. Two models are compared item by item: a bootstrap of the paired
 differences, and a permutation test that flips their signs.
@@ -22,9 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 import reward
-from data import InputError
-from data.chat import THINK
-from data.rollouts import read_prompts, write_rollouts
+from data import InputError, write_json
+from data.prepare import turns
+from data.rollouts import judge, write_rollouts
 from data.show import columns, one_line
 from data.sources import read_lines
 
@@ -32,18 +32,17 @@ RESAMPLES = 5_000
 PARTS = ("prompt", "generation", "label")  # of a line that `star.py reward` scores
 
 
-def generate(load, chat, data, out, limit=None, n=0, rows=64, max_prompt_tokens=5120, max_new_tokens=512, seed=42):
-    """Answer every record of the file `data`, score the answers and write both to `out`/generations.jsonl.
+def generate(load, chat, records, prompts, out, n=0, rows=64, max_new_tokens=512, seed=42):
+    """Answer records, score the answers and write both to `out`/generations.jsonl.
 
-    load: loads the model, once the records are read · chat: its Chat · n: samples at temperature 1 beside the greedy
-    answer · the rest as in `rollouts.rollout`. Goes on with what a stopped run left there. Returns the written
-    records: the first of a record's `responses` is the greedy one; each has {"text", "ids", "finish_reason",
-    "logprob", "reward", "answer_score", "case", "exact"}.
+    load: loads the model, once it is wanted · chat: its Chat · records, prompts: from `rollouts.read_prompts` · n:
+    samples at temperature 1 beside the greedy answer · the rest as in `rollouts.rollout`. Goes on with what a stopped
+    run left there. Returns the written records: the first of a record's `responses` is the greedy one; each has
+    {"text", "ids", "finish_reason", "logprob", "reward", "answer_score", "case", "exact"}.
     """
     import torch
 
     import simrl
-    records, prompts = read_prompts(data, chat, max_prompt_tokens, limit)
     model = None
 
     def sample(members, at):
@@ -56,20 +55,17 @@ def generate(load, chat, data, out, limit=None, n=0, rows=64, max_prompt_tokens=
             groups = simrl.generate(model, batch, samples, max_new_tokens, chat.stop_ids, generator, temperature,
                                     width=chat.vocab_size)
             found = [have + group for have, group in zip(found, groups)]
-        return [[judged(chat, records[i], s) for s in group] for i, group in zip(members, found)]
+        return [[as_written(chat, records[i], s) for s in group] for i, group in zip(members, found)]
 
-    Path(out).mkdir(parents=True, exist_ok=True)
     return write_rollouts(sample, records, prompts, Path(out) / "generations.jsonl", max(1, rows // max(n, 1)),
                           resume=True, name="eval")
 
 
-def judged(chat, record, sample):
+def as_written(chat, record, sample):
     """One sampled response with its text and scores."""
     text = chat.decode(sample["ids"])
-    result = reward.score(THINK[chat.think] + text, chat.answer(record) + "\n", record["tools"], chat.think)
     return {"text": text, "ids": sample["ids"], "finish_reason": sample["finish_reason"],
-            "logprob": round(sum(sample["logprobs"]), 4)} | {
-        name: result[name] for name in ("reward", "answer_score", "case", "exact")}
+            "logprob": round(sum(sample["logprobs"]), 4)} | judge(chat, record, text)
 
 
 def score_file(path, only=None, **options):
@@ -93,7 +89,8 @@ def score_file(path, only=None, **options):
             if only is None:
                 yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
             else:
-                yield f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n{reward.explain(result)}\n"
+                page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n{reward.explain(result)}\n"
+                yield page.encode(errors="replace").decode()  # half a surrogate pair cannot be printed
                 return
     if not found:
         raise InputError(f"{path}: has no line {only or 1}; give a file with one JSON object a line")
@@ -102,7 +99,7 @@ def score_file(path, only=None, **options):
 def read(path):
     """The records of a generations.jsonl, as `generate` returned them; InputError for anything else."""
     try:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for _, line in read_lines(Path(path))]
         collect(rows)
     except (ValueError, KeyError, TypeError) as e:
         raise InputError(f"{path}: is not what eval writes ({type(e).__name__}: {e}); run that eval again") from e
@@ -119,7 +116,7 @@ def measures(row):
         found["correct refusals"] = greedy["case"] == "text and text"
     if drawn:
         found["reward at T = 1"] = np.mean([r["reward"] for r in drawn])
-        found["entropy"] = -np.mean([r["logprob"] / len(r["ids"]) for r in drawn])
+        found["entropy"] = -sum(r["logprob"] for r in drawn) / sum(len(r["ids"]) for r in drawn)
         if calls:
             hits = [r["exact"] for r in drawn]
             found |= {"pass@1": np.mean(hits), f"pass@{len(hits)}": any(hits)}
@@ -127,10 +124,10 @@ def measures(row):
 
 
 def kinds(row):
-    """The kinds of item a record counts among: by its answer, and multi-turn where more than one message came."""
+    """The kinds of item a record counts among: by its answer, and by its turns."""
     calls = len(row["answer"]["tool_calls"])
-    turns = sum(message["role"] != "system" for message in row["messages"])
-    return ["text" if calls == 0 else "one call" if calls == 1 else "several calls"] + ["multi-turn"] * (turns > 1)
+    return ["text" if calls == 0 else "one call" if calls == 1 else "several calls",
+            "multi-turn" if turns(row) > 1 else "single-turn"]
 
 
 def interval(values, seed=0):
@@ -175,21 +172,33 @@ def summarise(rows):
 
 
 def compare(rows, others):
-    """{name: {"mean", "low", "high", "p"}} of the paired differences rows - others."""
-    if [row["id"] for row in rows] != [row["id"] for row in others]:
-        raise InputError("--compare: the two evaluations are of different records; run both on the same --data and "
-                         "--limit, with the same --max-prompt-tokens")
+    """{name: {"mean", "low", "high", "p", "items"}} of the paired differences rows - others, on the records of both."""
+    def key(row):
+        return json.dumps([row[name] for name in ("id", "messages", "tools", "answer")])
+
+    where = {key(row): i for i, row in enumerate(others)}
+    pairs = [(i, where[key(row)]) for i, row in enumerate(rows) if key(row) in where]
+    if not pairs:
+        raise InputError("--compare: the two evaluations have no record in common; run both on the same --data")
+    if len(pairs) < max(len(rows), len(others)):
+        print(f"\nof {len(rows)} and {len(others)} records, {len(pairs)} are in both: differences are over these")
     mine, theirs, found = collect(rows), collect(others), {}
     for name in [name for name in mine if name in theirs]:
-        differences = [mine[name][i] - theirs[name][i] for i in mine[name]]
-        mean, low, high = map(float, interval(differences))
-        found[name] = {"mean": mean, "low": low, "high": high, "p": chance(differences)}
+        differences = [mine[name][i] - theirs[name][j] for i, j in pairs if i in mine[name]]
+        if differences:
+            mean, low, high = map(float, interval(differences))
+            found[name] = {"mean": mean, "low": low, "high": high, "p": chance(differences), "items": len(differences)}
     return found
 
 
-def report(model, rows, other=None, others=None):
-    """Print the tables of one evaluation, or of two side by side; returns what goes to summary.json."""
+def report(path, made, other=None):
+    """Write the summary of one evaluation to `path` and print its tables; with another one, both side by side.
+
+    made, other: (settings, rows) each.
+    """
+    (settings, rows), model = made, str(made[0]["model"])
     found = {"model": model} | summarise(rows)
+    write_json(path, found)
 
     def cell(m, sign=""):
         return f"{m['mean']:{sign}.3f} [{m['low']:{sign}.3f}, {m['high']:{sign}.3f}]"
@@ -206,14 +215,17 @@ def report(model, rows, other=None, others=None):
         for group, figures in found["by"].items()])
     print()
     head, lines = ["", "items", model], [[name, m["items"], cell(m)] for name, m in found["metrics"].items()]
-    if others is not None:
-        found |= {"compared_with": summarise(others) | {"model": other}, "difference": compare(rows, others)}
-        head += [other, "difference", "more than chance?"]
+    if other is not None:
+        if differing := sorted(k for k in settings if k not in ("model", "out") and settings[k] != other[0].get(k)):
+            print(f"the two were made with another {' and another '.join(differing)}\n")
+        found |= {"compared_with": {"model": str(other[0]["model"])} | summarise(other[1]),
+                  "difference": compare(rows, other[1])}
+        write_json(path, found)
+        head += [found["compared_with"]["model"], "difference", "more than chance?"]
         for line in [line for line in lines if line[0] in found["difference"]]:
             d = found["difference"][line[0]]
             line += [cell(found["compared_with"]["metrics"][line[0]]), cell(d, "+"),
                      f"{'yes' if d['p'] < 0.05 else 'no'} (p = {d['p']:.4f})"]
     columns([head, *lines])
     print("\n95 % bootstrap intervals over items" + (
-        "; differences paired by item, p from sign flips" if others is not None else ""))
-    return found
+        "; differences paired by item, p from sign flips" if other is not None else ""))

@@ -1,5 +1,10 @@
-"""Command-line flags that several commands of star.py share, and the kinds of numbers they take."""
+"""Command-line flags that several commands of star.py share, the kinds of numbers they take, and which a resumed run
+may change."""
 import argparse
+
+# May differ when a run is resumed: what changes memory and speed, and a rollout's filters, which act at its end.
+FREE_FLAGS = ("run", "resume", "overwrite", "out", "device", "keep_all", "min_reward", "save_every", "micro_tokens",
+              "gradient_checkpointing")
 
 
 def within(kind, least, most=float("inf")):
@@ -36,7 +41,7 @@ def machine(p, dtype_help):
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
     g.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype_help)
-    g.add_argument("--seed", type=int, default=42, help="of everything random")
+    g.add_argument("--seed", type=within(int, 0, 2 ** 32 - 1), default=42, help="of everything random")
 
 
 def reading(p, what):
@@ -49,8 +54,9 @@ def reading(p, what):
 def going_on(p, what):
     """What to write, and what to do about what is there."""
     p.add_argument("--out", required=True, help=what)
-    p.add_argument("--resume", action="store_true", help="go on where a stopped run was")
-    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
+    g = p.add_mutually_exclusive_group()
+    g.add_argument("--resume", action="store_true", help="go on where a stopped run was")
+    g.add_argument("--overwrite", action="store_true", help="start anew over what is there")
 
 
 def optimisation(p, lr, weight_decay, save_every):
@@ -60,7 +66,7 @@ def optimisation(p, lr, weight_decay, save_every):
     g.add_argument("--batch", type=count, default=128, help="sequences an optimiser step, in whole groups")
     g.add_argument("--weight-decay", type=amount, default=weight_decay, help="on matrices only")
     g.add_argument("--micro-tokens", type=count, default=4096, help="padded tokens in memory at a time; changes "
-                   "memory and speed, not the gradient")
+                   "memory and speed, not the gradient (except of --loss-mean micro-batch)")
     g.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: slower, smaller")
     g = p.add_argument_group("run")
     going_on(g, "folder of the run")
@@ -68,3 +74,9 @@ def optimisation(p, lr, weight_decay, save_every):
     g.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
     machine(p, "compute; weights and optimiser are float32")
     return g
+
+
+def settings(args):
+    """The flags that must be the same when a run is resumed."""
+    free = FREE_FLAGS + (("rows",) if args.command == "simrl" else ())  # elsewhere it changes what is drawn
+    return {name: value for name, value in vars(args).items() if name not in free}

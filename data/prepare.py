@@ -19,19 +19,17 @@ Departures from the released code:
 4. Where paper.md is silent, our reading: `turns` counts system messages; single-turn is one turn; an answer with text
    and calls is a text reply too; sampling down goes on with the random numbers of the shuffle.
 """
-import gzip
 import hashlib
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError
+from data import InputError, write_lines
 from data.show import columns
-from data.sources import has_answer, read_records, score_gold
+from data.sources import has_answer, read_records, self_check
 
 QUOTAS = {"single-turn": 0.3, "multi-turn": 0.7, "parallel": 0.5, "single": 0.5, "response": 0.2, "multi-step": 0.3}
 MAX_TURNS = 10
@@ -118,7 +116,7 @@ def prepare(paths, out, size=None, chat=None, max_prompt_tokens=8192, seed=42, o
         raise InputError(f"{out}: no record is left to write ({reasons or 'none was chosen'}); give other --data")
     rows = [record | {"labels": sorted(categories(record)), "turns": turns(record)} for record in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_records(out, rows)
+    write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     report(given, rows, dropped, size, out)
 
 
@@ -126,7 +124,7 @@ def sound(records, dropped):
     """The records with an answer that passes the self-check, each once; counts the others in `dropped` by reason."""
     kept, seen = [], set()
     for record in tqdm(records, "self-check", unit="record", delay=2):
-        gold = score_gold(record) if has_answer(record) else {"reward": 0.0, "case": "none"}
+        gold = self_check(record) if has_answer(record) else {"reward": 0.0, "case": "none"}
         content = json.dumps([record["messages"], record["tools"], record.get("answer")])
         digest = hashlib.sha256(content.encode()).digest()
         if gold["reward"] <= 0.99:
@@ -137,13 +135,6 @@ def sound(records, dropped):
             seen.add(digest)
             kept.append(record)
     return kept
-
-
-def write_records(path, rows):
-    """Write records beside `path` and rename them into place; the same records give the same bytes, .gz too."""
-    body = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    Path(f"{path}.tmp").write_bytes(gzip.compress(body, 6, mtime=0) if path.suffix == ".gz" else body)
-    os.replace(f"{path}.tmp", path)
 
 
 def report(given, rows, dropped, size, out):

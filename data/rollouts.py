@@ -20,9 +20,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, refuse_changes, write_lines
+from data import InputError, read_json, refuse_changes, write_json, write_lines
 from data.show import one_line, table
-from data.sources import has_answer, read_records
+from data.sources import has_answer, read_lines, read_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
@@ -32,7 +32,7 @@ def rollout(load, chat, data, out, limit=None, n=8, rows=64, max_prompt_tokens=5
     """Sample n responses to each record of the file `data`, filter them, write the records with them to `out`, and
     show some.
 
-    load: loads the model to sample with, once the records are read · chat: its Chat · limit: only the first so many
+    load: loads the model to sample with, once it is wanted · chat: its Chat · limit: only the first so many
     records · rows: responses in the making at a time · max_prompt_tokens: longer prompts are left out and counted ·
     temperature, top_p, max_new_tokens: as in `simrl.generate` · resume, overwrite, arguments: as in `write_rollouts`.
     keep_all, min_reward: as in `filter_responses`. A response is {"text", "ids", "finish_reason", "logprob"}, and
@@ -41,10 +41,14 @@ def rollout(load, chat, data, out, limit=None, n=8, rows=64, max_prompt_tokens=5
     import torch
 
     import simrl
+    if Path(out).resolve() == Path(data).resolve():
+        raise InputError(f"{out}: would be written over what is read; name another --out")
     records, prompts = read_prompts(data, chat, max_prompt_tokens, limit, need_gold=min_reward is not None)
-    model = load()
+    model = None
 
     def sample(members, at):
+        nonlocal model
+        model = model or load()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + at)
         groups = simrl.generate(model, [prompts[i] for i in members], n, max_new_tokens, chat.stop_ids, generator,
                                 temperature, top_p, chat.vocab_size)
@@ -97,6 +101,12 @@ def read_prompts(data, chat, max_prompt_tokens, limit=None, need_gold=True, say=
     return records, prompts
 
 
+def judge(chat, record, text, **options):
+    """The "reward", "answer_score", "case" and "exact" of a response to a record; options: see `reward.score`."""
+    result = score(chat.prompt(record) + text, chat.answer(record), record["tools"], chat.think, **options)
+    return {name: result[name] for name in ("reward", "answer_score", "case", "exact")}
+
+
 def filter_responses(rows, chat, dropped, keep_all=False, min_reward=None):
     """The rows with the responses that pass, each with its `reward` where there is an answer; rows without any go.
 
@@ -105,13 +115,11 @@ def filter_responses(rows, chat, dropped, keep_all=False, min_reward=None):
     """
     kept = []
     for row in tqdm(rows, "filter", unit="prompt", delay=2):
-        prompt, label = chat.prompt(row), chat.answer(row) if has_answer(row) else None
-        seen, responses = set(), []
+        prompt, seen, responses = chat.prompt(row), set(), []
         for response in row["responses"]:
-            text = prompt + response["text"]
-            if label is not None:
-                response = response | {"reward": score(text, label, row["tools"], chat.think)["reward"]}
-            reason, content = read_response(text, row["tools"], chat.think)
+            if has_answer(row):
+                response = response | {"reward": judge(chat, row, response["text"])["reward"]}
+            reason, content = read_response(prompt + response["text"], row["tools"], chat.think)
             if reason is None and content in seen:
                 reason = "duplicate"
             elif reason is None and min_reward is not None and response["reward"] < min_reward:
@@ -154,18 +162,24 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
     finish(records) -> those to write, filtered.
 
     Finished batches are kept in `out`.part, longest prompts first (prompts that are sampled together should be alike).
-    The end puts the records back in their order, filters them and renames the file into place. Returns the written
-    records. As `out`.part holds them unfiltered, the filters may be others when a run is resumed (star.py leaves their
-    settings out of `arguments`); a file that is finished stays as it was filtered.
+    The end puts the records back in their order, filters them and renames the file into place, and the arguments as
+    `out`.arguments.json beside it. Returns the written records. As `out`.part holds them unfiltered, the filters may
+    be others when a run is resumed (star.py leaves them out of `arguments`); a file that is finished stays as it is.
     """
     out, part = Path(out), Path(f"{out}.part")
     for path in (out, part):
         if path.exists() and not (resume or overwrite):
             raise InputError(f"{path}: exists already; give --resume to go on with it or --overwrite to start anew")
-    if resume and out.exists():  # it was finished
-        return [json.loads(line) for line in out.read_bytes().splitlines()]
+    begun = out.with_name(out.name + ".arguments.json")
+    if resume and out.exists() and not part.exists():  # it was finished
+        if arguments is not None:
+            refuse_changes(f"{out}: was made with", read_json(begun, "give --overwrite to start anew"), arguments,
+                           "start anew with --overwrite, or name another --out")
+        return [json.loads(line) for _, line in read_lines(out)]
     out.parent.mkdir(parents=True, exist_ok=True)
     done = read_part(part, arguments) if resume and part.exists() else {}
+    if any(i >= len(records) or records[i]["id"] != row["id"] for i, row in done.items()):
+        raise InputError(f"{part}: is of other records; start anew with --overwrite")
     lines = [arguments, *done.items()]
     write_lines(part, (json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     order = sorted((i for i, prompt in enumerate(prompts) if prompt is not None), key=lambda i: -len(prompts[i]))
@@ -180,6 +194,8 @@ def write_rollouts(sample, records, prompts, out, together, resume=False, overwr
                 sink.flush()
             bar.update(len(batch))
     rows = finish([done[i] for i in sorted(order)])
+    if arguments is not None:
+        write_json(begun, arguments)
     write_lines(out, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     part.unlink()
     return rows

@@ -81,7 +81,7 @@ def read_record(line, where, default_id, need_answer, vocab_size, check_answer):
             json.dumps(given, ensure_ascii=False).encode()  # half a surrogate pair fails here, not in the tokenizer
     except UnicodeError as error:
         raise InputError(f"{where}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}); each line must be one whole JSON object") from error
     if not isinstance(given, dict):
         raise InputError(f"{where}: is {type(given).__name__}, not an object; write one JSON object a line")
@@ -127,21 +127,16 @@ def has_answer(record):
     return bool(answer.get("tool_calls") or answer.get("content"))
 
 
-def score_gold(record):
-    """What `reward.score` says of the record's gold answer when it is scored against itself."""
-    answer = record["answer"]
-    calls = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in answer["tool_calls"]]
-    text = "<think>\n\n</think>\n\n" + "\n".join([answer["content"] or "", *calls]).lstrip("\n")
-    return score(text, text, record["tools"])
-
-
 def self_check(record):
-    """The reward of the gold answer scored against itself, in [-1, 1]; `star.py prepare` keeps what is over 0.99.
+    """`reward.score` of the record's gold answer against itself; `star.py prepare` keeps a reward over 0.99.
 
     Less than 1 is what no answer could earn full reward for: a call that cannot be read, an unknown tool or argument,
     think tags or <tool_call> within a text.
     """
-    return score_gold(record)["reward"]
+    answer = record["answer"]
+    calls = [f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>" for call in answer["tool_calls"]]
+    text = "<think>\n\n</think>\n\n" + "\n".join([answer["content"] or "", *calls]).lstrip("\n")
+    return score(text, text, record["tools"])
 
 
 def check_responses(responses, where, vocab_size):
@@ -222,7 +217,7 @@ def parse(string, where, what, check=True):
     """What a JSON string holds. check: False gives a string that is not JSON back."""
     try:
         return json.loads(string)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if not check:
             return string
         raise InputError(f"{where}: {what} is not JSON ({error}); correct it or remove the record") from error

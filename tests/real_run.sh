@@ -9,7 +9,7 @@ set -euo pipefail
 model=$1 train=$2 valid=$3 out=$4
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
-lines() { gzip -dc "$1" 2>/dev/null | sed -n "$2p" || true; }  # sed closes the pipe early
+lines() { gzip -dc "$1" | sed -n "$2p"; }
 lines "$train" 1,640 > "$out/sft.jsonl"          # the caps below keep about a third of each
 lines "$train" 641,960 > "$out/prompts.jsonl"
 lines "$valid" 1,130 > "$out/valid.jsonl"

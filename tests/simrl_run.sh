@@ -7,7 +7,7 @@ set -euo pipefail
 model=$1/teacher/model train=$2 valid=$3 out=$4
 cd "$(dirname "$0")/.."
 mkdir -p "$out"
-gzip -dc "$train" 2>/dev/null | sed -n 961,1700p > "$out/prompts.jsonl" || true  # not those of real_run.sh; sed ends early
+gzip -dc "$train" | sed -n 961,1700p > "$out/prompts.jsonl"  # not those of real_run.sh
 
 caps="--max-prompt-tokens 512"
 time python star.py simrl --model "$model" --data "$out/prompts.jsonl" --prompts 8 --n 8 --batch 32 --steps 16 \

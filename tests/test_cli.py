@@ -31,6 +31,8 @@ SFT = f"sft --model student {TRAIN}"
 CKD = f"ckd --teacher teacher --student student {TRAIN} --k 5 --m 5"
 ROLLOUT = ("rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32 "
            "--keep-all")
+EVAL = ("eval --model student --data train.jsonl --out scores --max-new-tokens 4 --limit 6 --rows 8 --dtype float32 "
+        "--device cpu --think off")
 SIMRL = ("simrl --model student --data train.jsonl --out run --prompts 4 --n 2 --batch 4 --steps 3 --max-new-tokens 8 "
          "--filter none --think off --dtype float32 --device cpu --save-dtype float32 --lr 1e-3 --save-every 1")
 
@@ -195,10 +197,19 @@ REFUSED = {
     "no model to refine": (f"{SIMRL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
     "greedy Sim-RL": (f"{SIMRL} --temperature 0", None, "--top-p below 1 or --temperature 0: .*; leave both at 1"),
     "nucleus Sim-RL": (f"{SIMRL} --top-p 0.9", None, "--top-p below 1 or --temperature 0: .*; leave both at 1"),
-    "Sim-RL on too long prompts": (f"{SIMRL} --max-prompt-tokens 3", None, "train.jsonl: no prompt is left to answer; "),
+    "Sim-RL on too long prompts": (f"{SIMRL} --max-prompt-tokens 3", None, "train.jsonl: no prompt is left to answer"),
     "Sim-RL without gold": (SIMRL, lambda: line(lambda record: record | {"answer": None, "responses": [{"text": "x"}]}),
                             "train.jsonl: record .* has no gold answer .*; add one, or remove it"),
     "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: earlier(SIMRL), "run: was begun with another n; "),
+    "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --overwrite", None, "train.jsonl: would be written ov"),
+    "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: earlier(ROLLOUT),
+                                            "out.jsonl: was made with another model; start anew"),
+    "overwrite another command's run": (f"{SFT} --overwrite", lambda: earlier(CKD), "run: holds a run of 'ckd'; remove "),
+    "evaluate into the model": (f"{EVAL} --model run/model --out run --overwrite", lambda: earlier(SFT),
+                                "run: --overwrite would delete what this run reads; "),
+    "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: earlier(EVAL), "nowhere.jsonl: cannot be"),
+    "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
+    "compare with nothing": (f"{EVAL} --compare nowhere", None, "nowhere/arguments.json: no such file; --compare takes"),
     "demo exists": ("demo --out teacher", None, "teacher: exists already; give --overwrite or another --out"),
 }
 
@@ -233,7 +244,8 @@ def test_refused_by_a_process(here):
     f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch many",
     f"{ROLLOUT} --n 0", f"{ROLLOUT} --rows 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
     f"{ROLLOUT} --top-p 1.5", f"{ROLLOUT} --max-new-tokens 0", f"{ROLLOUT} --limit 0",
-    f"{SIMRL} --n 1", f"{SIMRL} --clip 0.2", f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0",
+    f"{SIMRL} --n 1", f"{ROLLOUT} --resume --overwrite", f"{SFT} --seed -1", f"{SFT} --seed 5000000000",
+    f"{SIMRL} --clip 0.2", f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0",
     f"{SFT} --learning-rate 1", f"{SFT} --mask some", "sft", "distill", ""])
 def test_bad_flags(here, capsys, command):
     before = files(here)
@@ -372,7 +384,8 @@ def test_plot(here, capsys):
     assert run("plot run --out curves.xyz") == 2 and capsys.readouterr().err.startswith("star.py plot: curves.xyz: ")
 
 
-@pytest.mark.parametrize("command", ["sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "demo", "plot"])
+@pytest.mark.parametrize("command", [
+    "sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "demo", "plot"])
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -21,7 +21,7 @@ CALL = {"name": "f", "arguments": {"a": 1}}
 def row(calls, *responses, name="1", source="s", messages=1):
     """A record with scored responses, each (exact, case, reward)."""
     return {"id": name, "source": source, "answer": {"tool_calls": calls, "content": None if calls else "no"},
-            "messages": [{"role": "user", "content": "?"}] * messages,
+            "messages": [{"role": "user", "content": "?"}] * messages, "tools": [],
             "responses": [{"exact": e, "case": c, "reward": r, "logprob": -6.0, "ids": [1, 2, 3], "text": ""}
                           for e, c, r in responses]}
 
@@ -37,6 +37,9 @@ def test_measures():
     assert evaluation.measures(row([CALL], TEXT)) == {"reward": 0, "exact calls": 0, "valid calls": 0}
     assert evaluation.measures(row([], (True, "text and text", 0.5))) == {"reward": 0.5, "correct refusals": 1}
     assert evaluation.measures(row([], (False, "calls where text is due", 0.0))) == {"reward": 0, "correct refusals": 0}
+    short = row([], TEXT, TEXT, TEXT)
+    short["responses"][1] |= {"ids": [1] * 9, "logprob": -1.0}
+    assert evaluation.measures(short)["entropy"] == pytest.approx(7 / 12)  # a mean over tokens
     found = evaluation.measures(row([CALL], WRONG, RIGHT, WRONG, BROKEN, TEXT))
     assert found["pass@1"] == 0.25 and found["pass@4"] == 1 and found["exact calls"] == 0
     assert found["reward at T = 1"] == pytest.approx((1 + 0.25 - 1 + 0) / 4) and found["entropy"] == 2.0
@@ -59,19 +62,23 @@ def test_chance_is_the_exact_permutation_test():
 
 
 def test_summary_and_comparison():
-    mine = [row([CALL], RIGHT, name=str(i), source="ab"[i % 2], messages=1 + i % 2) for i in range(40)]
+    mine = [row([CALL], RIGHT, name=str(i), source="ab"[i % 2], messages=1 + i % 2 * 2) for i in range(40)]
     mine += [row([], (True, "text and text", 0.5), name="t")]
-    theirs = [row([CALL], RIGHT if i < 10 else WRONG, name=str(i)) for i in range(40)]
+    theirs = [row([CALL], RIGHT if i < 10 else WRONG, name=str(i), messages=1 + i % 2 * 2) for i in range(40)]
     theirs += [row([], (True, "text and text", 0.5), name="t")]
     found = evaluation.summarise(mine)
     assert found["metrics"]["exact calls"] == {"mean": 1, "low": 1, "high": 1, "items": 40}
     assert {k: v["items"] for k, v in found["by"].items()} == {"a": 20, "b": 20, "one call": 40, "multi-turn": 20,
-                                                                "s": 1, "text": 1}
+                                                                "single-turn": 21, "s": 1, "text": 1}
     difference = evaluation.compare(mine, theirs)
     assert difference["exact calls"]["mean"] == 0.75 and difference["exact calls"]["p"] < 0.001
-    assert difference["correct refusals"] == {"mean": 0, "low": 0, "high": 0, "p": 1.0}
-    with pytest.raises(star.InputError, match="different records"):
-        evaluation.compare(mine, theirs[:-1])
+    assert difference["correct refusals"] == {"mean": 0, "low": 0, "high": 0, "p": 1.0, "items": 1}
+    # Pairs are the same records, whatever their order; an id alone does not make two records the same.
+    assert evaluation.compare(mine, theirs[::-1]) == difference
+    fewer = evaluation.compare(mine, theirs[:20] + [row([], TEXT, name=str(i)) for i in range(20, 41)])
+    assert fewer["exact calls"]["items"] == 20 and fewer["exact calls"]["mean"] == 0.5
+    with pytest.raises(star.InputError, match="no record in common"):
+        evaluation.compare(mine, [row([], TEXT, name=str(i)) for i in range(40)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,16 +132,18 @@ def test_eval_refusals(world, tmp_path, capsys):
     data = world / "train.jsonl"
     line = refused(capsys, "eval", "--model", world / "student", "--data", data, "--out", tmp_path / "x", "--compare",
                    tmp_path)
-    assert "neither a model folder" in line and not (tmp_path / "x").exists()
+    assert "--compare takes a model folder or the --out of an eval" in line
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({k: v for k, v in json.loads(line).items() if k != "answer"}) + "\n"
                                for line in data.read_text().splitlines()))
     assert "no answer" in refused(capsys, "eval", "--model", world / "student", "--data", prompts, "--out",
                                   tmp_path / "y")
     (tmp_path / "old").mkdir()
+    (tmp_path / "old/arguments.json").write_text("{}")
     (tmp_path / "old/generations.jsonl").write_text("{}\n")
     assert "not what eval writes" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
                                              tmp_path / "z", "--compare", tmp_path / "old")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "prompts.jsonl"]  # nothing begun
 
 
 def test_reward_command(tmp_path, capsys):
@@ -166,5 +175,7 @@ def test_reward_refusals(line, expected, tmp_path, capsys):
     data.write_text('{"prompt": "", "generation": "", "label": ""}\n' + line + "\n")
     assert expected in refused(capsys, "reward", "--data", data, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "there").write_text("mine")
+    assert "exists already" in refused(capsys, "reward", "--data", data, "--out", tmp_path / "there")
     assert "has no line 9" in refused(capsys, "reward", "--data", data, "--explain", 9)
     assert "cannot be read" in refused(capsys, "reward", "--data", tmp_path / "none")

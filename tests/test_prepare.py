@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import InputError, prepare, rollouts  # noqa: E402
 from data.chat import THINK, Chat  # noqa: E402
 from data.prepare import QUOTAS, categories, choose, labels, turns  # noqa: E402
-from data.sources import read_records, score_gold, self_check  # noqa: E402
+from data.sources import read_records, self_check  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": []}
@@ -120,7 +120,8 @@ UNKNOWN = CALL | {"arguments": {"place": "Lima"}}
     ({"tool_calls": [CALL | {"arguments": {"days": float("nan")}}], "content": None}, 0, "calls and calls")])
 def test_self_check(answer, reward, case):
     given = record() | {"answer": answer}
-    assert self_check(given) == reward and score_gold(given)["case"] == case
+    result = self_check(given)
+    assert (result["reward"], result["case"]) == (reward, case)
 
 
 BAD_GOLD = {
@@ -151,7 +152,7 @@ def test_bad_gold_answers_are_let_through_on_request(write, name):
         with pytest.raises(InputError, match="data.jsonl:2: "):
             read_records(path)
     good, bad = read_records(path, check_answer=False)
-    assert self_check(good) == 1 and self_check(bad) <= 0
+    assert self_check(good)["reward"] == 1 and self_check(bad)["reward"] <= 0
 
 
 def test_bad_history_is_refused_all_the_same(write):
@@ -167,7 +168,7 @@ def test_self_check_of_the_shared_data(tmp_path):
     first = tmp_path / "first.jsonl"  # all 49,006 take a minute; `star.py prepare` was run on them, and none fails
     with gzip.open(path) as lines:
         first.write_bytes(b"".join(islice(lines, 2_000)))
-    failing = [one["id"] for one in read_records(first, check_answer=False) if self_check(one) <= 0.99]
+    failing = [one["id"] for one in read_records(first, check_answer=False) if self_check(one)["reward"] <= 0.99]
     assert not failing, f"{len(failing)} of 2,000 fail the self-check"
 
 
@@ -238,10 +239,10 @@ def test_a_failed_write_leaves_the_old_file(write, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError):
         prepare.prepare([path], out, overwrite=True)
-    assert out.read_text() == "precious"
+    assert out.read_text() == "precious" and not Path(f"{out}.tmp").exists()
 
 
 # ---- rollout filters ---------------------------------------------------------------------------------------------

@@ -188,7 +188,8 @@ def test_binary(generation, gold, expected):
 def some_text(r):
     """Words, numbers, punctuation, other scripts."""
     pieces = ["flights", "Flight", "running", "ran", "the", "a", "of", "New-York", "universities", "relational",
-              "dying", "caresses", "5", "-3.5", "a4", "A4", "ünï", "五", "\n", "  ", "_", "im", "<|im_end|>", "2024-01-01", "x" * 40]
+              "dying", "caresses", "5", "-3.5", "a4", "A4", "ünï", "五", "\n", "  ", "_", "im", "<|im_end|>", "2024-01-01",
+              "x" * 40]
     return r.choice(["", " ", ", "]).join(r.choice(pieces) for _ in range(r.randrange(12)))
 
 
