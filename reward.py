@@ -9,7 +9,7 @@ not offered, or has an argument the tool does not know. Otherwise it is 1, and t
 (R_fc, a similarity in [0, 1]) or text with text (R_response, ROUGE-L). Calls where text is due, and text where calls
 are due, are worth 0. Text only, no tensors; what a model wrote is parsed and never run.
 
-What the code does beyond the paper's text is the released function's, to the last digit (tests/test_reward.py):
+What the code does beyond the paper's text is what the released function does; 3,000 of its values are tests:
 1. Calls are matched greedily in the order they were written, each with the most similar gold call of its name that is
    left, which is then gone even at similarity 0. The order matters; it is not the best assignment.
 2. |P and G| is the number of pairs matched by name.
