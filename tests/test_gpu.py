@@ -1,11 +1,13 @@
 """What only a GPU can show: the same code there gives the CPU's numbers. Skipped without one."""
+import json
+
 import pytest
 import torch
 
 import star
 from ckd import objective
 from model import Transformer
-from simrl import generate
+from simrl import generate, refine
 from train import head_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -44,3 +46,17 @@ def test_a_run_and_its_resumption(world, tmp_path, monkeypatch, extra):
                f"--m 5 --batch 8 --hold-out 4 --samples 2 --steps 2 --device cuda --save-every 1 {extra}")
     assert star.main(command.split()) == 0
     assert star.main([*command.split(), "--resume"]) == 0
+
+
+@pytest.mark.parametrize("dtype,gap", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_a_grpo_run_and_its_resumption(world, tmp_path, dtype, gap):
+    """The ratio right after sampling is 1 in float32; sampler and trainer stay close in bfloat16."""
+    g = torch.Generator().manual_seed(0)
+    prompts = [{"record": {}, "prompt": torch.randint(0, 300, (n,), generator=g).tolist()} for n in (3, 9, 40, 17)]
+    for start, steps in ((0, 2), (2, 3)):
+        refine(Transformer.from_pretrained(world / "student", device="cuda"), prompts, tmp_path,
+               lambda _, text: {"reward": float("7" in text), "answer_score": 0.5}, str, [2], 300,
+               Transformer.from_pretrained(world / "student", dtype, "cuda"), prompts_per_step=4, batch=16, steps=steps,
+               start=start, max_new_tokens=20, dtype=dtype, keep="none", lr=1e-3, micro_tokens=200, rows=16)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["updates"] for row in rows] == [2, 4, 6] and all(row["mismatch"] < gap for row in rows)
