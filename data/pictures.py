@@ -26,8 +26,12 @@ def plot(folders, out):
     shown = [name for name in NAMES if any(name in row for rows in runs.values() for row in rows)]
     if not shown:
         raise InputError(f"{folders[0]}: nothing is logged yet; wait for a step to end")
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(3 * len(shown), 2.8), layout="constrained", squeeze=False)
-    for name, axis in zip(shown, axes[0]):
+    across = min(len(shown), 4)
+    down = -(-len(shown) // across)
+    figure, axes = pyplot.subplots(down, across, figsize=(3 * across, 2.8 * down), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(shown):]:
+        axis.set_visible(False)
+    for name, axis in zip(shown, axes.flat):
         for folder, rows in runs.items():
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
