@@ -31,10 +31,10 @@ from tqdm import tqdm
 from data import WHOLE_FOLDER, InputError, read_json
 from data.cache import cache_rows, fingerprint, number_rows, open_cache, write_cache
 from data.chat import read_tokenizer
-from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack, visible
+from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack
 from data.show import summary
-from train import (Interrupt, adamw, autocast, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
-                   peak_memory, save_checkpoint, sum_over_ranks)
+from train import (Interrupt, adamw, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
+                   peak_memory, save_checkpoint, states, sum_over_ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -126,8 +126,7 @@ def teacher_log_probs(teacher, batch, k, width, draws=None, chunk=256):
     Its k likeliest tokens of the first `width`, likeliest first, log-probs under the whole softmax. With `draws` (a
     torch.Generator): k tokens drawn from it with replacement, and the log of each one's share of the draws (rskd).
     """
-    h = teacher.hidden(batch["input_ids"], batch["positions"], visible(batch)).flatten(0, 1)  # [B * T, hidden]
-    h, ids, log_p = h[batch["predictors"]], [], []  # [N, hidden]
+    h, ids, log_p = states(teacher, batch, torch.float32), [], []  # [N, hidden]; as its weights are: no autocast
     for rows in h.split(chunk):
         scores = (rows @ teacher.head_weight[:width].T).float().log_softmax(-1)  # [C, width]
         if draws is None:
@@ -224,9 +223,7 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
         """The loss of one micro-batch, a share of `total` tokens, and its statistics summed over positions."""
         packed = pack(micro, device)
         seen = teacher(micro, packed, *when) if teacher else None
-        with autocast(device, dtype):
-            h = student.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
-        h = h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
+        h = states(student, packed, dtype)  # [N, hidden]
         # One token count for the whole optimiser batch: any split into micro-batches or ranks gives the same gradient.
         weights = torch.full((len(h),), 1 / total, device=device, dtype=torch.promote_types(dtype, torch.float32))
         return head_loss(h, student.head_weight[:width], weights,

@@ -218,7 +218,8 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
         if think != "none" and len(blocks(response, "<think>", "</think>")) != 1:
             raise FormatError("not one think block")
         calls, reply = parse(response.rpartition("</think>")[2])
-        check(calls or [], offered(tools))
+        if calls:
+            check(calls, offered(tools))
         result["calls"] = calls
         value, same = 0.0, False
         if calls is not None and not calls:

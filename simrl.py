@@ -37,10 +37,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, visible
+from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from model import KVCache
-from train import (Interrupt, adamw, autocast, head_loss, joined_over_ranks, learning_rate, load_checkpoint,
-                   log_metrics, optimiser_step, peak_memory, save_checkpoint, sum_over_ranks)
+from train import (Interrupt, adamw, head_loss, joined_over_ranks, learning_rate, load_checkpoint, log_metrics,
+                   optimiser_step, peak_memory, save_checkpoint, states, sum_over_ranks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -173,13 +173,6 @@ def advantages(rewards, kind="group_norm"):
     mean = statistics.mean(rewards)  # exact, so that a flat group gets 0 and not a rounding error over 1e-9
     scale = 1.0 if kind == "dr_grpo" else statistics.stdev(rewards) + 1e-9
     return [(reward - mean) / scale for reward in rewards]
-
-
-def states(model, packed, dtype):
-    """The hidden states that predict a packed batch's response tokens, [N, hidden]."""
-    with autocast(packed["targets"].device, dtype):
-        h = model.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
-    return h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from data import InputError, read_json, refuse_changes, whole_folder, write_json, write_lines
+from data.groups import visible
 from model import save_tensors
 
 
@@ -145,6 +146,13 @@ def set_up(device):
 def autocast(device, dtype):
     """bfloat16 compute over float32 weights, or nothing when `dtype` is float32 (or float64, in tests)."""
     return nullcontext() if dtype.itemsize >= 4 else torch.autocast(device.type, dtype)
+
+
+def states(model, packed, dtype):
+    """The hidden states that predict a packed batch's counted tokens, [N, hidden], computed in `dtype`."""
+    with autocast(packed["targets"].device, dtype):
+        h = model.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
+    return h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
 
 
 def sum_over_ranks(sums, device):

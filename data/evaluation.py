@@ -24,7 +24,7 @@ from tqdm import tqdm
 import reward
 from data import InputError, write_json
 from data.prepare import turns
-from data.rollouts import judge, write_rollouts
+from data.rollouts import as_written, judge, write_rollouts
 from data.show import columns, one_line
 from data.sources import read_lines
 
@@ -55,17 +55,11 @@ def generate(load, chat, records, prompts, out, n=0, rows=64, max_new_tokens=512
             groups = simrl.generate(model, batch, samples, max_new_tokens, chat.stop_ids, generator, temperature,
                                     width=chat.vocab_size)
             found = [have + group for have, group in zip(found, groups)]
-        return [[as_written(chat, records[i], s) for s in group] for i, group in zip(members, found)]
+        responses = [[as_written(chat, s) for s in group] for group in found]
+        return [[r | judge(chat, records[i], r["text"]) for r in group] for i, group in zip(members, responses)]
 
     return write_rollouts(sample, records, prompts, Path(out) / "generations.jsonl", max(1, rows // max(n, 1)),
                           resume=True, name="eval")
-
-
-def as_written(chat, record, sample):
-    """One sampled response with its text and scores."""
-    text = chat.decode(sample["ids"])
-    return {"text": text, "ids": sample["ids"], "finish_reason": sample["finish_reason"],
-            "logprob": round(sum(sample["logprobs"]), 4)} | judge(chat, record, text)
 
 
 def score_file(path, only=None, **options):
@@ -216,7 +210,7 @@ def report(path, made, other=None):
     print()
     head, lines = ["", "items", model], [[name, m["items"], cell(m)] for name, m in found["metrics"].items()]
     if other is not None:
-        if differing := sorted(k for k in settings if k not in ("model", "out") and settings[k] != other[0].get(k)):
+        if differing := sorted(k for k in settings if k != "model" and settings[k] != other[0].get(k)):
             print(f"the two were made with another {' and another '.join(differing)}\n")
         found |= {"compared_with": {"model": str(other[0]["model"])} | summarise(other[1]),
                   "difference": compare(rows, other[1])}

@@ -52,8 +52,7 @@ def rollout(load, chat, data, out, limit=None, n=8, rows=64, max_prompt_tokens=5
         generator = torch.Generator().manual_seed(seed * 1_000_003 + at)
         groups = simrl.generate(model, [prompts[i] for i in members], n, max_new_tokens, chat.stop_ids, generator,
                                 temperature, top_p, chat.vocab_size)
-        return [[{"text": chat.decode(s["ids"]), "ids": s["ids"], "finish_reason": s["finish_reason"],
-                  "logprob": round(sum(s["logprobs"]), 4)} for s in group] for group in groups]
+        return [[as_written(chat, s) for s in group] for group in groups]
 
     dropped = Counter()
 
@@ -79,6 +78,12 @@ def rollout(load, chat, data, out, limit=None, n=8, rows=64, max_prompt_tokens=5
            "seconds": round(time.perf_counter() - began, 1),
            "finished": f"{sum(r['finish_reason'] == 'stop' for r in responses) / max(1, len(responses)):.1%}",
            "response_tokens": sum(len(r["ids"]) for r in responses), "written_to": out})
+
+
+def as_written(chat, sample):
+    """What is kept of a response that `simrl.generate` sampled."""
+    return {"text": chat.decode(sample["ids"]), "ids": sample["ids"], "finish_reason": sample["finish_reason"],
+            "logprob": round(sum(sample["logprobs"]), 4)}
 
 
 def read_prompts(data, chat, max_prompt_tokens, limit=None, need_gold=True, say=print):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import ckd
 from ckd import objective, teacher_log_probs
 from data import InputError
-from data.groups import pack
+from data.groups import pack, visible
 from model import Transformer
 from train import adamw, head_loss, optimiser_step
 
@@ -191,7 +191,7 @@ def run(tmp_path, name, load=None, kind="ckd", k=K, cache=None, made_from=None, 
 
 def test_teacher_top_k_and_draws():
     teacher, batch = tiny(0), pack(some_groups())
-    full = teacher(*(batch[n] for n in ("input_ids", "positions")), mask=ckd.visible(batch)).flatten(0, 1)
+    full = teacher(*(batch[n] for n in ("input_ids", "positions")), mask=visible(batch)).flatten(0, 1)
     full = full[batch["predictors"]].log_softmax(-1)
     ids, log_p = teacher_log_probs(teacher, batch, K, V, chunk=5)
     assert torch.equal(ids, full.topk(K).indices) and torch.allclose(log_p.double(), full.topk(K).values, atol=1e-6)
