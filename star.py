@@ -20,8 +20,7 @@ from pathlib import Path
 
 from data import InputError, read_json, write_json, write_lines
 from data.chat import Chat
-from data.flags import (amount, count, going_on, machine, natural, optimisation, prompts, reading, sampling, settings,
-                        within)
+from data.flags import parser, settings
 from data.sources import read_tools
 
 
@@ -240,146 +239,17 @@ def torch_dtype(name):
     return getattr(torch, name)
 
 
-def parser():
-    """The command line."""
-    top = argparse.ArgumentParser(prog="star.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(name, run):
-        p = commands.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        p.set_defaults(run=run)
-        return p
-
-    def training(p, lr, weight_decay):
-        g = p.add_argument_group("data")
-        reading(g, "records or rollouts")
-        g.add_argument("--valid", help="records or rollouts to validate on; default: some of --data, held out")
-        g.add_argument("--valid-limit", type=count, help="validate on only the first so many records")
-        g.add_argument("--hold-out", type=natural, default=32, help="records held out of --data without --valid")
-        g.add_argument("--max-response-tokens", type=count, default=512, help="longer responses are left out")
-        g.add_argument("--mask", choices=("all", "think", "answer", "alter"), default="all",
-                       help="which response tokens count: all, up to </think>, after it, or in turn")
-        g.add_argument("--epochs", type=count, default=1, help="passes over the data")
-        g.add_argument("--steps", type=count, help="optimiser steps, whatever --epochs says")
-        prompts(p)
-        g = optimisation(p, lr, weight_decay, 100)
-        g.add_argument("--valid-every", type=count, default=100, help="steps between validations")
-        g.add_argument("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
-
-    p = command("ckd", run_ckd)
-    p.add_argument("--teacher", required=True, help="model folder")
-    p.add_argument("--student", required=True, help="model folder")
-    g = p.add_argument_group("objective (paper.md 1.2)")
-    g.add_argument("--objective", choices=("ckd", "fkl", "rkl", "akl", "rskd", "ce"), default="ckd",
-                   help="ckd is fkl with the tail penalty")
-    g.add_argument("--k", type=count, default=100, help="teacher's likeliest tokens (rskd: draws)")
-    g.add_argument("--m", type=count, default=100, help="student's likeliest tokens, for the tail penalty")
-    g.add_argument("--tail-weight", type=amount, help="lambda; default 10 for ckd, 0 for the others")
-    g.add_argument("--kd-ratio", type=within(float, 0.0, 1.0), default=1.0, help="the rest is cross-entropy")
-    g.add_argument("--cache", metavar="DIR", help="keep the teacher's log-probs on disk; written once, then read")
-    training(p, 3e-6, 1e-4)
-
-    p = command("sft", run_sft)
-    p.add_argument("--model", required=True, help="model folder to start from")
-    training(p, 1e-5, 0.0)
-
-    p = command("simrl", run_simrl)
-    p.add_argument("--model", required=True, help="model folder to start from; also the reference of the KL")
-    g = p.add_argument_group("data")
-    reading(g, "records with gold answers")
-    g.add_argument("--episodes", type=count, default=3, help="passes over the prompts, if none are drawn in addition")
-    g.add_argument("--steps", type=count, help="rollout batches, whatever --episodes says")
-    prompts(p)
-    sampling(p, 1.0, 512)
-    g = p.add_argument_group("Sim-RL (paper.md 1.5, 1.6)")
-    g.add_argument("--prompts", type=count, default=128, help="prompts a step")
-    g.add_argument("--n", type=within(int, 2), default=8, help="responses to a prompt")
-    g.add_argument("--rows", type=count, default=64, help="responses in the making at a time: memory and speed only")
-    g.add_argument("--reward", choices=("similarity", "binary"), default="similarity", help="binary: all or nothing")
-    g.add_argument("--strip-eos", action="store_true", help="keep the end token out of text replies")
-    g.add_argument("--filter", choices=("scores", "rewards", "none"), default="scores", help="groups to train on: "
-                   "answer scores not all equal, their mean within 0.01-0.99; rewards not all equal; all")
-    g.add_argument("--max-draws", type=count, default=4, help="draw at most so many times --prompts to fill a step")
-    g.add_argument("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
-                   help="R - mean over the standard deviation, or R - mean")
-    g.add_argument("--kl-weight", type=amount, default=1e-3, help="of the KL to the starting model; 0 loads none")
-    g.add_argument("--clip", type=amount, nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"), help="of the ratio")
-    g.add_argument("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
-                   help="over an optimiser step's tokens; of micro-batch means, as released; as in the paper")
-    optimisation(p, 3e-7, 0.0, 10)
-
-    p = command("prepare", run_prepare)
-    p.add_argument("--data", required=True, nargs="+", metavar="FILE", help="records with gold answers")
-    p.add_argument("--out", required=True, help="file to write, .jsonl or .jsonl.gz: records, `labels` and `turns`")
-    p.add_argument("--size", type=count, help="choose so many by the quotas of paper.md 1.7; default: keep all")
-    p.add_argument("--model", metavar="DIR", help="model folder whose tokenizer measures prompts")
-    p.add_argument("--max-prompt-tokens", type=count, default=8192, help="with --model: longer prompts are left out")
-    p.add_argument("--seed", type=int, default=42, help="of the choice")
-    p.add_argument("--overwrite", action="store_true", help="write over what is there")
-
-    p = command("rollout", run_rollout)
-    p.add_argument("--model", required=True, help="model folder")
-    reading(p, "records; an answer is not needed")
-    going_on(p, "file to write: the records with `responses`")
-    p.add_argument("--n", type=count, default=8, help="responses to a prompt")
-    p.add_argument("--rows", type=count, default=64, help="responses in the making at a time")
-    g = p.add_argument_group("filters (paper.md 1.7), at the end of a run").add_mutually_exclusive_group()
-    g.add_argument("--keep-all", action="store_true", help="keep responses of bad form and duplicates")
-    g.add_argument("--min-reward", type=within(float, -1.0, 1.0), metavar="X", help="drop what is worth less, too")
-    prompts(p)
-    sampling(p, 1.0, 512)
-    machine(p, "weights and compute")
-
-    p = command("eval", run_eval)
-    p.add_argument("--model", required=True, help="model folder")
-    reading(p, "records with gold answers")
-    going_on(p, "folder for the generations, their scores and summary.json")
-    p.add_argument("--compare", metavar="DIR", help="a second model folder, evaluated too (into OUT-compared), or the "
-                   "--out of an earlier eval on the same records")
-    p.add_argument("--n", type=natural, default=0, help="also draw so many samples at temperature 1: pass@n, entropy")
-    p.add_argument("--rows", type=count, default=64, help="responses in the making at a time")
-    p.add_argument("--max-new-tokens", type=count, default=512, help="cut a response here")
-    prompts(p)
-    machine(p, "weights and compute")
-
-    p = command("reward", run_reward)
-    p.add_argument("--data", required=True, help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
-    p.add_argument("--out", metavar="FILE", help="file to write; default: the terminal")
-    p.add_argument("--explain", type=count, metavar="LINE", help="print how this line's reward came about instead")
-    p.add_argument("--think", choices=("on", "none"), default="on", help="none: ask for no think block, for models "
-                   "without such tags")
-    p.add_argument("--strip-eos", action="store_true", help="keep the end token out of text replies; released: it "
-                   "counts, which makes an empty reply to a short refusal worth 0.5")
-    p.add_argument("--binary", action="store_true", help="all or nothing: the paper's ablation")
-
-    p = command("chat", run_chat)
-    p.add_argument("--model", required=True, help="model folder")
-    p.add_argument("--tools", metavar="FILE", help="JSON list of tools")
-    p.add_argument("--system", help="system message; default: the model's own")
-    prompts(p, "--tools-form")
-    sampling(p, 0.0, 512)
-    machine(p, "weights and compute")
-
-    p = command("demo", run_demo)
-    p.add_argument("--out", default="runs/demo", help="folder for everything it makes")
-    p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
-    p.add_argument("--quick", action="store_true", help="a few steps only: shows the plumbing, learns nothing")
-    p.add_argument("--seed", type=int, default=42, help="of everything random")
-
-    p = command("plot", run_plot)
-    p.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
-    p.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
-    return top
+COMMANDS = {"demo": run_demo, "sft": run_sft, "prepare": run_prepare, "rollout": run_rollout, "ckd": run_ckd,
+            "simrl": run_simrl, "eval": run_eval, "reward": run_reward, "chat": run_chat, "plot": run_plot}
 
 
 def main(argv=None):
     """Run one command; returns the exit code. What the user can mend ends in one line and code 2."""
-    args = parser().parse_args(argv)
+    args = parser(__doc__, COMMANDS).parse_args(argv)
     try:
         if args.command not in ("ckd", "sft", "simrl") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise InputError("this command is one process: start it without torchrun, once for each part of the data")
-        return args.run(args) or 0
+        return COMMANDS[args.command](args) or 0
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
