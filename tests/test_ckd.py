@@ -299,10 +299,11 @@ def test_the_optimiser_is_the_released_one():
 def test_defaults_are_the_released_settings():
     """paper.md 2."""
     import star
-    a = star.parser(star.__doc__, star.COMMANDS).parse_args("ckd --teacher t --student s --data d --out o".split())
+    flags = star.parser(star.__doc__, star.COMMANDS)
+    a = flags.parse_args("ckd --teacher t --student s --data d --out o".split())
     assert (a.objective, a.k, a.m, a.kd_ratio, a.mask, a.batch, a.epochs) == ("ckd", 100, 100, 1.0, "all", 128, 1)
     assert (a.lr, a.weight_decay, a.max_prompt_tokens, a.max_response_tokens, a.seed) == (3e-6, 1e-4, 5120, 512, 42)
-    a = star.parser(star.__doc__, star.COMMANDS).parse_args("rollout --model m --data d --out o".split())
+    a = flags.parse_args("rollout --model m --data d --out o".split())
     assert (a.n, a.temperature, a.top_p) == (8, 1.0, 1.0)
     defaults = inspect.signature(ckd.distill).parameters
     assert {name: defaults[name].default for name in ("kind", "m", "tail_weight", "lr", "weight_decay", "batch")} == {
@@ -313,7 +314,8 @@ def test_defaults_are_the_released_settings():
 def test_lambda_is_ten_for_ckd_and_none_for_the_others(objective, expected, monkeypatch):
     import star
     monkeypatch.setattr(star, "run_training", lambda *_, tail_weight, **__: tail_weight)
-    a = star.parser(star.__doc__, star.COMMANDS).parse_args(f"ckd --teacher t --student s --data d --out o --objective {objective}".split())
-    assert a.run(a) == expected
-    a = star.parser(star.__doc__, star.COMMANDS).parse_args("ckd --teacher t --student s --data d --out o --tail-weight 2 --objective akl".split())
-    assert a.run(a) == 2.0
+    flags = star.parser(star.__doc__, star.COMMANDS)
+    a = flags.parse_args(f"ckd --teacher t --student s --data d --out o --objective {objective}".split())
+    assert star.run_ckd(a) == expected
+    a = flags.parse_args("ckd --teacher t --student s --data d --out o --tail-weight 2 --objective akl".split())
+    assert star.run_ckd(a) == 2.0

@@ -389,7 +389,8 @@ def test_plot(here, capsys):
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    commands, = (a for a in star.parser(star.__doc__, star.COMMANDS)._actions if hasattr(a, "choices") and a.choices)
+    flags = star.parser(star.__doc__, star.COMMANDS)
+    commands, = (a for a in flags._actions if hasattr(a, "choices") and a.choices)
     for action in commands.choices[command]._actions:
         assert action.help, f"{action.option_strings} has no help text"
         assert action.help.split("%")[0][:40] in shown and all(name in shown for name in action.option_strings)
