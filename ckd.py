@@ -33,7 +33,7 @@ from data.cache import cache_rows, fingerprint, number_rows, open_cache, write_c
 from data.chat import read_tokenizer
 from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack
 from data.show import summary
-from train import (Interrupt, adamw, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
+from train import (OPTIMISERS, Interrupt, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
                    peak_memory, save_checkpoint, states, sum_over_ranks)
 
 
@@ -203,13 +203,13 @@ def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micr
 
 def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_weight=10.0, kd_ratio=1.0, lr=3e-6,
             weight_decay=1e-4, batch=128, epochs=1, steps=None, width=None, micro_tokens=4096, dtype=torch.bfloat16,
-            valid_every=100, save_every=100, start=0, seed=42, rank=0, ranks=1):
+            valid_every=100, save_every=100, start=0, seed=42, rank=0, ranks=1, optimiser="adamw"):
     """Train `student` (float32 weights, changed in place) on groups; settings default to the released script's.
 
     teacher: from `open_teacher`, or None for plain cross-entropy · steps: optimiser steps, default `epochs` passes ·
     width: cut the vocabulary to this many ids, default the whole · micro_tokens: padded tokens that go through the
-    model at a time · start: the step to resume after. Writes metrics.jsonl and checkpoints under `out`. Returns the
-    summary, a dict; None where Ctrl-C ended the run early.
+    model at a time · start: the step to resume after · optimiser: a key of train.OPTIMISERS. Writes metrics.jsonl and
+    checkpoints under `out`. Returns the summary, a dict; None where Ctrl-C ended the run early.
     """
     device = student.head_weight.device
     width = width or student.config["vocab_size"]
@@ -243,9 +243,9 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
         plan += optimiser_batches(groups, batch, seed, epoch)
         epoch += 1
     plan = plan[:steps]
-    optimiser = adamw(student, lr, weight_decay)
+    optimisers = OPTIMISERS[optimiser](student, lr, weight_decay)
     if start:
-        load_checkpoint(out, start, student, optimiser)
+        load_checkpoint(out, start, student, optimisers)
     elif valid:
         report(out, {"step": 0} | validate(), rank)
     bar = tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0)
@@ -258,7 +258,7 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
                 for name, value in ({"loss": loss.detach() * total} | stats).items():
                     sums[name] += value / total
             rate = learning_rate(step, len(plan), lr)
-            norm = optimiser_step(student, optimiser, rate)
+            norm = optimiser_step(student, optimisers, rate)
             row = {"step": step} | sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
             interrupted = row.pop("interrupted") > 0  # on any rank: all stop at the same step
             row |= {"lr": rate, "grad_norm": norm, "tokens": total, "packed_tokens": sum(map(length, members)),
@@ -271,7 +271,7 @@ def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_w
                                          ("loss", "kl", "tail", "nll", "tokens_per_s") if name in row))
             bar.update()
             if rank == 0 and (step % save_every == 0 or step == len(plan) or interrupted):
-                save_checkpoint(out, step, student, optimiser)
+                save_checkpoint(out, step, student, optimisers)
             if interrupted and step < len(plan):
                 return None
     return summary(out, peak_memory(device)) if rank == 0 else {}

@@ -287,9 +287,9 @@ def refine(model, prompts, out, reward, decode, stop_ids, width=None, reference=
             yield (packed, weights, objective(packed["targets"], A, old, near, kl_weight, clip, temperature),
                    {"mismatch": (old - said).abs().sum()})
 
-    optimiser, done = adamw(model, lr, weight_decay), {"prompts": 0, "updates": 0}
+    optimisers, done = adamw(model, lr, weight_decay), {"prompts": 0, "updates": 0}
     if start:
-        done = load_checkpoint(out, start, model, optimiser)
+        done = load_checkpoint(out, start, model, optimisers)
     bar = tqdm(total=steps, initial=start, desc="sim-rl", unit="step", disable=rank > 0)
     with bar, Interrupt() as interrupt:
         for step in range(start + 1, steps + 1):
@@ -315,7 +315,7 @@ def refine(model, prompts, out, reward, decode, stop_ids, width=None, reference=
                         sums[name] += value / total
                 done["updates"] += 1
                 rate = learning_rate(done["updates"], steps * updates, lr)
-                norm = optimiser_step(model, optimiser, rate)
+                norm = optimiser_step(model, optimisers, rate)
             sums = sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
             interrupted = sums.pop("interrupted") > 0  # on any rank: all stop at the same step
             seconds["training"] = time.perf_counter() - began
@@ -326,7 +326,7 @@ def refine(model, prompts, out, reward, decode, stop_ids, width=None, reference=
                 log_metrics(out, *shown(step, drawn, kept, decode), name="samples.jsonl")
                 log_metrics(out, row)
                 if step % save_every == 0 or step == steps or interrupted:
-                    save_checkpoint(out, step, model, optimiser, done)
+                    save_checkpoint(out, step, model, optimisers, done)
             bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in (
                 "reward", "answer_score", "finished", "signal", "entropy", "kl", "clipped") if name in row))
             bar.update()

@@ -40,7 +40,7 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
         width, made_from = ckd.check_pair(teacher_folder, student_folder)
     caps = args.max_prompt_tokens, args.max_response_tokens, args.mask
     groups, valid = read_groups(args.data, args.valid, chat, caps, args.limit, args.valid_limit, args.hold_out,
-                                args.seed, say)
+                                args.seed, args.branches, say)
     teacher = None
     if teacher_folder:
         teacher = ckd.open_teacher(lambda: Transformer.from_pretrained(teacher_folder, dtype, device), groups + valid,
@@ -60,7 +60,7 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
     summary = ckd.distill(student, groups, valid, args.out, teacher, lr=args.lr, weight_decay=args.weight_decay,
                           batch=args.batch, epochs=args.epochs, steps=args.steps, width=width, dtype=dtype,
                           micro_tokens=args.micro_tokens, valid_every=args.valid_every, save_every=args.save_every,
-                          start=start, seed=args.seed, rank=rank, ranks=ranks, **objective)
+                          start=start, seed=args.seed, rank=rank, ranks=ranks, optimiser=args.optimiser, **objective)
     if summary is not None and rank == 0:
         before, after = read_json(samples, kind=list), answers(student, chat, valid[:args.samples], dtype, "after")
         both = [b | a for b, a in zip(before, after)]

@@ -103,8 +103,12 @@ def parser(doc, commands):
                        help="which response tokens count: all, up to </think>, after it, or in turn")
         g.add_argument("--epochs", type=count, default=1, help="passes over the data")
         g.add_argument("--steps", type=count, help="optimiser steps, whatever --epochs says")
+        g.add_argument("--branches", type=count, default=1, help="let up to so many neighbouring records with the same "
+                       "tools share one row, in which what their prompts share is computed once")
         prompts(p)
         g = optimisation(p, lr, weight_decay, 100)
+        g.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of a "
+                       "model that starts from nothing, at 5 times --lr")
         g.add_argument("--valid-every", type=count, default=100, help="steps between validations")
         g.add_argument("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
 

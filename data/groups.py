@@ -16,6 +16,7 @@ Departures from the released code:
    a response over the cap (released: cut and given an end token, which teaches to stop mid-way).
 """
 import random
+from os.path import commonprefix
 
 import numpy as np
 import torch
@@ -24,12 +25,13 @@ from data import InputError
 from data.sources import read_records
 
 
-def read_groups(data, valid, chat, caps, limit=None, valid_limit=None, hold_out=32, seed=42, say=print):
+def read_groups(data, valid, chat, caps, limit=None, valid_limit=None, hold_out=32, seed=42, branches=1, say=print):
     """The groups of record or rollout files: (those to train on, those to validate on).
 
     data: the file to train on · valid: the file to validate on; None holds out up to `hold_out` groups of `data`, a
     quarter at most, drawn by `seed` · caps: what follows chat in `make_groups` · limit, valid_limit: only the first so
-    many records of each · say: prints what of `data` is left out. InputError when nothing is left to train on.
+    many records of each · branches: see `join` · say: prints what of `data` is left out. InputError when nothing is left
+    to train on.
     """
     groups, left_out = make_groups(read_records(data, True, chat.vocab_size)[:limit], chat, *caps)
     for reason in filter(left_out.get, left_out):
@@ -37,12 +39,11 @@ def read_groups(data, valid, chat, caps, limit=None, valid_limit=None, hold_out=
     if valid:
         held, _ = make_groups(read_records(valid, True, chat.vocab_size)[:valid_limit], chat, *caps)
     else:
-        random.Random(seed).shuffle(groups)
-        cut = min(hold_out, len(groups) // 4)
-        held, groups = groups[:cut], groups[cut:]
+        drawn = set(random.Random(seed).sample(range(len(groups)), min(hold_out, len(groups) // 4)))
+        held, groups = ([g for i, g in enumerate(groups) if (i in drawn) == wanted] for wanted in (True, False))
     if not groups:
         raise InputError(f"{data}: no record is left to train on; see above, and change --max-*-tokens or --mask")
-    return groups, held
+    return join(groups, branches), held
 
 
 def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):
@@ -94,6 +95,30 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
         if group["responses"]:
             groups.append(group)
     return groups, left_out
+
+
+def join(groups, branches):
+    """Let up to `branches` neighbouring groups with the same tools be one, whose prompt is what their prompts share.
+
+    The rest of each prompt (the question) stands before its responses, outside their spans. Every token sees what it
+    saw before, at the position it had before; what is shared is computed once.
+    """
+    joined = []
+    for group in groups:
+        last = joined[-1] if joined else []
+        if last and len(last) < branches and last[0]["record"]["tools"] == group["record"]["tools"]:
+            last.append(group)
+        else:
+            joined.append([group])
+    for i, members in enumerate(joined):
+        prompts = [group["prompt"] for group in members]
+        cut, responses = len(commonprefix(prompts)), []
+        for group, prompt in zip(members, prompts):
+            rest = prompt[cut:]
+            responses += [r | {"ids": rest + r["ids"], "span": (len(rest) + r["span"][0], len(rest) + r["span"][1])}
+                          for r in group["responses"]]
+        joined[i] = members[0] | {"prompt": prompts[0][:cut], "responses": responses}
+    return joined
 
 
 def length(group):

@@ -283,14 +283,14 @@ def test_bfloat16_products_keep_the_direction_of_the_gradient():
 
 def test_the_optimiser_is_the_released_one():
     model = Transformer(CONFIG | {"model_type": "qwen2"}).init_weights(0)
-    matrices, vectors = adamw(model, 0.5, 0.25).param_groups
+    matrices, vectors = adamw(model, 0.5, 0.25)[0].param_groups
     assert matrices["weight_decay"] == 0.25 and vectors["weight_decay"] == 0.0
     assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in vectors["params"]} == {1}
     assert matrices["betas"] == vectors["betas"] == (0.9, 0.95) and matrices["eps"] == 1e-8
     for p in model.parameters():
         p.grad = torch.full_like(p, 3.0)
     before = [p.detach().clone() for p in model.parameters()]
-    norm = optimiser_step(model, torch.optim.SGD(model.parameters(), lr=9.0), lr=1.0)  # the given rate counts
+    norm = optimiser_step(model, [torch.optim.SGD(model.parameters(), lr=9.0)], lr=1.0)  # the given rate counts
     moved = torch.cat([(a - p.detach()).flatten() for a, p in zip(before, model.parameters())])
     assert norm == pytest.approx(3 * model.size() ** 0.5, rel=1e-4)
     assert moved.norm() == pytest.approx(1.0, rel=1e-4)  # clipped to norm 1

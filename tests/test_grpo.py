@@ -534,11 +534,11 @@ def test_interrupted_and_resumed(tmp_path, whole):
 def test_the_optimiser_resumes_at_its_own_count(whole):
     """A step is one rollout batch; AdamW counts optimiser steps."""
     model = tiny()
-    optimiser = train.adamw(model, 1.0, 0.0)
-    progress = train.load_checkpoint(whole, 8, model, optimiser)
+    optimisers = train.adamw(model, 1.0, 0.0)
+    progress = train.load_checkpoint(whole, 8, model, optimisers)
     updates = lines(whole / "metrics.jsonl")[7]["updates"]
     assert progress["updates"] == updates > 8 and progress["prompts"] > 8 * 6
-    assert {state["step"].item() for state in optimiser.state.values()} == {updates}
+    assert {state["step"].item() for state in optimisers[0].state.values()} == {updates}
 
 
 def test_two_processes_are_one(tmp_path, whole):

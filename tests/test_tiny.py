@@ -12,12 +12,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.chat import Chat  # noqa: E402
-from data.groups import make_groups  # noqa: E402
+from data.groups import join, make_groups  # noqa: E402
 from data.sources import read_records  # noqa: E402
 from data.tiny import world  # noqa: E402
 from data.tiny.tokenizer import make_tokenizer  # noqa: E402
 from data.tiny.tools import POOLS, TOOLS, UNSEEN  # noqa: E402
-from data.tiny.world import SPLITS, fill, held_out, make_arguments, make_branch_groups  # noqa: E402
+from data.tiny.world import SPLITS, fill, held_out, make_arguments  # noqa: E402
 from data.tiny.world import known_words, make_records, make_word, phrasings  # noqa: E402
 from reward import score  # noqa: E402
 
@@ -301,10 +301,11 @@ def test_the_words_of_the_world_are_tokens(folder):
 def test_branches_are_the_ordinary_prompts_and_answers(folder, think):
     chat, r = Chat.from_pretrained(folder, think=think), random.Random(3)
     rows = [make_records(r, 8, split, reasoning=0.5) for split in SPLITS]
-    groups = make_branch_groups(sum(rows, []), chat)
+    groups = join(make_groups(sum(rows, []), chat, 1000, 1000)[0], 8)
     assert len(groups) == len(rows)
     for members, group in zip(rows, groups):
         ordinary, _ = make_groups(members, chat, 1000, 1000)
+        assert len(group["prompt"]) > 0.8 * min(len(g["prompt"]) for g in ordinary) - 20  # the tools are in it
         assert len(group["responses"]) == 8 and group["record"] is members[0]
         for single, branch, record in zip(ordinary, group["responses"], members):
             ids = group["prompt"] + branch["ids"]

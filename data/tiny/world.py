@@ -17,7 +17,6 @@ import random
 import re
 import zlib
 from functools import cache
-from itertools import groupby
 
 from data.tiny.tools import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, POOLS, REFUSALS, TALK, TALK_THOUGHTS, THOUGHTS
 from data.tiny.tools import TOOLS, UNSEEN
@@ -230,28 +229,6 @@ def make_records(r, n=1, split="train", offered=(2, 4), two=0.2, none=0.15, rand
 def make_record(r, split="train", **settings):
     """One record; settings as in `make_records`."""
     return make_records(r, 1, split, **settings)[0]
-
-
-def make_branch_groups(records, chat):
-    """Groups (see data/groups.py) in which neighbouring records with the same tools are branches of one prompt.
-
-    A group's prompt is what comes before the question: the tools. A response is the rest of the ordinary prompt, from
-    the user's turn to the opening of the think block, and the answer; its span is the answer. The tokens are those of
-    the ordinary path, and each sees the same ones as there; the tools are only not repeated.
-    """
-    def split(record):
-        head, mark, question = chat.prompt(record).rpartition("\n<|im_start|>user\n")
-        return head, mark + question  # between two tokens: the one before is <|im_end|>
-
-    groups = []
-    for head, members in groupby(records, key=lambda record: split(record)[0]):
-        groups.append({"record": None, "prompt": chat.encode(head), "responses": []})
-        for record in members:
-            question, answer = chat.encode(split(record)[1]), chat.encode(chat.answer(record))
-            span = (len(question), len(question) + len(answer))
-            groups[-1]["record"] = groups[-1]["record"] or record
-            groups[-1]["responses"].append({"ids": question + answer, "span": span})
-    return groups
 
 
 def show(record):
