@@ -436,7 +436,7 @@ def test_killed_and_resumed(here):
 
 
 def test_interrupted_and_resumed(here):
-    command = LONG.replace("--out", "--objective rskd --cache cache --out")  # draws, and a cache to come back to
+    command = LONG.replace("--out", "--objective rskd --cache cache --optimiser muon --branches 4 --out")  # draws, a cache
     assert run(f"{command} whole") == 0
     process, log = start(f"{command} run"), Path("run/metrics.jsonl")
     wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())

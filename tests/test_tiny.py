@@ -16,7 +16,9 @@ from data.groups import join, make_groups  # noqa: E402
 from data.sources import read_records  # noqa: E402
 from data.tiny import world  # noqa: E402
 from data.tiny.tokenizer import make_tokenizer  # noqa: E402
-from data.tiny.tools import POOLS, TOOLS, UNSEEN  # noqa: E402
+from data.tiny.more_tools import UNSEEN  # noqa: E402
+from data.tiny.phrases import POOLS  # noqa: E402
+from data.tiny.tools import TOOLS  # noqa: E402
 from data.tiny.world import SPLITS, fill, held_out, make_arguments  # noqa: E402
 from data.tiny.world import known_words, make_records, make_word, phrasings  # noqa: E402
 from reward import score  # noqa: E402

@@ -16,7 +16,9 @@ import re
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from data.chat import EXAMPLE_CALL, Chat
-from data.tiny.tools import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, REFUSALS, TALK, TALK_THOUGHTS, THOUGHTS, TOOLS, UNSEEN
+from data.tiny.more_tools import UNSEEN
+from data.tiny.phrases import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, REFUSALS, TALK, TALK_THOUGHTS, THOUGHTS
+from data.tiny.tools import TOOLS
 from data.tiny.world import CHOICE, SYLLABLES
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

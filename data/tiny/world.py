@@ -18,8 +18,9 @@ import re
 import zlib
 from functools import cache
 
-from data.tiny.tools import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, POOLS, REFUSALS, TALK, TALK_THOUGHTS, THOUGHTS
-from data.tiny.tools import TOOLS, UNSEEN
+from data.tiny.more_tools import UNSEEN
+from data.tiny.phrases import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, POOLS, REFUSALS, TALK, TALK_THOUGHTS, THOUGHTS
+from data.tiny.tools import TOOLS
 
 SPLITS = ("train", "values", "phrasings", "tools")
 SYLLABLES = [c + v for c in "bcdfgklmnprstvz" for v in "aeiou"]  # 75
