@@ -1,6 +1,7 @@
 """STAR (arXiv 2602.03022) from the command line: one subcommand and one short function per stage.
 
     python star.py demo                                              a few minutes, nothing needed
+    python star.py curriculum --teacher DIR --student DIR --data FILE --out DIR       the paper's stages in their order
     python star.py sft     --model DIR --data FILE --out DIR         cross-entropy on gold answers
     python star.py prepare --data FILE [FILE ...] --out FILE         self-check, labels, a mix by quotas
     python star.py rollout --model DIR --data FILE --out FILE        a teacher's answers to the prompts
@@ -15,6 +16,7 @@
 """
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -187,19 +189,35 @@ def run_chat(args):
     talk(model, chat, tools, args.system, args.max_new_tokens, args.temperature, args.top_p, args.seed)
 
 
+def run_curriculum(args):
+    """The paper's order: refine the teacher, roll out, distil, refine the student, score; each the single command."""
+    from data import curriculum
+    from train import set_up
+    shared = [word for name in ("think", "tools", "device", "dtype", "seed") if getattr(args, name) is not None
+              for word in (f"--{name}", str(getattr(args, name)))]
+    stages, models = curriculum.plan(args.teacher, args.student, args.data, Path(args.out), args.valid, {
+        stage: shlex.split(getattr(args, stage)) for stage in curriculum.STAGES}, shared, args.skip)
+    for _, _, words in stages:
+        parser(__doc__, COMMANDS).parse_args(words)  # a mistyped flag of the last stage ends it here
+    begin(args, set_up(args.device)[0], 0, [args.teacher, args.student], [args.data, args.valid])
+    return curriculum.follow(stages, models, args.out, main)
+
+
 def run_demo(args):
-    """Make a small random pair and its data, train the teacher, let it answer, distil; two to three minutes."""
-    from data import demo
-    out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise InputError(f"{out}: exists already; give --overwrite or another --out")
-    print(f"Makes a small random teacher and student in {out}, then runs sft, rollout and ckd on them: "
-          + ("half a minute" if args.quick else "two to three minutes") + " on two CPU cores.")
-    demo.make(out, args.seed)
-    for line in demo.commands(out, args.seed, args.quick):
-        print(f"\n$ python star.py {' '.join(line)}\n")
-        if code := main(line + ["--overwrite"] * args.overwrite):
-            return code
+    """STAR on the embedded world: score a student, distil its teacher into it, refine it, score again."""
+    from data.curriculum import demo
+    words = demo(args.out, args.quick, args.seed) + ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
+    print("A student that fumbles, a teacher that does not: scores both, lets the teacher answer, distils it (CKD), "
+          f"refines the student (Sim-RL) and scores it again; {'under a minute' if args.quick else 'about four minutes'}"
+          f" on two CPU cores.\n\n$ python star.py {shlex.join(words)}", flush=True)
+    code = main(words)
+    if not code:
+        print(f"\nEverything is in {args.out}. What to type next:\n"
+              f"\npython star.py chat --model {args.out}/star/model --tools data/tiny/tools.json"
+              f"\npython star.py plot {args.out}/ckd {args.out}/star --out curves.png"
+              f"\npython star.py lens --teacher data/tiny/teacher --student {args.out}/ckd/model --data "
+              "data/tiny/values.jsonl.gz --out lens.html")
+    return code
 
 
 def run_plot(args):
@@ -239,8 +257,9 @@ def torch_dtype(name):
     return getattr(torch, name)
 
 
-COMMANDS = {"demo": run_demo, "sft": run_sft, "prepare": run_prepare, "rollout": run_rollout, "ckd": run_ckd,
-            "simrl": run_simrl, "eval": run_eval, "reward": run_reward, "chat": run_chat, "plot": run_plot}
+COMMANDS = {"demo": run_demo, "curriculum": run_curriculum, "sft": run_sft, "prepare": run_prepare,
+            "rollout": run_rollout, "ckd": run_ckd, "simrl": run_simrl, "eval": run_eval, "reward": run_reward,
+            "chat": run_chat, "plot": run_plot}
 
 
 def main(argv=None):

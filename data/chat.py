@@ -51,7 +51,8 @@ class Chat:
 
         folder: a Hugging Face model folder (weights are not read).
         think: "on" opens a think block in every prompt, "off" gives the empty block, "none" no block at all;
-            None takes what the template knows: "on" for Qwen3, "none" for Qwen2.5.
+            None takes `default_think` of tokenizer_config.json (only data/tiny has it), else what the template knows:
+            "on" for Qwen3, "none" for Qwen2.5.
         tools: "flat" writes each tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
             {"type": "function", "function": {...}}.
         Raises InputError for a missing or broken file, and for a template of another family.
@@ -59,7 +60,9 @@ class Chat:
         folder = Path(folder)
         chat = cls()
         chat.family, chat.default_system, chat.example_call = read_flavour(folder)
-        chat.think = think or ("on" if chat.family == "qwen3" else "none")
+        path = folder / "tokenizer_config.json"
+        known = read_json(path).get("default_think") if path.exists() else None
+        chat.think = think or known or ("on" if chat.family == "qwen3" else "none")
         chat.tools = tools
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
             raise InputError(f"think={think!r}, tools={tools!r}: think is on, off or none; tools is flat or wrapped")

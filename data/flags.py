@@ -2,6 +2,8 @@
 of numbers they take, and which of them a resumed run may change."""
 import argparse
 
+from data.curriculum import STAGES
+
 # May differ when a run is resumed: what changes memory and speed, and a rollout's filters, which act at its end.
 FREE_FLAGS = ("resume", "overwrite", "out", "device", "keep_all", "min_reward", "save_every", "micro_tokens",
               "gradient_checkpointing")
@@ -206,10 +208,24 @@ def parser(doc, commands):
     sampling(p, 0.0, 512)
     machine(p, "weights and compute")
 
+    p = command("curriculum")
+    p.add_argument("--teacher", required=True, help="model folder")
+    p.add_argument("--student", required=True, help="model folder")
+    p.add_argument("--data", required=True, help="records with gold answers, .jsonl or .jsonl.gz")
+    p.add_argument("--valid", help="records with gold answers to score every model on; default: no scores")
+    going_on(p, "folder for everything")
+    p.add_argument("--skip", nargs="+", choices=STAGES, default=[], help="stages to leave out")
+    g = p.add_argument_group("further flags of a stage's own command, as one text: --ckd '--lr 1e-5 --k 50'")
+    for stage, single in zip(STAGES, ("simrl, on the teacher", "rollout", "ckd", "simrl", "eval")):
+        g.add_argument(f"--{stage}", metavar="FLAGS", default="", help=f"for {single}")
+    prompts(p)
+    machine(p, "compute")
+
     p = command("demo")
     p.add_argument("--out", default="runs/demo", help="folder for everything it makes")
+    p.add_argument("--resume", action="store_true", help="go on where a stopped demo was")
     p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
-    p.add_argument("--quick", action="store_true", help="a few steps only: shows the plumbing, learns nothing")
+    p.add_argument("--quick", action="store_true", help="a few steps only: shows the plumbing, teaches little")
     p.add_argument("--seed", type=int, default=42, help="of everything random")
 
     p = command("plot")

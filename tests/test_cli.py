@@ -210,7 +210,7 @@ REFUSED = {
     "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: earlier(EVAL), "nowhere.jsonl: cannot be"),
     "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
     "compare with nothing": (f"{EVAL} --compare nowhere", None, "nowhere/arguments.json: no such file; --compare takes"),
-    "demo exists": ("demo --out teacher", None, "teacher: exists already; give --overwrite or another --out"),
+    "demo exists": ("demo --out teacher", None, "teacher: exists already; give --resume .* or --overwrite"),
 }
 
 
@@ -385,7 +385,7 @@ def test_plot(here, capsys):
 
 
 @pytest.mark.parametrize("command", [
-    "sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "demo", "plot"])
+    "sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "curriculum", "demo", "plot"])
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,129 @@
+"""The paper's order for a pair of models: refine the teacher, let it answer, distil it, refine the student; and score.
+
+`python star.py demo` is this on the embedded world of data/tiny.
+
+Every stage is one of star.py's single commands, printed before it runs, so any of them can be typed again alone:
+
+    refine     simrl on the teacher                            OUT/refine
+    rollout    the teacher answers the prompts                 OUT/rollouts.jsonl
+    ckd        those answers are distilled into the student    OUT/ckd
+    simrl      the distilled student refines itself            OUT/star
+    eval       each model on the same records, when it is there  OUT/eval/NAME
+
+A stage left out hands on what it was given: no `refine` keeps the teacher, no `rollout` distils along gold answers, no
+`ckd` refines the student as it is.
+"""
+import json
+import time
+from pathlib import Path
+
+from data import InputError, read_json, write_json
+from data.show import columns, one_line
+
+TINY = Path(__file__).parent / "tiny"
+STAGES = ("refine", "rollout", "ckd", "simrl", "eval")
+SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
+
+
+def demo(out, quick, seed):
+    """The words for star.py that make the demo. quick: few steps, which show the plumbing and teach little."""
+    few = quick
+    flags = {
+        "rollout": f"--n 4 --rows 256 --max-new-tokens 128 --limit {100 if few else 800}",
+        "ckd": f"--k 16 --m 16 --lr 2e-3 --batch 64 --steps {10 if few else 150} --valid-every 50 --hold-out 16",
+        "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 3e-4 --max-new-tokens 128 --steps {2 if few else 20}",
+        "eval": f"--n 8 --rows 512 --max-new-tokens 128 --limit {40 if few else 200}"}
+    return ["curriculum", "--teacher", f"{TINY}/teacher", "--student", f"{TINY}/student", "--data",
+            f"{TINY}/train.jsonl.gz", "--valid", f"{TINY}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
+            "--dtype", "float32", "--seed", str(seed), *(part for stage, words in flags.items()
+                                                         for part in (f"--{stage}", words)), "--out", str(out)]
+
+
+def plan(teacher, student, data, out, valid=None, flags=None, shared=(), skip=()):
+    """The stages as command lines: ([(stage, where it writes, words for star.py)], {name: model folder}).
+
+    teacher, student: model folders · data: records with gold answers · valid: records to score on, None for no `eval` ·
+    flags: {stage: further words} · shared: words for every stage, such as --think off · skip: stages to leave out.
+    """
+    flags, stages, models = flags or {}, [], {}
+
+    def stage(name, where, *words):
+        if name not in skip:
+            stages.append((name, where, [*words, *shared, *flags.get(name, ()), "--out", str(where)]))
+        return name not in skip
+
+    def score(name, model):
+        models[name] = model
+        if valid:
+            stage("eval", out / "eval" / name.replace(" ", "-"), "eval", "--model", model, "--data", valid)
+
+    score("teacher", teacher)
+    score("student", student)
+    if stage("refine", out / "refine", "simrl", "--model", teacher, "--data", data):
+        teacher = f"{out}/refine/model"
+        score("refined teacher", teacher)
+    answers = data
+    if stage("rollout", out / "rollouts.jsonl", "rollout", "--model", teacher, "--data", data):
+        answers = f"{out}/rollouts.jsonl"
+    if stage("ckd", out / "ckd", "ckd", "--teacher", teacher, "--student", student, "--data", answers):
+        student = f"{out}/ckd/model"
+        score("after CKD", student)
+    if stage("simrl", out / "star", "simrl", "--model", student, "--data", data):
+        score("after STAR", f"{out}/star/model")
+    return stages, models
+
+
+def follow(stages, models, out, main):
+    """Run the stages in order, each with --resume where there is something of it; then the table and some examples.
+
+    main: star.main · models: {name: folder} as `plan` gave them. Writes OUT/summary.json. Returns the exit code.
+    """
+    out, took = Path(out), out / "seconds.json"
+    out.mkdir(parents=True, exist_ok=True)
+    for name, where, words in stages:
+        resume = ["--resume"] * (where.exists() or Path(f"{where}.part").exists())
+        print(f"\n$ python star.py {' '.join(words + resume)}\n", flush=True)
+        began = time.perf_counter()
+        if code := main(words + resume):
+            return code
+        seconds = read_json(took) if took.exists() else {}
+        write_json(took, seconds | {str(where): round(seconds.get(str(where), 0) + time.perf_counter() - began, 1)})
+    if any(name == "eval" for name, *_ in stages):
+        report(out, models, read_json(took))
+    return 0
+
+
+def report(out, models, seconds):
+    """Print and save the table of all models, and three requests as every student answered them."""
+    found, rows = {}, []
+    for name in models:
+        folder = out / "eval" / name.replace(" ", "-")
+        metrics = read_json(folder / "summary.json")["metrics"]
+        many = [m for m in metrics if m.startswith("pass@") and m != "pass@1"]
+        found[name] = {m: metrics[m]["mean"] for m in (*SHOWN, *many) if m in metrics}
+        stage = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}.get(name)
+        if stage:
+            found[name]["seconds"] = seconds[str(out / stage)]
+        with open(folder / "generations.jsonl", encoding="utf-8") as file:
+            rows.append([json.loads(line) for line in file])
+    write_json(out / "summary.json", {"models": found, "seconds": seconds})
+    examples(list(models), rows)
+    heads = list(dict.fromkeys(head for figures in found.values() for head in figures))
+    print()
+    columns([["", *heads]] + [[name, *(
+        f"{figures[head]:.0f}" if head == "seconds" and head in figures else f"{figures[head]:.3f}" if head in figures
+        else "" for head in heads)] for name, figures in found.items()])
+
+
+def examples(names, rows, most=3):
+    """Print up to three requests that the first student got wrong and the last model right, with all answers."""
+    def right(row):
+        return row["responses"][0]["exact"] and row["answer"]["tool_calls"]
+
+    first = names.index("student")
+    turned = [i for i, row in enumerate(rows[-1]) if right(row) and not right(rows[first][i])]
+    for i in turned[:most]:
+        print(f"\n{'request':14s}  {one_line(rows[-1][i]['messages'][-1]['content'])}")
+        for name, answered in zip(names, rows):
+            print(f"{name:14s}  {'right' if right(answered[i]) else 'wrong'}  "
+                  f"{one_line(answered[i]['responses'][0]['text'])}")

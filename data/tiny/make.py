@@ -1,0 +1,111 @@
+"""Makes the two models of the embedded world again, from nothing and through the project's own `sft`.
+
+    python -m data.tiny.make --out runs/tiny                   everything, on two CPU cores in well under 40 minutes
+    python -m data.tiny.make --out runs/tiny --ceiling         the student's shape too, trained as long as the teacher
+
+It writes records (a file for each stage and each kind of test), two random models, and then runs the single commands
+that it prints. Stopped at any moment, the same command goes on where it was. What comes out is runs/tiny/teacher/model
+and runs/tiny/student/model; data/tiny/teacher and data/tiny/student are copies of such a run.
+
+The curriculum is two stages: records with two tools offered and one call each, then the whole world. The student is
+meant to be unfinished, right in form and often wrong, so it sees the first stage and a little of the second.
+"""
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+import star
+from data import write_lines
+from data.tiny.tokenizer import make_tokenizer
+from data.tiny.world import SPLITS, make_records
+
+EASY = {"offered": (2, 2), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
+BRANCHES = 8  # records that share their tools
+
+
+def make_model(folder, tokenizer, seed, hidden, layers, head_dim=16, vocab_size=None, think="on", **settings):
+    """A random Qwen3-shaped model folder with this tokenizer; `settings` go into config.json, `think` is its default."""
+    from model import Transformer  # here, so that making records needs no torch
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end, heads = tokenizer.token_to_id("<|im_end|>"), hidden // head_dim
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+         "default_think": think}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": hidden,
+              "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
+              "num_key_value_heads": max(1, heads // 2), "head_dim": head_dim, "hidden_act": "silu",
+              "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "eos_token_id": end,
+              "tie_word_embeddings": True, "vocab_size": vocab_size or tokenizer.get_vocab_size()} | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Transformer(config).init_weights(seed, std=0.5 * hidden ** -0.5)  # 0.02 is for models a thousand wide
+    model.folder = folder
+    model.save_pretrained(folder)
+
+
+def write(path, groups, seed, split="train", shared=BRANCHES, **settings):
+    """Write groups x shared records, those of a group with the same tools, unless the file is there already."""
+    if not path.exists():
+        r = random.Random(f"{seed} {path.name}")  # of a text: the same everywhere
+        write_lines(path, (json.dumps(record) + "\n" for _ in tqdm(range(groups), path.name)
+                           for record in make_records(r, shared, split, **settings)))
+
+
+def shapes(folder):
+    """The random models to start from. The student has the same parts as the teacher, fewer and narrower."""
+    make_model(folder / "teacher-init", make_tokenizer(), 1, hidden=128, layers=4, head_dim=32, think="off")
+    make_model(folder / "student-init", make_tokenizer(), 2, hidden=96, layers=4, head_dim=24, think="off")
+
+
+def plan(out, ceiling, seed):
+    """The command lines for star.py, in order, as (folder it writes, words)."""
+    common = ["--think", "off", "--dtype", "float32", "--device", "cpu", "--seed", str(seed)]
+    lines = []
+
+    def sft(name, start, data, steps):
+        words = ["sft", "--model", str(start), "--data", f"{out}/{data}", "--valid", f"{out}/values.jsonl.gz",
+                 "--valid-limit", "128", "--branches", str(BRANCHES), "--optimiser", "muon", "--lr", "2e-3", "--batch",
+                 "96", "--micro-tokens", "2048", "--steps", str(steps), "--save-every", "100",
+                 "--valid-every", "200", "--save-dtype", "float32" if "easy" in data else "bfloat16", *common]
+        lines.append((out / name, words))
+        return out / name / "model"
+
+    for name, small in (("teacher", False), ("student", True), ("ceiling", False))[:3 if ceiling else 2]:
+        start = out / ("teacher-init" if name == "teacher" else "student-init")
+        start = sft(f"{name}-easy", start, "easy.jsonl.gz", 300 if small else 500)
+        start = sft(name, start, "train.jsonl.gz", 300 if small else 1700)
+        for split in SPLITS[1:]:
+            lines.append((out / f"{name}-on-{split}", ["eval", "--model", str(start), "--data", f"{out}/{split}.jsonl.gz",
+                                                       "--rows", "256", "--max-new-tokens", "128", *common]))
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the embedded world's teacher and student again, from nothing.")
+    parser.add_argument("--out", default="runs/tiny", help="folder for everything; started again, it goes on")
+    parser.add_argument("--ceiling", action="store_true", help="also train the student's shape as long as the teacher")
+    parser.add_argument("--seed", type=int, default=42, help="of everything random")
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write(out / "easy.jsonl.gz", 6_000, args.seed, **EASY)
+    write(out / "train.jsonl.gz", 10_200, args.seed)
+    for split in SPLITS[1:]:
+        write(out / f"{split}.jsonl.gz", 640, args.seed, split, shared=1)
+    shapes(out)
+    for folder, words in plan(out, args.ceiling, args.seed):
+        if not (folder / "summary.json").exists():  # it is not finished
+            words += ["--out", str(folder), *["--resume"] * folder.exists()]
+            print(f"\n$ python star.py {' '.join(words)}\n", flush=True)
+            if code := star.main(words):
+                return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
