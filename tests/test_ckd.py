@@ -12,7 +12,7 @@ from ckd import objective, teacher_log_probs
 from data import InputError
 from data.groups import pack, visible
 from model import Transformer
-from train import adamw, head_loss, optimiser_step
+from train import adamw, head_loss, muon, optimiser_step
 
 KINDS = ["ckd", "fkl", "rkl", "akl", "rskd", "ce"]
 V, K, M, N, H = 40, 6, 9, 11, 8
@@ -294,6 +294,17 @@ def test_the_optimiser_is_the_released_one():
     moved = torch.cat([(a - p.detach()).flatten() for a, p in zip(before, model.parameters())])
     assert norm == pytest.approx(3 * model.size() ** 0.5, rel=1e-4)
     assert moved.norm() == pytest.approx(1.0, rel=1e-4)  # clipped to norm 1
+
+
+def test_muon_takes_the_matrices_of_the_layers():
+    model = Transformer(CONFIG)
+    optimisers = muon(model, 0.5, 0.0)
+    inside, beside = ({id(p) for group in o.param_groups for p in group["params"]} for o in optimisers)
+    for name, p in model.named_parameters():
+        p.grad = torch.ones_like(p)
+        assert (id(p) in inside) == ("layers" in name and p.dim() == 2) != (id(p) in beside), name
+    optimiser_step(model, optimisers, lr=0.1)
+    assert [group["lr"] for o in optimisers for group in o.param_groups] == [0.5, 0.1, 0.1]
 
 
 def test_defaults_are_the_released_settings():

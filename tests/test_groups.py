@@ -4,7 +4,8 @@ import torch
 
 from ckd import objective
 from data import InputError
-from data.groups import (counted_tokens, length, make_groups, micro_batches, optimiser_batches, pack, visible)
+from data.groups import (counted_tokens, join, length, make_groups, micro_batches, optimiser_batches, pack,
+                         read_groups, visible)
 from model import Transformer
 from train import head_loss
 
@@ -60,6 +61,34 @@ def test_packed_groups_equal_separate_rows(model, groups, width):
         (values.log_softmax(-1) * probe).sum().backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(*gradients))
+
+
+def test_joined_groups_are_the_same_tokens_with_the_same_logits(model):
+    """Three records with the same tools, one with others, then two with the first tools again."""
+    tools, records = [[{"name": "a"}], [{"name": "b"}]], []
+    for i, (which, prompt) in enumerate([(0, [1, 2, 3, 9]), (0, [1, 2, 3, 4, 5]), (0, [1, 2, 3, 4, 5]), (1, [1, 2, 8]),
+                                         (0, [1, 2, 3, 4]), (0, [1, 2, 3, 4, 5])]):
+        responses = [{"ids": [20 + i, 30 + i, 40], "span": (0, 3)}, {"ids": [50, 50 + i], "span": (1, 2)}]
+        records.append({"record": {"tools": tools[which]}, "prompt": prompt, "responses": responses})
+    joined = join(records, 8)
+    assert [group["prompt"] for group in joined] == [[1, 2, 3], [1, 2, 8], [1, 2, 3, 4]]
+    assert [len(group["responses"]) for group in joined] == [6, 2, 4]
+    assert sum(map(length, joined)) < sum(map(length, records))
+    assert [len(group["responses"]) for group in join(records, 2)] == [4, 2, 2, 4]
+    assert join(records, 1) == records
+    assert counted_tokens(joined) == counted_tokens(records)
+    (apart, alone), (together, packed) = packed_logits(model, records), packed_logits(model, joined)
+    assert torch.equal(alone["targets"], packed["targets"]) and torch.allclose(apart, together, atol=1e-10)
+
+
+def test_what_is_held_out_leaves_the_order_of_the_rest(world):
+    from data.chat import Chat
+    chat, read = Chat.from_pretrained(world / "teacher"), []
+    for hold_out in (0, 5):
+        groups, held = read_groups(world / "train.jsonl", None, chat, (5000, 500, "all"), hold_out=hold_out)
+        read.append([group["record"]["id"] for group in groups])
+        assert len(held) == hold_out and not {group["record"]["id"] for group in held} & set(read[-1])
+    assert len(read[1]) == len(read[0]) - 5 and [i for i in read[0] if i in read[1]] == read[1]
 
 
 def test_targets_and_responses_stand_in_order(groups):
