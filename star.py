@@ -200,7 +200,7 @@ def run_curriculum(args):
     for _, _, words in stages:
         parser(__doc__, COMMANDS).parse_args(words)  # a mistyped flag of the last stage ends it here
     begin(args, set_up(args.device)[0], 0, [args.teacher, args.student], [args.data, args.valid])
-    return curriculum.follow(stages, models, args.out, main)
+    return curriculum.follow(stages, models, Path(args.out), main)
 
 
 def run_demo(args):

@@ -13,15 +13,19 @@ Every stage is one of star.py's single commands, printed before it runs, so any 
 A stage left out hands on what it was given: no `refine` keeps the teacher, no `rollout` distils along gold answers, no
 `ckd` refines the student as it is.
 """
+import contextlib
+import io
 import json
+import shlex
 import time
 from pathlib import Path
 
-from data import InputError, read_json, write_json
+from data import read_json, write_json
 from data.show import columns, one_line
 
 TINY = Path(__file__).parent / "tiny"
 STAGES = ("refine", "rollout", "ckd", "simrl", "eval")
+MAKERS = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}  # which folder's run made a model
 SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
 
 
@@ -78,14 +82,17 @@ def follow(stages, models, out, main):
 
     main: star.main · models: {name: folder} as `plan` gave them. Writes OUT/summary.json. Returns the exit code.
     """
-    out, took = Path(out), out / "seconds.json"
-    out.mkdir(parents=True, exist_ok=True)
+    took = out / "seconds.json"
     for name, where, words in stages:
         resume = ["--resume"] * (where.exists() or Path(f"{where}.part").exists())
-        print(f"\n$ python star.py {' '.join(words + resume)}\n", flush=True)
-        began = time.perf_counter()
-        if code := main(words + resume):
+        print(f"\n$ python star.py {shlex.join(words + resume)}\n", flush=True)
+        began, said = time.perf_counter(), io.StringIO()
+        with contextlib.redirect_stdout(said) if name == "eval" else contextlib.nullcontext():  # its pages come in short
+            code = main(words + resume)
+        if code:
             return code
+        if name == "eval":
+            print(f"{where.name}: " + "  ".join(f"{m} {v:.3f}" for m, v in scores(where).items()), flush=True)
         seconds = read_json(took) if took.exists() else {}
         write_json(took, seconds | {str(where): round(seconds.get(str(where), 0) + time.perf_counter() - began, 1)})
     if any(name == "eval" for name, *_ in stages):
@@ -93,26 +100,27 @@ def follow(stages, models, out, main):
     return 0
 
 
+def scores(folder):
+    """{measure: mean} of an evaluation, those that the table shows."""
+    metrics = read_json(folder / "summary.json")["metrics"]
+    many = [name for name in metrics if name.startswith("pass@") and name != "pass@1"]
+    return {name: metrics[name]["mean"] for name in (*SHOWN, *many) if name in metrics}
+
+
 def report(out, models, seconds):
-    """Print and save the table of all models, and three requests as every student answered them."""
+    """Print and save the table of all models, and three requests as every model answered them."""
     found, rows = {}, []
     for name in models:
-        folder = out / "eval" / name.replace(" ", "-")
-        metrics = read_json(folder / "summary.json")["metrics"]
-        many = [m for m in metrics if m.startswith("pass@") and m != "pass@1"]
-        found[name] = {m: metrics[m]["mean"] for m in (*SHOWN, *many) if m in metrics}
-        stage = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}.get(name)
-        if stage:
-            found[name]["seconds"] = seconds[str(out / stage)]
+        folder, stage = out / "eval" / name.replace(" ", "-"), MAKERS.get(name)
+        found[name] = scores(folder) | ({"seconds": seconds[str(out / stage)]} if stage else {})
         with open(folder / "generations.jsonl", encoding="utf-8") as file:
             rows.append([json.loads(line) for line in file])
     write_json(out / "summary.json", {"models": found, "seconds": seconds})
     examples(list(models), rows)
     heads = list(dict.fromkeys(head for figures in found.values() for head in figures))
     print()
-    columns([["", *heads]] + [[name, *(
-        f"{figures[head]:.0f}" if head == "seconds" and head in figures else f"{figures[head]:.3f}" if head in figures
-        else "" for head in heads)] for name, figures in found.items()])
+    columns([["", *heads]] + [[name, *(f"{figures[head]:.{0 if head == 'seconds' else 3}f}" if head in figures else ""
+                                       for head in heads)] for name, figures in found.items()])
 
 
 def examples(names, rows, most=3):
