@@ -13,9 +13,16 @@ import statistics
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import ckd  # noqa: E402
 import star  # noqa: E402
+from data.chat import Chat  # noqa: E402
+from data.groups import make_groups, micro_batches, pack  # noqa: E402
 from data.show import columns  # noqa: E402
+from data.sources import read_records  # noqa: E402
+from model import Transformer  # noqa: E402
 
 TINY = Path(__file__).parents[1] / "data" / "tiny"
 SHOWN = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy", "pass@8")
@@ -24,6 +31,7 @@ COMMON = ["--device", "cpu", "--dtype", "float32"]
 
 def run(out, *words):
     """One command of star.py, unless it is done."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     if (out / "summary.json").exists() or out.suffix == ".jsonl" and out.exists():
         return
     words = [str(word) for word in (*words, *COMMON, "--out", out)] + ["--resume"] * out.exists()
@@ -36,13 +44,28 @@ def score(out, model):
     """{measure: value} of a model; its mass outside comes from a step of CKD at rate 0, which changes nothing."""
     run(out / "eval", "eval", "--model", model, "--data", TINY / "values.jsonl.gz", "--limit", 400, "--n", 8, "--rows",
         512, "--max-new-tokens", 128, "--seed", 7)
-    run(out / "mass", "ckd", "--teacher", TINY / "teacher", "--student", model, "--data", out.parent / "rollouts.jsonl",
+    run(out / "mass", "ckd", "--teacher", TINY / "teacher", "--student", model, "--data", out.parents[1] / "rollouts.jsonl",
         "--lr", 0, "--steps", 1, "--samples", 0, "--hold-out", 64, *K)
     metrics = json.loads((out / "eval" / "summary.json").read_text())["metrics"]
     with open(out / "mass" / "metrics.jsonl") as file:
         held_out = json.loads(file.readline())
     return {name: metrics[name]["mean"] for name in SHOWN} | {
         "mass outside": 1 - held_out["valid_inside"], "S'": held_out["valid_tail"], "KL": held_out["valid_kl"]}
+
+
+@torch.no_grad()
+def captured(rollouts):
+    """Print how much of the teacher its k likeliest tokens hold, over all positions of its answers and where it is
+    unsure (less than 0.9 on one token)."""
+    chat, teacher = Chat.from_pretrained(TINY / "teacher"), Transformer.from_pretrained(TINY / "teacher")
+    groups, _ = make_groups(read_records(rollouts)[:200], chat, 1000, 1000)
+    log_p = torch.cat([ckd.teacher_log_probs(teacher, pack(micro), 32, chat.vocab_size)[1]
+                       for micro in micro_batches(groups, 4096)])  # [N, 32]
+    unsure = log_p[:, 0].exp() < 0.9
+    print()
+    columns([["k", "P", f"P, unsure ({unsure.float().mean():.1%})"]] + [
+        [k, *(f"{part[:, :k].exp().sum(1).mean():.4f}" for part in (log_p, log_p[unsure]))]
+        for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)])
 
 
 K = ["--k", 8, "--m", 8]
@@ -58,20 +81,23 @@ def main():
     found = {}
     for seed in args.seeds:
         out = Path(args.out) / f"seed-{seed}"
-        out.mkdir(parents=True, exist_ok=True)
         run(out / "rollouts.jsonl", "rollout", "--model", TINY / "teacher", "--data", TINY / "train.jsonl.gz",
             "--limit", 800, "--n", 4, "--rows", 512, "--max-new-tokens", 128, "--seed", seed)
         models = {"teacher": TINY / "teacher", "student": TINY / "student"}
-        for kind in ("ckd", "fkl", "ce"):
-            run(out / kind, "ckd", "--objective", kind, "--teacher", TINY / "teacher", "--student", TINY / "student",
-                "--data", out / "rollouts.jsonl", "--seed", seed, *CKD)
-            models[kind] = out / kind / "model"
+        if seed == args.seeds[0]:
+            captured(out / "rollouts.jsonl")
+        for kind, weight in [("ckd", 10), ("fkl", 0), ("ce", 0)] + [("ckd", 1), ("ckd", 2)] * (seed == args.seeds[0]):
+            name = kind if weight in (0, 10) else f"{kind}, lambda {weight}"
+            folder = out / name.replace(", lambda ", "-")
+            run(folder, "ckd", "--objective", kind, "--tail-weight", weight, "--teacher", TINY / "teacher", "--student",
+                TINY / "student", "--data", out / "rollouts.jsonl", "--seed", seed, *CKD)
+            models[name] = folder / "model"
         for kind in ("ckd", "ce"):
             run(out / f"{kind}-simrl", "simrl", "--model", models[kind], "--data", TINY / "train.jsonl.gz", "--seed",
                 seed, *SIMRL)
             models[f"{kind}, Sim-RL"] = out / f"{kind}-simrl" / "model"
         for name, model in models.items():
-            found.setdefault(name, []).append(score(out / f"score-{name.replace(', ', '-')}", model))
+            found.setdefault(name, []).append(score(out / "scores" / name.replace(", ", "-").replace(" ", "-"), model))
     names = list(found["teacher"][0])
     print()
     columns([["mean (spread) over seeds", *names]] + [

@@ -3,12 +3,13 @@
     python -m data.tiny.make --out runs/tiny                   everything, on two CPU cores in well under 40 minutes
     python -m data.tiny.make --out runs/tiny --ceiling         the student's shape too, trained as long as the teacher
 
-It writes records (a file for each stage and each kind of test), two random models, and then runs the single commands
-that it prints. Stopped at any moment, the same command goes on where it was. What comes out is runs/tiny/teacher/model
-and runs/tiny/student/model; data/tiny/teacher and data/tiny/student are copies of such a run.
+It writes records (a file for each stage, some to distil and refine with, and a file for each kind of test), two random
+models, and then runs the single commands that it prints. Stopped at any moment, the same command goes on where it was.
+What comes out is runs/tiny/teacher/model and runs/tiny/student/model; the two folders in data/tiny are copies of those
+of such a run, and so are its record files (but the large ones).
 
 The curriculum is two stages: records with two tools offered and one call each, then the whole world. The student is
-meant to be unfinished, right in form and often wrong, so it sees the first stage and a little of the second.
+meant to be unfinished, right in form and often wrong: it has seen the first stage only.
 """
 import argparse
 import json
@@ -19,9 +20,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 import star
-from data import write_lines
+from data import write_json, write_lines
 from data.tiny.tokenizer import make_tokenizer
-from data.tiny.world import SPLITS, make_records
+from data.tiny.world import SPLITS, make_record, make_records
 
 EASY = {"offered": (2, 2), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
 BRANCHES = 8  # records that share their tools
@@ -70,18 +71,21 @@ def plan(out, ceiling, seed):
     def sft(name, start, data, steps):
         words = ["sft", "--model", str(start), "--data", f"{out}/{data}", "--valid", f"{out}/values.jsonl.gz",
                  "--valid-limit", "128", "--branches", str(BRANCHES), "--optimiser", "muon", "--lr", "2e-3", "--batch",
-                 "96", "--micro-tokens", "2048", "--steps", str(steps), "--save-every", "100",
-                 "--valid-every", "200", "--save-dtype", "float32" if "easy" in data else "bfloat16", *common]
-        lines.append((out / name, words))
+                 "96", "--micro-tokens", "2048", "--steps", str(steps), "--save-every", "100", "--valid-every", "200"]
+        lines.append((out / name, [*words, *common]))
         return out / name / "model"
 
-    for name, small in (("teacher", False), ("student", True), ("ceiling", False))[:3 if ceiling else 2]:
-        start = out / ("teacher-init" if name == "teacher" else "student-init")
-        start = sft(f"{name}-easy", start, "easy.jsonl.gz", 300 if small else 500)
-        start = sft(name, start, "train.jsonl.gz", 300 if small else 1700)
+    def score(name, model):
         for split in SPLITS[1:]:
-            lines.append((out / f"{name}-on-{split}", ["eval", "--model", str(start), "--data", f"{out}/{split}.jsonl.gz",
-                                                       "--rows", "256", "--max-new-tokens", "128", *common]))
+            words = ["eval", "--model", str(model), "--data", f"{out}/{split}.jsonl.gz", "--rows", "256"]
+            lines.append((out / f"{name}-on-{split}", [*words, "--max-new-tokens", "128", *common]))
+
+    beginner = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
+    score("teacher", sft("teacher", beginner, "full.jsonl.gz", 1700))
+    student = sft("student", out / "student-init", "easy.jsonl.gz", 700)
+    score("student", student)
+    if ceiling:
+        score("ceiling", sft("ceiling", student, "full.jsonl.gz", 1700))
     return lines
 
 
@@ -94,9 +98,10 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "easy.jsonl.gz", 6_000, args.seed, **EASY)
-    write(out / "train.jsonl.gz", 10_200, args.seed)
-    for split in SPLITS[1:]:
-        write(out / f"{split}.jsonl.gz", 640, args.seed, split, shared=1)
+    write(out / "full.jsonl.gz", 10_200, args.seed)
+    for split in SPLITS:  # to distil and refine with, and to score on
+        write(out / f"{split}.jsonl.gz", 1_600 if split == "train" else 640, args.seed, split, shared=1)
+    write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4, 4))["tools"])
     shapes(out)
     for folder, words in plan(out, args.ceiling, args.seed):
         if not (folder / "summary.json").exists():  # it is not finished
