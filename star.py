@@ -23,7 +23,7 @@ from pathlib import Path
 from data import InputError, read_json, write_json, write_lines
 from data.chat import Chat
 from data.flags import parser, settings
-from data.sources import read_tools
+from data.sources import read_records, read_tools
 
 
 def run_training(args, student_folder, teacher_folder=None, **objective):
@@ -197,15 +197,17 @@ def run_curriculum(args):
               for word in (f"--{name}", str(getattr(args, name)))]
     stages, models = curriculum.plan(args.teacher, args.student, args.data, Path(args.out), args.valid, {
         stage: shlex.split(getattr(args, stage)) for stage in curriculum.STAGES}, shared, args.skip)
-    for _, _, words in stages:
-        parser(__doc__, COMMANDS).parse_args(words)  # a mistyped flag of the last stage ends it here
+    for _, _, words in stages:  # a mistyped flag of the last stage ends it here, and so does a broken line
+        parser(__doc__, COMMANDS).parse_args(words)
+    for file in filter(None, (args.data, args.valid)):
+        read_records(file, need_answer=True)
     begin(args, set_up(args.device)[0], 0, [args.teacher, args.student], [args.data, args.valid])
     return curriculum.follow(stages, models, Path(args.out), main)
 
 
 def run_demo(args):
     """STAR on the embedded world: score a student, distil its teacher into it, refine it, score again."""
-    from data.curriculum import demo
+    from data.curriculum import TINY, demo
     words = demo(args.out, args.quick, args.seed) + ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
     print("A student that fumbles, a teacher that does not: scores both, lets the teacher answer, distils it (CKD), "
           f"refines the student (Sim-RL) and scores it again; {'under a minute' if args.quick else 'about four minutes'}"
@@ -213,10 +215,10 @@ def run_demo(args):
     code = main(words)
     if not code:
         print(f"\nEverything is in {args.out}. What to type next:\n"
-              f"\npython star.py chat --model {args.out}/star/model --tools data/tiny/tools.json"
+              f"\npython star.py chat --model {args.out}/star/model --tools {TINY}/chat_tools.json"
               f"\npython star.py plot {args.out}/ckd {args.out}/star --out curves.png"
-              f"\npython star.py lens --teacher data/tiny/teacher --student {args.out}/ckd/model --data "
-              "data/tiny/values.jsonl.gz --out lens.html")
+              f"\npython star.py lens --teacher {TINY}/teacher --student {args.out}/ckd/model "
+              f"--data {TINY}/values.jsonl.gz --out lens.html")
     return code
 
 

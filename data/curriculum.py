@@ -16,6 +16,7 @@ A stage left out hands on what it was given: no `refine` keeps the teacher, no `
 import contextlib
 import io
 import json
+import os
 import shlex
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ from pathlib import Path
 from data import read_json, write_json
 from data.show import columns, one_line
 
-TINY = Path(__file__).parent / "tiny"
+TINY = os.path.relpath(Path(__file__).parent / "tiny")
 STAGES = ("refine", "rollout", "ckd", "simrl", "eval")
 MAKERS = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}  # which folder's run made a model
 SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
@@ -31,12 +32,11 @@ SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy") 
 
 def demo(out, quick, seed):
     """The words for star.py that make the demo. quick: few steps, which show the plumbing and teach little."""
-    few = quick
     flags = {
-        "rollout": f"--n 4 --rows 256 --max-new-tokens 128 --limit {100 if few else 800}",
-        "ckd": f"--k 16 --m 16 --lr 2e-3 --batch 64 --steps {10 if few else 150} --valid-every 50 --hold-out 16",
-        "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 3e-4 --max-new-tokens 128 --steps {2 if few else 20}",
-        "eval": f"--n 8 --rows 512 --max-new-tokens 128 --limit {40 if few else 200}"}
+        "rollout": f"--n 4 --rows 256 --max-new-tokens 128 --limit {100 if quick else 800}",
+        "ckd": f"--k 16 --m 16 --lr 2e-3 --batch 64 --steps {10 if quick else 150} --valid-every 50 --hold-out 16",
+        "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 3e-4 --max-new-tokens 128 --steps {2 if quick else 20}",
+        "eval": f"--n 8 --rows 512 --max-new-tokens 128 --limit {40 if quick else 200}"}
     return ["curriculum", "--teacher", f"{TINY}/teacher", "--student", f"{TINY}/student", "--data",
             f"{TINY}/train.jsonl.gz", "--valid", f"{TINY}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
             "--dtype", "float32", "--seed", str(seed), *(part for stage, words in flags.items()
@@ -85,6 +85,7 @@ def follow(stages, models, out, main):
     took = out / "seconds.json"
     for name, where, words in stages:
         resume = ["--resume"] * (where.exists() or Path(f"{where}.part").exists())
+        finished = where.is_file() or (where / "summary.json").exists()  # and only looked at again
         print(f"\n$ python star.py {shlex.join(words + resume)}\n", flush=True)
         began, said = time.perf_counter(), io.StringIO()
         with contextlib.redirect_stdout(said) if name == "eval" else contextlib.nullcontext():  # its pages come in short
@@ -94,7 +95,8 @@ def follow(stages, models, out, main):
         if name == "eval":
             print(f"{where.name}: " + "  ".join(f"{m} {v:.3f}" for m, v in scores(where).items()), flush=True)
         seconds = read_json(took) if took.exists() else {}
-        write_json(took, seconds | {str(where): round(seconds.get(str(where), 0) + time.perf_counter() - began, 1)})
+        if not finished:
+            write_json(took, seconds | {str(where): round(time.perf_counter() - began, 1)})
     if any(name == "eval" for name, *_ in stages):
         report(out, models, read_json(took))
     return 0

@@ -28,7 +28,8 @@ EASY = {"offered": (2, 2), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words"
 BRANCHES = 8  # records that share their tools
 
 
-def make_model(folder, tokenizer, seed, hidden, layers, head_dim=16, vocab_size=None, think="on", **settings):
+def make_model(folder, tokenizer, seed, hidden, layers, head_dim=16, kv_heads=None, vocab_size=None, think="on",
+               **settings):
     """A random Qwen3-shaped model folder with this tokenizer; `settings` go into config.json, `think` is its default."""
     from model import Transformer  # here, so that making records needs no torch
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +41,7 @@ def make_model(folder, tokenizer, seed, hidden, layers, head_dim=16, vocab_size=
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
     config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": hidden,
               "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
-              "num_key_value_heads": max(1, heads // 2), "head_dim": head_dim, "hidden_act": "silu",
+              "num_key_value_heads": kv_heads or max(1, heads // 2), "head_dim": head_dim, "hidden_act": "silu",
               "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "eos_token_id": end,
               "tie_word_embeddings": True, "vocab_size": vocab_size or tokenizer.get_vocab_size()} | settings
     (folder / "config.json").write_text(json.dumps(config))
@@ -59,8 +60,8 @@ def write(path, groups, seed, split="train", shared=BRANCHES, **settings):
 
 def shapes(folder):
     """The random models to start from. The student has the same parts as the teacher, fewer and narrower."""
-    make_model(folder / "teacher-init", make_tokenizer(), 1, hidden=128, layers=4, head_dim=32, think="off")
-    make_model(folder / "student-init", make_tokenizer(), 2, hidden=96, layers=4, head_dim=24, think="off")
+    make_model(folder / "teacher-init", make_tokenizer(), 1, hidden=128, layers=4, head_dim=32, kv_heads=4, think="off")
+    make_model(folder / "student-init", make_tokenizer(), 2, hidden=96, layers=4, head_dim=24, kv_heads=4, think="off")
 
 
 def plan(out, ceiling, seed):
@@ -80,12 +81,12 @@ def plan(out, ceiling, seed):
             words = ["eval", "--model", str(model), "--data", f"{out}/{split}.jsonl.gz", "--rows", "256"]
             lines.append((out / f"{name}-on-{split}", [*words, "--max-new-tokens", "128", *common]))
 
-    beginner = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
-    score("teacher", sft("teacher", beginner, "full.jsonl.gz", 1700))
+    beginner = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 900)
+    score("teacher", sft("teacher", beginner, "full.jsonl.gz", 1300))
     student = sft("student", out / "student-init", "easy.jsonl.gz", 700)
     score("student", student)
     if ceiling:
-        score("ceiling", sft("ceiling", student, "full.jsonl.gz", 1700))
+        score("ceiling", sft("ceiling", student, "full.jsonl.gz", 1300))
     return lines
 
 
