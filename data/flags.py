@@ -22,6 +22,14 @@ def within(kind, least, most=float("inf")):
 count, natural, amount = within(int, 1), within(int, 0), within(float, 0.0)
 
 
+def objective(text):
+    """An argparse type: a name in ckd.DIVERGENCES, the one list of objectives."""
+    from ckd import DIVERGENCES  # here, as --help wants no torch
+    if text not in DIVERGENCES:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(DIVERGENCES)}")
+    return text
+
+
 def prompts(p, form="--tools"):
     """How records are written as prompts."""
     g = p.add_argument_group("prompts")
@@ -118,8 +126,8 @@ def parser(doc, commands):
     p.add_argument("--teacher", required=True, help="model folder")
     p.add_argument("--student", required=True, help="model folder")
     g = p.add_argument_group("objective (paper.md 1.2)")
-    g.add_argument("--objective", choices=("ckd", "fkl", "rkl", "akl", "rskd", "ce"), default="ckd",
-                   help="ckd is fkl with the tail penalty")
+    g.add_argument("--objective", type=objective, default="ckd", metavar="NAME",
+                   help="ckd (fkl with the tail penalty), fkl, rkl, akl, rskd or ce: a key of ckd.DIVERGENCES")
     g.add_argument("--k", type=count, default=100, help="teacher's likeliest tokens (rskd: draws)")
     g.add_argument("--m", type=count, default=100, help="student's likeliest tokens, for the tail penalty")
     g.add_argument("--tail-weight", type=amount, help="lambda; default 10 for ckd, 0 for the others")
