@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The real run of the README: a 0.5B teacher made by sft on real records, distilled into the 0.5B as shipped by ckd, and
-# beside it cross-entropy on the same rollouts in the same order (equal tokens). About an hour on two quiet CPU cores.
+# The real run of README.md beside this file: a 0.5B teacher made by sft on real records, distilled into the 0.5B as
+# shipped by ckd, and beside it cross-entropy on the same rollouts in the same order (equal tokens). About an hour on
+# two quiet CPU cores.
 #
 #   tests/real_run.sh MODEL_FOLDER RECORDS.jsonl.gz VALIDATION.jsonl.gz OUT [LARGER_TEACHER_FOLDER]
 #

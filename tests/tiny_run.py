@@ -1,4 +1,4 @@
-"""What each objective does to the shipped student, over three seeds: the table in data/tiny/README.md.
+"""What each objective does to the shipped student, over three seeds: the table in README.md.
 
     python tests/tiny_run.py --out runs/tiny-table         25 minutes on two CPU cores; started again, it goes on
 
