@@ -102,14 +102,14 @@ def objective(kind, targets, teacher=None, tail_weight=0.0, m=100, kd_ratio=1.0)
         # One gather for all that the loss looks at: its backward is one pass over the vocabulary, not three.
         needed = torch.cat((targets[rows, None], ids, mine), dim=-1)  # [C, 1 + k + m]
         on_target, on_teacher, on_mine = log_q.gather(-1, needed).split((1, ids.shape[1], m), dim=-1)
-        nll, kl = -on_target.squeeze(-1), DIVERGENCES[kind](log_p, on_teacher)  # [C] each
-        tail = tail_mass(mine, on_mine, ids)  # [C]
+        nll, kl = -on_target.squeeze(-1), DIVERGENCES[kind](log_p, on_teacher)  # [C] each; Eq. 4 for ckd
+        tail = tail_mass(mine, on_mine, ids)  # [C], S', Eq. 5
         if kind == "rskd":  # a token drawn c times stands c times among the ids: count it once
             captured, inside = torch.ones_like(kl), (on_teacher - log_p).exp().mean(-1)
         else:
             captured, inside = log_p.exp().sum(-1), on_teacher.exp().sum(-1)
         stats = {"nll": nll, "entropy": entropy, "kl": kl, "tail": tail, "captured": captured, "inside": inside}
-        distillation = kl + tail_weight * tail
+        distillation = kl + tail_weight * tail  # Eq. 3; tail_weight is lambda
         share = 0.0 if kind == "ce" else kd_ratio
         return share * distillation + (1 - share) * nll, stats
 

@@ -207,6 +207,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     or text where text is due; "calls", "gold": those read, or None; "pairs", "left": see `match`}. Never raises.
     """
     response, gold_text = text.rpartition(HEADER)[2], label.rpartition("</think>")[2]
+    # R = (R_format - 1) + R_format (R_fc + R_response), Eq. 6: -1 unless the format is right, and then one of the two.
     result = {"reward": -1.0, "answer_score": 0.0, "case": None, "exact": False, "calls": None, "gold": None,
               "pairs": [], "left": []}
     try:
@@ -219,7 +220,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
             raise FormatError("not one think block")
         calls, reply = parse(response.rpartition("</think>")[2])
         if calls:
-            check(calls, offered(tools))
+            check(calls, offered(tools))  # what is left of R_format
         result["calls"] = calls
         value, same = 0.0, False
         if calls is not None and not calls:
@@ -230,7 +231,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
             case, same = "text and text", True
             if strip_eos:
                 reply, gold_reply = (re.split(r"<\|(?:im_end|endoftext)\|>", t)[0].strip() for t in (reply, gold_reply))
-            value = rouge_l(reply, gold_reply)
+            value = rouge_l(reply, gold_reply)  # R_response
         else:
             case, same = "calls and calls", exact(calls, gold)
             result["pairs"], result["left"] = match(calls, gold)

@@ -154,7 +154,7 @@ def draw(prompts, seed, first, count):
 
 
 def has_signal(rewards, scores, rule="scores"):
-    """Whether a group's rewards, or its answer scores (format failures 0), can teach anything. See departure 5.
+    """The filter of groups: whether rewards, or answer scores (format failures 0), can teach anything. Departure 5.
 
     >>> has_signal([-1, 0], [0, 0]), has_signal([-1, 0], [0, 0], "rewards"), has_signal([0, 0], [0, 0], "none")
     (False, True, True)
@@ -202,9 +202,9 @@ def objective(targets, advantage, old, reference=None, kl_weight=0.0, clip=(0.2,
             entropy = -torch.linalg.vecdot(log_p.exp(), log_p)  # [C]
         log_p, A = log_p.gather(-1, targets[rows, None]).squeeze(-1), advantage[rows]  # [C] each
         ratio = (log_p - old[rows]).exp()
-        free, held = ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A
-        policy = -torch.minimum(free, held)  # Eq. 11
-        stats = {"policy": policy, "entropy": entropy, "clipped": held < free}
+        unclipped, clipped = ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A
+        policy = -torch.minimum(unclipped, clipped)  # Eq. 11
+        stats = {"policy": policy, "entropy": entropy, "clipped": clipped < unclipped}
         if reference is None:
             return policy, stats
         kl = (0.5 * (log_p - reference[rows]) ** 2).clamp(max=10)  # k2; the estimate is clamped (paper.md 1.6)
@@ -221,7 +221,7 @@ def token_weights(kind, response, members, parts, dtype=torch.float32):
     """
     if kind == "sequence":  # Eq. 11
         return 1 / (response.bincount()[response].to(dtype) * sum(len(g["responses"]) for g in members))
-    count = counted_tokens(members) if kind == "token" else len(response) * parts
+    count = counted_tokens(members) if kind == "token" else len(response) * parts  # departure 4
     return torch.full(response.shape, 1 / count, dtype=dtype, device=response.device)
 
 
@@ -280,11 +280,11 @@ def refine(model, prompts, out, reward, decode, stop_ids, width=None, reference=
         for micro in parts[rank::ranks]:
             packed, responses = pack(micro, device), [r for group in micro for r in group["responses"]]
             A = torch.tensor([r["advantage"] for r in responses], dtype=high, device=device)[packed["response"]]  # [N]
-            old, near = (None if m is None else logprobs_of(m, packed, width, temperature, dtype)
+            old, reference_log_p = (None if m is None else logprobs_of(m, packed, width, temperature, dtype)
                          for m in (model, reference))  # [N] each
             weights = token_weights(loss_mean, packed["response"], members, len(parts), high)  # [N]
             said = torch.tensor([value for r in responses for value in r["logprobs"]], device=device)  # [N]
-            yield (packed, weights, objective(packed["targets"], A, old, near, kl_weight, clip, temperature),
+            yield (packed, weights, objective(packed["targets"], A, old, reference_log_p, kl_weight, clip, temperature),
                    {"mismatch": (old - said).abs().sum()})
 
     optimisers, done = adamw(model, lr, weight_decay), {"prompts": 0, "updates": 0}

@@ -4,7 +4,7 @@
 
 Every stage is one of star.py's single commands, printed before it runs, so any of them can be typed again alone:
 
-    refine     simrl on the teacher                            OUT/refine
+    refine     simrl on the teacher (its "correction")          OUT/refine
     rollout    the teacher answers the prompts                 OUT/rollouts.jsonl
     ckd        those answers are distilled into the student    OUT/ckd
     simrl      the distilled student refines itself            OUT/star
