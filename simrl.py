@@ -281,7 +281,7 @@ def refine(model, prompts, out, reward, decode, stop_ids, width=None, reference=
             packed, responses = pack(micro, device), [r for group in micro for r in group["responses"]]
             A = torch.tensor([r["advantage"] for r in responses], dtype=high, device=device)[packed["response"]]  # [N]
             old, reference_log_p = (None if m is None else logprobs_of(m, packed, width, temperature, dtype)
-                         for m in (model, reference))  # [N] each
+                                    for m in (model, reference))  # [N] each
             weights = token_weights(loss_mean, packed["response"], members, len(parts), high)  # [N]
             said = torch.tensor([value for r in responses for value in r["logprobs"]], device=device)  # [N]
             yield (packed, weights, objective(packed["targets"], A, old, reference_log_p, kl_weight, clip, temperature),

@@ -81,12 +81,12 @@ def plan(out, ceiling, seed):
             words = ["eval", "--model", str(model), "--data", f"{out}/{split}.jsonl.gz", "--rows", "256"]
             lines.append((out / f"{name}-on-{split}", [*words, "--max-new-tokens", "128", *common]))
 
-    beginner = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 900)
-    score("teacher", sft("teacher", beginner, "full.jsonl.gz", 1300))
-    student = sft("student", out / "student-init", "easy.jsonl.gz", 700)
+    beginner = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
+    score("teacher", sft("teacher", beginner, "full.jsonl.gz", 1900))
+    student = sft("student", out / "student-init", "easy.jsonl.gz", 400)
     score("student", student)
     if ceiling:
-        score("ceiling", sft("ceiling", student, "full.jsonl.gz", 1300))
+        score("ceiling", sft("ceiling", student, "full.jsonl.gz", 1900))
     return lines
 
 
@@ -98,8 +98,8 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "easy.jsonl.gz", 6_000, args.seed, **EASY)
-    write(out / "full.jsonl.gz", 10_200, args.seed)
+    write(out / "easy.jsonl.gz", 5_000, args.seed, **EASY)
+    write(out / "full.jsonl.gz", 11_500, args.seed)
     for split in SPLITS:  # to distil and refine with, and to score on
         write(out / f"{split}.jsonl.gz", 1_600 if split == "train" else 640, args.seed, split, shared=1)
     write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4, 4))["tools"])

@@ -168,8 +168,8 @@ def think(r, tools, calls):
     return "\n".join(lines)
 
 
-def make_records(r, n=1, split="train", offered=(2, 3), two=0.1, none=0.15, random_names=0.5, optional=0.4, casual=0.2,
-                 real=0.1, two_words=0.1, reasoning=0.0):
+def make_records(r, n=1, split="train", offered=(1, 3), two=0.08, none=0.15, random_names=0.5, optional=0.4, casual=0.2,
+                 real=0.08, two_words=0.1, reasoning=0.0):
     """n records that share one list of tools, drawn by the random.Random `r`: equal states give equal records.
 
     split: see above · offered: fewest and most tools in the list · two: share of requests for two calls · none: share
