@@ -10,6 +10,7 @@
     python star.py eval    --model DIR --data FILE --out DIR         exact calls, reward, refusals; --compare DIR
     python star.py reward  --data FILE                               the similarity reward of anybody's generations
     python star.py chat    --model DIR [--tools FILE]
+    python star.py lens    --teacher DIR --student DIR --data FILE --out FILE.html       what CKD sees, token by token
     python star.py plot    RUN [RUN ...] --out FILE.png
 
 `python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
@@ -222,6 +223,18 @@ def run_demo(args):
     return code
 
 
+def run_lens(args):
+    """Show one response token by token as CKD sees it: both models' tokens, both loss terms, the gradient; one page."""
+    from data.lens import lens
+    from model import Transformer
+    from train import set_up
+    device, dtype = set_up(args.device)[0], torch_dtype(args.dtype)
+    chat = Chat.from_pretrained(args.student, think=args.think, tools=args.tools)
+    means = lens(lambda folder: Transformer.from_pretrained(folder, dtype, device), chat, args.teacher, args.student,
+                 args.data, args.out, args.row, args.response, args.k, args.m, args.tail_weight, device)
+    print(f"wrote {args.out}; means: " + "  ".join(f"{name} {value:.4f}" for name, value in means.items()))
+
+
 def run_plot(args):
     """Draw the curves of one or more runs, overlaid, from their metrics.jsonl."""
     from data.pictures import plot
@@ -261,7 +274,7 @@ def torch_dtype(name):
 
 COMMANDS = {"demo": run_demo, "curriculum": run_curriculum, "sft": run_sft, "prepare": run_prepare,
             "rollout": run_rollout, "ckd": run_ckd, "simrl": run_simrl, "eval": run_eval, "reward": run_reward,
-            "chat": run_chat, "plot": run_plot}
+            "chat": run_chat, "lens": run_lens, "plot": run_plot}
 
 
 def main(argv=None):

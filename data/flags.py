@@ -46,12 +46,13 @@ def sampling(p, temperature, new_tokens):
     g.add_argument("--max-new-tokens", type=count, default=new_tokens, help="cut a response here")
 
 
-def machine(p, dtype_help):
-    """Where and how precisely to compute, and the seed."""
+def machine(p, dtype_help, dtype="bfloat16", seed=True):
+    """Where and how precisely to compute, and the seed where anything is random."""
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute")
-    g.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=dtype_help)
-    g.add_argument("--seed", type=within(int, 0, 2 ** 32 - 1), default=42, help="of everything random")
+    g.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
+    if seed:
+        g.add_argument("--seed", type=within(int, 0, 2 ** 32 - 1), default=42, help="of everything random")
 
 
 def reading(p, what):
@@ -235,6 +236,20 @@ def parser(doc, commands):
     p.add_argument("--overwrite", action="store_true", help="start anew over what is there")
     p.add_argument("--quick", action="store_true", help="a few steps only: shows the plumbing, teaches little")
     p.add_argument("--seed", type=int, default=42, help="of everything random")
+
+    p = command("lens")
+    p.add_argument("--teacher", required=True, help="model folder")
+    p.add_argument("--student", required=True, help="model folder")
+    p.add_argument("--data", required=True, help="records or rollouts, .jsonl or .jsonl.gz")
+    p.add_argument("--row", type=count, default=1, metavar="N", help="which record, from 1")
+    p.add_argument("--response", type=natural, metavar="N", help="which of its responses, from 1; 0: its gold answer; "
+                   "default: the first, or the gold answer of a record without responses")
+    p.add_argument("--k", type=count, default=100, help="size of V_k: the teacher's likeliest tokens")
+    p.add_argument("--m", type=count, default=100, help="size of V_m: the student's likeliest tokens")
+    p.add_argument("--tail-weight", type=amount, default=10.0, metavar="X", help="lambda, of the tail penalty")
+    p.add_argument("--out", required=True, metavar="FILE.html", help="page to write")
+    prompts(p)
+    machine(p, "weights and compute; bfloat16 blurs what is small", "float32", seed=False)
 
     p = command("plot")
     p.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")

@@ -22,7 +22,7 @@ import reward
 import simrl
 import star
 import train
-from data import evaluation, groups, stemmer
+from data import evaluation, groups, lens, stemmer
 
 PROGRAM = str(Path(star.__file__))
 TRAIN = ("--data train.jsonl --out run --batch 8 --steps 2 --hold-out 4 --samples 1 --lr 1e-3 --dtype float32 "
@@ -33,6 +33,7 @@ ROLLOUT = ("rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --m
            "--keep-all")
 EVAL = ("eval --model student --data train.jsonl --out scores --max-new-tokens 4 --limit 6 --rows 8 --dtype float32 "
         "--device cpu --think off")
+LENS = "lens --teacher teacher --student student --data train.jsonl --out page.html --k 20 --m 20 --device cpu"
 SIMRL = ("simrl --model student --data train.jsonl --out run --prompts 4 --n 2 --batch 4 --steps 3 --max-new-tokens 8 "
          "--filter none --think off --dtype float32 --device cpu --save-dtype float32 --lr 1e-3 --save-every 1")
 
@@ -210,6 +211,20 @@ REFUSED = {
     "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: earlier(EVAL), "nowhere.jsonl: cannot be"),
     "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
     "compare with nothing": (f"{EVAL} --compare nowhere", None, "nowhere/arguments.json: no such file; --compare takes"),
+    "no teacher to look at": (f"{LENS} --teacher nowhere", None, "nowhere/tokenizer.json: no such file; give a whole"),
+    "no student to look at": (f"{LENS} --student nowhere", None, "nowhere/config.json: no such file; give a whole mo"),
+    "half a student to look at": (LENS, lambda: cut("student/model.safetensors"), "student/model.safetensors: not a"),
+    "look with other tokenizers": (
+        LENS, lambda: other_tokenizer("teacher", lambda text: text.replace("</think>", "</thank>")),
+        "teacher .* and student .* have different tokenizers; CKD needs two models that share one"),
+    "look at no data": (f"{LENS} --data nowhere.jsonl", None, "nowhere.jsonl: cannot be read .*; give a .jsonl"),
+    "look behind the last record": (f"{LENS} --row 25", None, "train.jsonl: has 24 records; give a --row up to that"),
+    "look at no response": (f"{LENS} --response 1", None, "train.jsonl: record 1 has 0 responses; give a --response "),
+    "look at no gold": (f"{LENS} --row 3 --response 0", lambda: line(
+        lambda record: record | {"answer": None, "responses": [{"text": "x"}]}), "train.jsonl: record 3 has no gold a"),
+    "look at another rendering": (f"{LENS} --row 3", lambda: line(
+        lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
+    "a picture of a response": (f"{LENS} --out page.png", None, "page.png: a page is written there; name a .html"),
     "demo exists": ("demo --out teacher", None, "teacher: exists already; give --resume .* or --overwrite"),
 }
 
@@ -245,7 +260,8 @@ def test_refused_by_a_process(here):
     f"{ROLLOUT} --n 0", f"{ROLLOUT} --rows 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
     f"{ROLLOUT} --top-p 1.5", f"{ROLLOUT} --max-new-tokens 0", f"{ROLLOUT} --limit 0",
     f"{SIMRL} --n 1", f"{ROLLOUT} --resume --overwrite", f"{SFT} --seed -1", f"{SFT} --seed 5000000000",
-    f"{SIMRL} --clip 0.2", f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0",
+    f"{LENS} --row 0", f"{LENS} --response -1", f"{LENS} --seed 1", f"{SIMRL} --clip 0.2",
+    f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0",
     f"{SFT} --learning-rate 1", f"{SFT} --mask some", "sft", "distill", ""])
 def test_bad_flags(here, capsys, command):
     before = files(here)
@@ -373,6 +389,16 @@ def test_chat(here, monkeypatch, capsys):
         assert f"with {tools} tools" in said[0] and len(said) == 4 and all(text.strip() for text in said[:3])
 
 
+def test_lens(here, capsys):
+    assert run(f"{LENS} --row 2 --k 5000") == 0
+    shown = capsys.readouterr().out
+    assert "--k 5000 is more than the vocabulary" in shown and "wrote page.html; means: loss " in shown
+    assert "captured 1.0000" in shown and Path("page.html").read_text().endswith("</html>\n")
+    assert not list(here.glob("*.tmp"))
+    assert run(f"{ROLLOUT} --limit 2") == 0 and run(f"{LENS} --data out.jsonl --response 2 --out pages/2.html") == 0
+    assert "response 2 of 2 of record 1 in out.jsonl" in Path("pages/2.html").read_text()
+
+
 def test_plot(here, capsys):
     pytest.importorskip("matplotlib")
     assert run(SFT) == 0 and run(f"{CKD} --out other") == 0
@@ -385,7 +411,7 @@ def test_plot(here, capsys):
 
 
 @pytest.mark.parametrize("command", [
-    "sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "curriculum", "demo", "plot"])
+    "sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "curriculum", "demo", "lens", "plot"])
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -478,6 +504,6 @@ def test_two_processes_are_one(here, micro_tokens):
 
 
 @pytest.mark.parametrize("module", [
-    ckd, evaluation, groups, model, reward, simrl, star, stemmer, train], ids=lambda module: module.__name__)
+    ckd, evaluation, groups, lens, model, reward, simrl, star, stemmer, train], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0
