@@ -22,7 +22,7 @@ import reward
 import simrl
 import star
 import train
-from data import evaluation, groups, lens, stemmer
+from data import evaluation, groups, lens, pictures, stemmer
 
 PROGRAM = str(Path(star.__file__))
 TRAIN = ("--data train.jsonl --out run --batch 8 --steps 2 --hold-out 4 --samples 1 --lr 1e-3 --dtype float32 "
@@ -504,6 +504,6 @@ def test_two_processes_are_one(here, micro_tokens):
 
 
 @pytest.mark.parametrize("module", [
-    ckd, evaluation, groups, lens, model, reward, simrl, star, stemmer, train], ids=lambda module: module.__name__)
+    ckd, evaluation, groups, lens, model, pictures, reward, simrl, star, stemmer, train], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
     assert doctest.testmod(module).failed == 0

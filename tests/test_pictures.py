@@ -1,0 +1,56 @@
+"""data/pictures.py: what is drawn, under which names. Needs matplotlib."""
+import json
+
+import numpy as np
+import pytest
+
+from data import pictures
+
+pytest.importorskip("matplotlib")
+CKD = [{"step": 0, "valid_kl": 1.5, "valid_inside": 0.75}] + [
+    {"step": i, "loss": 2.0, "kl": 1.0, "tail": 0.5, "nll": 3.0, "entropy": 1.0, "inside": 0.5} for i in (1, 2)] + [
+    {"step": 3, "loss": 1.0, "kl": 0.5, "tail": 0.1, "nll": 2.0, "entropy": 1.0, "inside": 0.9, "valid_kl": 0.5,
+     "valid_inside": 0.875}]
+SIMRL = [{"step": i, "reward": 0.1 * i, "signal": 0.5, "loss": 0.0, "kl": 0.01, "entropy": 0.5} for i in (1, 2, 3)]
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Draw runs, {folder: rows}; gives {title: [(steps, values) of each line]} and the legend's words."""
+    from matplotlib.figure import Figure
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+
+    def draw(runs):
+        for folder, rows in runs.items():
+            (tmp_path / folder).mkdir(parents=True)
+            (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pictures.plot([tmp_path / folder for folder in runs], tmp_path / "x.png")
+        figure = kept.pop()
+        return ({axis.get_title(loc="left"): [line.get_data() for line in axis.lines] for axis in figure.axes
+                 if axis.get_visible()}, [text.get_text() for text in figure.legends[0].get_texts()])
+
+    return draw
+
+
+def test_panels(draw):
+    panels, names = draw({"a/ckd": CKD, "b/ckd": CKD[1:3], "simrl": SIMRL})
+    assert names == ["a/ckd", "b/ckd", "simrl", "dotted: in training"]  # folders of one name are told apart
+    assert list(panels) == [
+        "Reward", "Share of groups with signal", "KL to the starting model",
+        "KL to the teacher, held out", "Confident mistakes (S′)", "Mass outside the top k, held out",
+        "Negative log-likelihood", "Loss in training", "Entropy"]
+    held_out, training = panels["KL to the teacher, held out"]  # and not Sim-RL's KL
+    assert held_out[0].tolist() == [0, 3] and held_out[1].tolist() == [1.5, 0.5] and training[1].tolist() == [1, 1]
+    assert panels["Mass outside the top k, held out"][0][1].tolist() == [0.25, 0.125]
+    assert len(panels["Loss in training"]) == 2 and len(panels["Entropy"]) == 3  # Sim-RL's loss is 0 by construction
+    assert panels["KL to the starting model"][0][1].tolist() == [0.01] * 3
+
+
+def test_a_long_curve_is_smoothed_in_place(draw):
+    noise = np.random.default_rng(0).normal(size=2000)
+    panels, _ = draw({"run": [{"step": i, "entropy": 0.01 * i + x} for i, x in enumerate(noise)]})
+    raw, smooth = panels["Entropy"]
+    assert len(raw[0]) == len(smooth[0]) == 2000 and np.allclose(raw[1], 0.01 * np.arange(2000) + noise)
+    assert np.abs(smooth[1] - 0.01 * np.arange(2000))[50:-50].max() < 0.6 < np.abs(noise).max()  # follows the line
+    assert abs(smooth[1][0]) < 1 and abs(smooth[1][-1] - 20) < 1  # to both its ends
