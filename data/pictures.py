@@ -51,7 +51,7 @@ def plot(folders, out):
             axis.set_visible(False)
         key = [pyplot.Line2D([], [], color=color, label=label) for label, color in colors.items()]
         key += [pyplot.Line2D([], [], color="gray", linestyle=":", label="dotted: in training")] * mixed
-        figure.legend(handles=key, ncols=4, frameon=False, loc="outside upper left")
+        figure.legend(handles=key, ncols=across + 1, frameon=False, loc="outside upper left")
         try:
             figure.savefig(out, dpi=100)
         except ValueError as e:
