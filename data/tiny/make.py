@@ -8,8 +8,9 @@ models, and then runs the single commands that it prints. Stopped at any moment,
 What comes out is runs/tiny/teacher/model and runs/tiny/student/model; the two folders in data/tiny are copies of those
 of such a run, and so are its record files (but the large ones).
 
-The curriculum is two stages: records with two tools offered and one call each, then the whole world. The student is
-meant to be unfinished, right in form and often wrong: it has seen the first stage only.
+The curriculum is three stages: records with two tools offered and one call each; then harder ones than the world has
+(never a single tool, more requests for two calls, more spelled words); then the world. The student is meant to be
+unfinished, right in form and often wrong: it has seen the first stage only.
 """
 import argparse
 import json
@@ -25,6 +26,7 @@ from data.tiny.tokenizer import make_tokenizer
 from data.tiny.world import SPLITS, make_record, make_records
 
 EASY = {"offered": (2, 2), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
+HARD = {"offered": (2, 3), "two": 0.15, "real": 0.15}
 BRANCHES = 8  # records that share their tools
 
 
@@ -60,7 +62,7 @@ def write(path, groups, seed, split="train", shared=BRANCHES, **settings):
 
 def shapes(folder):
     """The random models to start from. The student has the same parts as the teacher, fewer and narrower."""
-    make_model(folder / "teacher-init", make_tokenizer(), 1, hidden=128, layers=4, head_dim=32, kv_heads=4, think="off")
+    make_model(folder / "teacher-init", make_tokenizer(), 1, hidden=128, layers=4, head_dim=32, kv_heads=2, think="off")
     make_model(folder / "student-init", make_tokenizer(), 2, hidden=96, layers=4, head_dim=24, kv_heads=4, think="off")
 
 
@@ -69,9 +71,9 @@ def plan(out, ceiling, seed):
     common = ["--think", "off", "--dtype", "float32", "--device", "cpu", "--seed", str(seed)]
     lines = []
 
-    def sft(name, start, data, steps):
+    def sft(name, start, data, steps, rate="2e-3"):
         words = ["sft", "--model", str(start), "--data", f"{out}/{data}", "--valid", f"{out}/values.jsonl.gz",
-                 "--valid-limit", "128", "--branches", str(BRANCHES), "--optimiser", "muon", "--lr", "2e-3", "--batch",
+                 "--valid-limit", "128", "--branches", str(BRANCHES), "--optimiser", "muon", "--lr", rate, "--batch",
                  "96", "--micro-tokens", "2048", "--steps", str(steps), "--save-every", "100", "--valid-every", "200"]
         lines.append((out / name, [*words, *common]))
         return out / name / "model"
@@ -81,12 +83,14 @@ def plan(out, ceiling, seed):
             words = ["eval", "--model", str(model), "--data", f"{out}/{split}.jsonl.gz", "--rows", "256"]
             lines.append((out / f"{name}-on-{split}", [*words, "--max-new-tokens", "128", *common]))
 
-    beginner = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
-    score("teacher", sft("teacher", beginner, "full.jsonl.gz", 1900))
-    student = sft("student", out / "student-init", "easy.jsonl.gz", 400)
+    pupil = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
+    pupil = sft("teacher-hard", pupil, "hard.jsonl.gz", 1700)
+    score("teacher", sft("teacher", pupil, "full.jsonl.gz", 600, "1e-3"))
+    student = sft("student", out / "student-init", "easy.jsonl.gz", 500)
     score("student", student)
     if ceiling:
-        score("ceiling", sft("ceiling", student, "full.jsonl.gz", 1900))
+        able = sft("ceiling-hard", student, "hard.jsonl.gz", 1700)
+        score("ceiling", sft("ceiling", able, "full.jsonl.gz", 600, "1e-3"))
     return lines
 
 
@@ -99,7 +103,8 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "easy.jsonl.gz", 5_000, args.seed, **EASY)
-    write(out / "full.jsonl.gz", 11_500, args.seed)
+    write(out / "hard.jsonl.gz", 10_200, args.seed, **HARD)
+    write(out / "full.jsonl.gz", 7_200, args.seed)
     for split in SPLITS:  # to distil and refine with, and to score on
         write(out / f"{split}.jsonl.gz", 1_600 if split == "train" else 640, args.seed, split, shared=1)
     write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4, 4))["tools"])
