@@ -105,8 +105,9 @@ def main():
     write(out / "easy.jsonl.gz", 5_000, args.seed, **EASY)
     write(out / "hard.jsonl.gz", 10_200, args.seed, **HARD)
     write(out / "full.jsonl.gz", 7_200, args.seed)
-    for split in SPLITS:  # to distil and refine with, and to score on
-        write(out / f"{split}.jsonl.gz", 1_600 if split == "train" else 640, args.seed, split, shared=1)
+    write(out / "train.jsonl.gz", 800, args.seed)  # to distil and refine with
+    for split in SPLITS[1:]:  # to score on
+        write(out / f"{split}.jsonl.gz", 640, args.seed, split, shared=1)
     write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4, 4))["tools"])
     shapes(out)
     for folder, words in plan(out, args.ceiling, args.seed):
