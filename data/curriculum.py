@@ -36,7 +36,7 @@ def demo(out, quick, seed):
         "rollout": f"--n 1 --rows 512 --max-new-tokens 128 --limit {400 if quick else 6400}",
         "ckd": "--k 8 --m 8 --branches 8 --optimiser muon --lr 1e-3 --batch 64 --hold-out 64 --valid-every 45 "
                f"--micro-tokens 2048 {'--steps 6' if quick else '--epochs 2'}",
-        "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 3e-4 --max-new-tokens 128 --steps {2 if quick else 20}",
+        "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 1e-4 --max-new-tokens 128 --steps {2 if quick else 20}",
         "eval": f"--n 8 --rows 512 --max-new-tokens 128 --limit {40 if quick else 200}"}
     return ["curriculum", "--teacher", f"{TINY}/teacher", "--student", f"{TINY}/student", "--data",
             f"{TINY}/train.jsonl.gz", "--valid", f"{TINY}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
