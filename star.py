@@ -209,17 +209,19 @@ def run_curriculum(args):
 def run_demo(args):
     """STAR on the embedded world: score a student, distil its teacher into it, refine it, score again."""
     from data.curriculum import TINY, demo
+    if Path(args.out).exists() and not (args.resume or args.overwrite):
+        raise InputError(f"{args.out}: exists already; give --resume to go on with it or --overwrite to start anew")
     words = demo(args.out, args.quick, args.seed) + ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
     print("A student that fumbles, a teacher that does not: scores both, lets the teacher answer, distils it (CKD), "
           f"refines the student (Sim-RL) and scores it again; {'under a minute' if args.quick else 'about four minutes'}"
           f" on two CPU cores.\n\n$ python star.py {shlex.join(words)}", flush=True)
-    code = main(words)
+    code, tiny = main(words), os.path.relpath(TINY)
     if not code:
         print(f"\nEverything is in {args.out}. What to type next:\n"
-              f"\npython star.py chat --model {args.out}/star/model --tools {TINY}/chat_tools.json"
+              f"\npython star.py chat --model {args.out}/star/model --tools {tiny}/chat_tools.json"
               f"\npython star.py plot {args.out}/ckd {args.out}/star --out curves.png"
-              f"\npython star.py lens --teacher {TINY}/teacher --student {args.out}/ckd/model "
-              f"--data {TINY}/values.jsonl.gz --out lens.html")
+              f"\npython star.py lens --teacher {tiny}/teacher --student {args.out}/ckd/model "
+              f"--data {tiny}/values.jsonl.gz --out lens.html")
     return code
 
 

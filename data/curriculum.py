@@ -18,13 +18,14 @@ import io
 import json
 import os
 import shlex
+import sys
 import time
 from pathlib import Path
 
 from data import read_json, write_json
 from data.show import columns, one_line
 
-TINY = os.path.relpath(Path(__file__).parent / "tiny")
+TINY = Path(__file__).parent / "tiny"
 STAGES = ("refine", "rollout", "ckd", "simrl", "eval")
 MAKERS = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}  # which folder's run made a model
 SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
@@ -38,8 +39,9 @@ def demo(out, quick, seed):
                f"--micro-tokens 2048 {'--steps 6' if quick else '--epochs 2'}",
         "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 1e-4 --max-new-tokens 128 --steps {2 if quick else 20}",
         "eval": f"--n 8 --rows 512 --max-new-tokens 128 --limit {40 if quick else 200}"}
-    return ["curriculum", "--teacher", f"{TINY}/teacher", "--student", f"{TINY}/student", "--data",
-            f"{TINY}/train.jsonl.gz", "--valid", f"{TINY}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
+    tiny = os.path.relpath(TINY)  # shorter to read
+    return ["curriculum", "--teacher", f"{tiny}/teacher", "--student", f"{tiny}/student", "--data",
+            f"{tiny}/train.jsonl.gz", "--valid", f"{tiny}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
             "--dtype", "float32", "--seed", str(seed), *(part for stage, words in flags.items()
                                                          for part in (f"--{stage}", words)), "--out", str(out)]
 
@@ -88,8 +90,8 @@ def follow(stages, models, out, main):
         resume = ["--resume"] * (where.exists() or Path(f"{where}.part").exists())
         finished = where.is_file() or (where / "summary.json").exists()  # and only looked at again
         print(f"\n$ python star.py {shlex.join(words + resume)}\n", flush=True)
-        began, said = time.perf_counter(), io.StringIO()
-        with contextlib.redirect_stdout(said) if name == "eval" else contextlib.nullcontext():  # its pages come in short
+        began, said = time.perf_counter(), io.StringIO() if name == "eval" else sys.stdout  # eval: a line of it, below
+        with contextlib.redirect_stdout(said):
             code = main(words + resume)
         if code:
             return code

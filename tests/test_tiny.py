@@ -139,7 +139,7 @@ def test_calls_fit_their_schemas(records):
     types = {"string": str, "integer": int, "boolean": bool}
     for record in sum(records.values(), []):
         tools = {tool["name"]: tool["parameters"] for tool in record["tools"]}
-        assert len(tools) == len(record["tools"]) in (2, 3, 4)
+        assert len(tools) == len(record["tools"]) in (1, 2, 3)
         for call in record["answer"]["tool_calls"]:
             schema = tools[call["name"]]
             assert set(schema["required"]) <= call["arguments"].keys() <= schema["properties"].keys()
@@ -177,7 +177,7 @@ def test_splits_change_what_they_say_and_nothing_else(records):
             assert called <= (new if split == "tools" else known)
             assert split == "tools" or set(described.values()) <= known
             if split == "tools":
-                assert set(described.values()) & new and (set(described.values()) & known)
+                assert set(described.values()) & new and (len(described) == 1 or set(described.values()) & known)
 
     def pattern(line):  # what a request looks like that used this phrasing, whatever its arguments
         line = re.sub(r"\[[^]]*\]|\(\w+:[^)]*\)|\{\w+\}", "\0", line.rstrip(".?"))
@@ -193,7 +193,7 @@ def test_settings_steer_what_is_made():
     def made(**settings):
         return [record for seed in range(40) for record in make_records(random.Random(seed), 5, **settings)]
     calls = [len(record["answer"]["tool_calls"]) for record in made()]
-    assert {0, 1, 2} == set(calls) and calls.count(1) > calls.count(2) > 20 and calls.count(0) > 10
+    assert {0, 1, 2} == set(calls) and calls.count(1) > calls.count(2) > 10 and calls.count(0) > 10
     assert {len(record["answer"]["tool_calls"]) for record in made(two=0, none=0)} == {1}
     assert {len(record["answer"]["tool_calls"]) for record in made(two=1, none=0)} == {2}
     assert {len(record["answer"]["tool_calls"]) for record in made(none=1)} == {0}
