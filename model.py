@@ -336,8 +336,11 @@ def shards(folder):
 
 def save_tensors(tensors, path):
     """Write {name: tensor} to a .safetensors file and make sure it has reached the disk. OSError when it cannot."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode  # as the umask has it; safetensors leaves a file that only its owner can read
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, mode)
     except SafetensorError as e:  # a full disk arrives as this
         raise OSError(f"{path}: could not be written ({e})") from e
     with open(path, "rb") as file:

@@ -31,19 +31,24 @@ MAKERS = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}
 SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
 
 
+# What the demo and tests/tiny_run.py train and score with: each stage at most two minutes on two CPU cores.
+TINY_FLAGS = {
+    "rollout": "--n 1 --rows 512 --max-new-tokens 128",
+    "ckd": "--k 8 --m 8 --branches 8 --optimiser muon --lr 1e-3 --batch 64 --hold-out 64 --valid-every 45 "
+           "--micro-tokens 2048",
+    "simrl": "--prompts 32 --batch 128 --rows 256 --lr 1e-4 --max-new-tokens 128 --micro-tokens 2048",
+    "eval": "--n 8 --rows 512 --max-new-tokens 128"}
+
+
 def demo(out, quick, seed):
     """The words for star.py that make the demo. quick: few steps, which show the plumbing and teach little."""
-    flags = {
-        "rollout": f"--n 1 --rows 512 --max-new-tokens 128 --limit {400 if quick else 6400}",
-        "ckd": "--k 8 --m 8 --branches 8 --optimiser muon --lr 1e-3 --batch 64 --hold-out 64 --valid-every 45 "
-               f"--micro-tokens 2048 {'--steps 6' if quick else '--epochs 2'}",
-        "simrl": f"--prompts 32 --batch 128 --rows 256 --lr 1e-4 --max-new-tokens 128 --steps {2 if quick else 20}",
-        "eval": f"--n 8 --rows 512 --max-new-tokens 128 --limit {40 if quick else 200}"}
+    length = {"rollout": "--limit 400", "ckd": "--steps 6", "simrl": "--steps 2", "eval": "--limit 40"} if quick else {
+        "rollout": "--limit 6400", "ckd": "--epochs 2", "simrl": "--steps 30", "eval": "--limit 200"}
     tiny = os.path.relpath(TINY)  # shorter to read
     return ["curriculum", "--teacher", f"{tiny}/teacher", "--student", f"{tiny}/student", "--data",
             f"{tiny}/train.jsonl.gz", "--valid", f"{tiny}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
-            "--dtype", "float32", "--seed", str(seed), *(part for stage, words in flags.items()
-                                                         for part in (f"--{stage}", words)), "--out", str(out)]
+            "--dtype", "float32", "--seed", str(seed), *(part for stage, words in TINY_FLAGS.items() for part in
+                                                         (f"--{stage}", f"{words} {length[stage]}")), "--out", str(out)]
 
 
 def plan(teacher, student, data, out, valid=None, flags=None, shared=(), skip=()):

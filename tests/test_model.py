@@ -142,6 +142,7 @@ def test_several_shards_and_a_folder_round_trip(tmp_path, ids):
     assert (tmp_path / "two" / "tokenizer.json").exists()  # carried over
     assert json.loads((tmp_path / "two" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert Transformer.from_pretrained(tmp_path / "two", dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
+    assert len({path.stat().st_mode for path in (tmp_path / "two").iterdir()}) == 1  # who reads one reads all
     again.save_pretrained(tmp_path / "two")  # over a folder that exists
     assert not (tmp_path / "two.tmp").exists()
 

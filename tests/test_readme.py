@@ -143,8 +143,9 @@ import simrl, star
 
 def refine(model, prompts, out, reward, *rest, **settings):  # instead of training: score the walk's four answers
     record, right = prompts[0]["record"], prompts[0]["gold"]
-    texts = [right, right.replace("cefina", "cefilo"),
-             right.replace("set_lights", "tocezo").replace("brightness", "degrees"), right.replace("brightness", "percent")]
+    texts = [right, right.replace("livono", "livona"),
+             right.replace("set_lights", "dotiro").replace("area", "item").replace("brightness", "count"),
+             right.replace("brightness", "percent")]
     with open("found.json", "w") as file:
         json.dump([reward(record, text) for text in texts], file)
 
@@ -160,7 +161,7 @@ sys.exit(star.main(["ckd", "--objective", "jsd", "--teacher", f"{world}/teacher"
 def test_the_forks_work(fork, world):
     """The new reward is what Sim-RL is handed, and the new objective trains; in one process, as torch loads slowly."""
     (fork / "instead.py").write_text(IN_THE_FORK)
-    (fork / "walk.jsonl").write_text(json.dumps(make_record(random.Random(6323))) + "\n")
+    (fork / "walk.jsonl").write_text(json.dumps(make_record(random.Random(4887))) + "\n")
     done = subprocess.run([sys.executable, "instead.py", world], cwd=fork, capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr

@@ -8,9 +8,11 @@ models, and then runs the single commands that it prints. Stopped at any moment,
 What comes out is runs/tiny/teacher/model and runs/tiny/student/model; the two folders in data/tiny are copies of those
 of such a run, and so are its record files (but the large ones).
 
-The curriculum is three stages: records with two tools offered and one call each; then harder ones than the world has
-(never a single tool, more requests for two calls, more spelled words); then the world. The student is meant to be
-unfinished, right in form and often wrong: it has seen the first stage only.
+Both begin with records that ask for one call and offer two tools. The teacher goes on with the world, first a little
+harder than it is (more often two tools and two calls, more spelled words), then as it is. The student is meant to be
+right in form and often wrong: it goes on with records of which a careless annotator wrote seven in ten, who gave only
+the first call, left out what is optional and put numbers in quotes (`sloppy_calls`). So it has learnt to read tools and
+to copy, and bad habits.
 """
 import argparse
 import json
@@ -25,8 +27,9 @@ from data import write_json, write_lines
 from data.tiny.tokenizer import make_tokenizer
 from data.tiny.world import SPLITS, make_record, make_records
 
-EASY = {"offered": (2, 2), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
-HARD = {"offered": (2, 3), "two": 0.15, "real": 0.15}
+EASY = {"offered": (2,), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
+FULL = {"offered": (1, 2, 2), "two": 0.1, "real": 0.1}
+SLOPPY = {"offered": (2,), "sloppy": 0.7}
 BRANCHES = 8  # records that share their tools
 
 
@@ -74,7 +77,7 @@ def plan(out, ceiling, seed):
     def sft(name, start, data, steps, rate="2e-3"):
         words = ["sft", "--model", str(start), "--data", f"{out}/{data}", "--valid", f"{out}/values.jsonl.gz",
                  "--valid-limit", "128", "--branches", str(BRANCHES), "--optimiser", "muon", "--lr", rate, "--batch",
-                 "96", "--micro-tokens", "2048", "--steps", str(steps), "--save-every", "100", "--valid-every", "200"]
+                 "96", "--micro-tokens", "2048", "--steps", str(steps), "--save-every", "100", "--valid-every", "250"]
         lines.append((out / name, [*words, *common]))
         return out / name / "model"
 
@@ -84,13 +87,13 @@ def plan(out, ceiling, seed):
             lines.append((out / f"{name}-on-{split}", [*words, "--max-new-tokens", "128", *common]))
 
     pupil = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
-    pupil = sft("teacher-hard", pupil, "hard.jsonl.gz", 1700)
-    score("teacher", sft("teacher", pupil, "full.jsonl.gz", 600, "1e-3"))
-    student = sft("student", out / "student-init", "easy.jsonl.gz", 500)
-    score("student", student)
+    pupil = sft("teacher-full", pupil, "full.jsonl.gz", 1700)
+    score("teacher", sft("teacher", pupil, "world.jsonl.gz", 300, "1e-3"))
+    pupil = sft("student-easy", out / "student-init", "easy.jsonl.gz", 500)
+    score("student", sft("student", pupil, "sloppy.jsonl.gz", 700))
     if ceiling:
-        able = sft("ceiling-hard", student, "hard.jsonl.gz", 1700)
-        score("ceiling", sft("ceiling", able, "full.jsonl.gz", 600, "1e-3"))
+        able = sft("ceiling-full", pupil, "full.jsonl.gz", 1700)
+        score("ceiling", sft("ceiling", able, "world.jsonl.gz", 300, "1e-3"))
     return lines
 
 
@@ -103,12 +106,13 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write(out / "easy.jsonl.gz", 5_000, args.seed, **EASY)
-    write(out / "hard.jsonl.gz", 10_200, args.seed, **HARD)
-    write(out / "full.jsonl.gz", 7_200, args.seed)
+    write(out / "full.jsonl.gz", 20_400, args.seed, **FULL)
+    write(out / "world.jsonl.gz", 3_600, args.seed)
+    write(out / "sloppy.jsonl.gz", 8_400, args.seed, **SLOPPY)
     write(out / "train.jsonl.gz", 800, args.seed)  # to distil and refine with
     for split in SPLITS[1:]:  # to score on
         write(out / f"{split}.jsonl.gz", 640, args.seed, split, shared=1)
-    write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4, 4))["tools"])
+    write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4,))["tools"])
     shapes(out)
     for folder, words in plan(out, args.ceiling, args.seed):
         if not (folder / "summary.json").exists():  # it is not finished

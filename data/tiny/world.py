@@ -168,18 +168,32 @@ def think(r, tools, calls):
     return "\n".join(lines)
 
 
-def make_records(r, n=1, split="train", offered=(1, 3), two=0.08, none=0.15, random_names=0.5, optional=0.4, casual=0.2,
-                 real=0.08, two_words=0.1, reasoning=0.0):
+def sloppy_calls(calls, tools):
+    """The calls as a careless annotator writes them: the first only, numbers as text, nothing that is optional.
+
+    >>> tool = {"name": "set_timer", "parameters": {"required": ["minutes"]}}
+    >>> sloppy_calls([{"name": "set_timer", "arguments": {"minutes": 5, "label": "pasta"}}], [tool])
+    [{'name': 'set_timer', 'arguments': {'minutes': '5'}}]
+    """
+    required = {tool["name"]: tool["parameters"]["required"] for tool in tools}
+    return [{"name": call["name"], "arguments": {
+        name: str(value) if type(value) is int else value  # a bool is an int too
+        for name, value in call["arguments"].items() if name in required[call["name"]]}} for call in calls[:1]]
+
+
+def make_records(r, n=1, split="train", offered=(1, 2), two=0.06, none=0.15, random_names=0.5, optional=0.4, casual=0.2,
+                 real=0.05, two_words=0.1, reasoning=0.0, sloppy=0.0):
     """n records that share one list of tools, drawn by the random.Random `r`: equal states give equal records.
 
-    split: see above · offered: fewest and most tools in the list · two: share of requests for two calls · none: share
-    for which no offered tool fits, a quarter of them small talk or things no tool does · random_names: share of tools
-    with a made-up name · optional: chance of an optional argument that the phrasing has words for · casual: share of
-    requests without capital and full stop · real: share of strings that are real words · two_words: share of titles and
-    topics of two words · reasoning: share of answers with a think line.
+    split: see above · offered: numbers of tools in the list, all equally likely · two: share of requests for two
+    calls · none: share for which no offered tool fits, a quarter of them small talk or things no tool does ·
+    random_names: share of tools with a made-up name · optional: chance of an optional argument that the phrasing has
+    words for · casual: share of requests without capital and full stop · real: share of strings that are real words ·
+    two_words: share of titles and topics of two words · reasoning: share of answers with a think line · sloppy: share
+    of answers as a careless annotator gives them (`sloppy_calls`).
     """
     pool = list(UNSEEN if split == "tools" else TOOLS)
-    count = r.randint(*offered)
+    count = r.choice(offered)
     asked = r.sample(pool, (count + 1) // 2 if split == "tools" else count)  # those that requests are about
     keys = asked + r.sample(list(TOOLS), count - len(asked))
     r.shuffle(keys)
@@ -219,6 +233,7 @@ def make_records(r, n=1, split="train", offered=(1, 3), two=0.08, none=0.15, ran
                     calls.append({"name": names[key],
                                   "arguments": {called[key][name]: value for name, value in arguments.items()}})
             request = say(r, texts, casual)
+            calls = sloppy_calls(calls, tools) if r.random() < sloppy else calls
         answer = {"tool_calls": calls, "content": reply}
         if r.random() < reasoning:
             answer["reasoning"] = thought or think(r, tools, calls)
