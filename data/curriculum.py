@@ -34,9 +34,9 @@ SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy") 
 # What the demo and tests/tiny_run.py train and score with: each stage at most two minutes on two CPU cores.
 TINY_FLAGS = {
     "rollout": "--n 1 --rows 512 --max-new-tokens 128",
-    "ckd": "--k 8 --m 8 --branches 8 --optimiser muon --lr 1e-3 --batch 64 --hold-out 64 --valid-every 45 "
+    "ckd": "--k 4 --m 4 --branches 8 --optimiser muon --lr 1e-3 --batch 64 --hold-out 64 --valid-every 45 "
            "--micro-tokens 2048",
-    "simrl": "--prompts 32 --batch 128 --rows 256 --lr 1e-4 --max-new-tokens 128 --micro-tokens 2048",
+    "simrl": "--prompts 32 --batch 64 --rows 256 --lr 2e-4 --max-new-tokens 128 --micro-tokens 2048",
     "eval": "--n 8 --rows 512 --max-new-tokens 128"}
 
 
