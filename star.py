@@ -54,9 +54,13 @@ def run_training(args, student_folder, teacher_folder=None, **objective):
     student.model.gradient_checkpointing = args.gradient_checkpointing
     if args.valid and not valid:
         say(f"{args.valid}: no record is within the caps, so nothing is validated")
-    say(f"{sum(len(g['responses']) for g in groups):,} responses to {len(groups):,} prompts, {len(valid)} prompts held "
+    responses = sum(len(g["responses"]) for g in groups)
+    say(f"{responses:,} responses to {len(groups):,} prompts, {len(valid)} prompts held "
         f"out; {student.size() / 1e6:,.1f} M parameters on {device}, {args.dtype} over float32"
         + (f"; resuming after step {start}" if start else ""))
+    if not args.steps and responses * args.epochs < 10 * args.batch:
+        say(f"They fill {responses * args.epochs / args.batch:.1f} batches of {args.batch}, a step each; to learn "
+            "more, give --steps, or more --epochs and a smaller --batch, and perhaps a higher --lr")
     samples = Path(args.out) / "samples.json"
     if rank == 0 and not start:
         write_json(samples, answers(student, chat, valid[:args.samples], dtype, "before"))
@@ -78,7 +82,7 @@ def run_sft(args):
 
 
 def run_ckd(args):
-    """Distil a teacher into a student along the teacher's own responses."""
+    """Distil a teacher into a student, along the responses of a rollout file or along gold answers."""
     tail = args.tail_weight if args.tail_weight is not None else 10.0 if args.objective == "ckd" else 0.0
     return run_training(args, args.student, args.teacher, kind=args.objective, m=args.m, tail_weight=tail,
                         kd_ratio=args.kd_ratio)
@@ -213,8 +217,8 @@ def run_demo(args):
         raise InputError(f"{args.out}: exists already; give --resume to go on with it or --overwrite to start anew")
     words = demo(args.out, args.quick, args.seed) + ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
     print("A student that fumbles, a teacher that does not: scores both, lets the teacher answer, distils it (CKD), "
-          f"refines the student (Sim-RL) and scores it again; {'under a minute' if args.quick else 'about four minutes'}"
-          f" on two CPU cores.\n\n$ python star.py {shlex.join(words)}", flush=True)
+          "refines the student (Sim-RL) and scores it again; "
+          f"{'under a minute' if args.quick else 'about four minutes'} on two CPU cores.\n\n$ python star.py {shlex.join(words)}", flush=True)
     code, tiny = main(words), os.path.relpath(TINY)
     if not code:
         print(f"\nEverything is in {args.out}. What to type next:\n"

@@ -43,7 +43,7 @@ TINY_FLAGS = {
 def demo(out, quick, seed):
     """The words for star.py that make the demo. quick: few steps, which show the plumbing and teach little."""
     length = {"rollout": "--limit 400", "ckd": "--steps 6", "simrl": "--steps 2", "eval": "--limit 40"} if quick else {
-        "rollout": "--limit 6400", "ckd": "--epochs 2", "simrl": "--steps 30", "eval": "--limit 200"}
+        "rollout": "--limit 6400", "ckd": "--steps 135", "simrl": "--steps 20", "eval": "--limit 200"}
     tiny = os.path.relpath(TINY)  # shorter to read
     return ["curriculum", "--teacher", f"{tiny}/teacher", "--student", f"{tiny}/student", "--data",
             f"{tiny}/train.jsonl.gz", "--valid", f"{tiny}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",

@@ -108,7 +108,8 @@ def parser(doc, commands):
         reading(g, "records or rollouts")
         g.add_argument("--valid", help="records or rollouts to validate on; default: some of --data, held out")
         g.add_argument("--valid-limit", type=count, help="validate on only the first so many records")
-        g.add_argument("--hold-out", type=natural, default=32, help="records held out of --data without --valid")
+        g.add_argument("--hold-out", type=natural, default=32, help="records held out of --data without --valid, "
+                       "a quarter of them at most")
         g.add_argument("--max-response-tokens", type=count, default=512, help="longer responses are left out")
         g.add_argument("--mask", choices=("all", "think", "answer", "alter"), default="all",
                        help="which response tokens count: all, up to </think>, after it, or in turn")
@@ -118,8 +119,8 @@ def parser(doc, commands):
                        "tools share one row, in which what their prompts share is computed once")
         prompts(p)
         g = optimisation(p, lr, weight_decay, 100)
-        g.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="muon: for the matrices of a "
-                       "model that starts from nothing, at 5 times --lr")
+        g.add_argument("--optimiser", choices=("adamw", "muon"), default="adamw", help="muon: for very small "
+                       "models; the layers' matrices at 5 times --lr")
         g.add_argument("--valid-every", type=count, default=100, help="steps between validations")
         g.add_argument("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
 
@@ -224,7 +225,8 @@ def parser(doc, commands):
     p.add_argument("--valid", help="records with gold answers to score every model on; default: no scores")
     going_on(p, "folder for everything")
     p.add_argument("--skip", nargs="+", choices=STAGES, default=[], help="stages to leave out")
-    g = p.add_argument_group("further flags of a stage's own command, as one text: --ckd '--lr 1e-5 --k 50'")
+    g = p.add_argument_group("further flags of a stage's own command, as one text: --ckd '--lr 1e-5 --k 50', "
+                             "a single one as --ckd=--gradient-checkpointing")
     for stage, single in zip(STAGES, ("simrl, on the teacher", "rollout", "ckd", "simrl", "eval")):
         g.add_argument(f"--{stage}", metavar="FLAGS", default="", help=f"for {single}")
     prompts(p)

@@ -97,7 +97,10 @@ def read_record(line, where, default_id, need_answer, vocab_size, check_answer):
     if "answer" in given or "responses" in given:
         record |= given | {"tools": tools, "messages": messages}
         if given.get("answer") is not None:
-            answer = given["answer"] if isinstance(given["answer"], dict) else {}
+            answer = given["answer"]
+            if not isinstance(answer, dict):
+                raise InputError(f'{where}: answer is {type(answer).__name__}; write {{"tool_calls": [...]}}, each '
+                                 'with name and arguments, or {"content": text}')
             record["answer"] = answer | {"tool_calls": read_calls(answer.get("tool_calls") or [], where, check_answer),
                                          "content": text(answer.get("content"), where)}
     else:
@@ -113,7 +116,8 @@ def read_record(line, where, default_id, need_answer, vocab_size, check_answer):
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError(f"{where}: no message to answer; before the answer must come a user's or a tool's")
     if need_answer and not (has_answer(record) or record.get("responses")):
-        raise InputError(f"{where}: no answer; give a last assistant turn with calls or content, or run rollout first")
+        raise InputError(f"{where}: no answer; give a last assistant turn or an \"answer\" with calls or content, "
+                         "or run rollout first")
     for call in (record.get("answer") or {}).get("tool_calls", []):
         if check_answer and call["name"] not in [tool["name"] for tool in tools]:
             raise InputError(f"{where}: the answer calls {call['name']!r}, which is not among the tools; "

@@ -132,6 +132,8 @@ CASES = {
     "no answer": (given(ASK), "no answer; give a last assistant turn"),
     "empty answer": (given(ASK, {"role": "assistant", "content": ""}), "no answer; give"),
     "null answer": (OURS | {"answer": None}, "no answer; give"),
+    "answer in words": (OURS | {"answer": "It is raining."}, "answer is str; write"),
+    "answer a list": (OURS | {"answer": [{"name": "f", "arguments": {}}]}, "answer is list; write"),
     "unknown tool": (OURS | {"tools": []}, "calls 'weather', which is not among the tools; add the tool or"),
     "no name": (OURS | {"answer": {"tool_calls": [{"arguments": {}}]}}, "a call lacks its name.*; write"),
     "no arguments": (OURS | {"answer": {"tool_calls": [{"name": "weather"}]}}, "a call lacks .*; write"),

@@ -28,7 +28,7 @@ def test_the_shipped_records_are_what_is_made(split, tmp_path):
 
 
 def test_the_shipped_tools_are_for_chat():
-    assert len(read_tools(TINY / "chat_tools.json")) == 4
+    assert len(read_tools(TINY / "chat_tools.json")) == 2
 
 
 @pytest.mark.parametrize("name", ["teacher", "student"])

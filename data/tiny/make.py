@@ -1,6 +1,6 @@
 """Makes the two models of the embedded world again, from nothing and through the project's own `sft`.
 
-    python -m data.tiny.make --out runs/tiny                   everything, on two CPU cores in well under 40 minutes
+    python -m data.tiny.make --out runs/tiny                   everything, 40 minutes on two CPU cores
     python -m data.tiny.make --out runs/tiny --ceiling         the student's shape too, trained as long as the teacher
 
 It writes records (a file for each stage, some to distil and refine with, and a file for each kind of test), two random
@@ -112,7 +112,7 @@ def main():
     write(out / "train.jsonl.gz", 800, args.seed)  # to distil and refine with
     for split in SPLITS[1:]:  # to score on
         write(out / f"{split}.jsonl.gz", 640, args.seed, split, shared=1)
-    write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(4,))["tools"])
+    write_json(out / "chat_tools.json", make_record(random.Random(7), random_names=0, offered=(2,))["tools"])
     shapes(out)
     for folder, words in plan(out, args.ceiling, args.seed):
         if not (folder / "summary.json").exists():  # it is not finished
