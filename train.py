@@ -103,7 +103,7 @@ def adamw_of(parameters, lr, weight_decay):
 
 
 def muon(model, lr, weight_decay):
-    """[Muon, AdamW]: for a model that starts from nothing, Muon on the layers' matrices at 5 times the rate of AdamW,
+    """[Muon, AdamW]: for very small models, Muon on the layers' matrices at 5 times the rate of AdamW,
     which has the embedding, the head and the vectors."""
     inside = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
     beside = [p for name, p in model.named_parameters() if not (".layers." in name and p.dim() == 2)]
