@@ -218,7 +218,7 @@ def run_demo(args):
     words = demo(args.out, args.quick, args.seed) + ["--resume"] * args.resume + ["--overwrite"] * args.overwrite
     print("A student that fumbles, a teacher that does not: scores both, lets the teacher answer, distils it (CKD), "
           "refines the student (Sim-RL) and scores it again; "
-          f"{'under a minute' if args.quick else 'about four minutes'} on two CPU cores.\n\n"
+          f"{'under a minute' if args.quick else 'four to five minutes'} on two CPU cores.\n\n"
           f"$ python star.py {shlex.join(words)}", flush=True)
     code, tiny = main(words), os.path.relpath(TINY)
     if not code:
@@ -226,7 +226,7 @@ def run_demo(args):
               f"\npython star.py chat --model {args.out}/star/model --tools {tiny}/chat_tools.json"
               f"\npython star.py plot {args.out}/ckd {args.out}/star --out curves.png"
               f"\npython star.py lens --teacher {tiny}/teacher --student {args.out}/ckd/model "
-              f"--data {tiny}/values.jsonl.gz --k 4 --m 4 --out lens.html")
+              f"--data {tiny}/values.jsonl.gz --row 30 --k 4 --m 4 --out lens.html")
     return code
 
 

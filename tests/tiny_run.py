@@ -1,6 +1,6 @@
 """What each objective does to the shipped student, over three seeds: the table in README.md.
 
-    python tests/tiny_run.py --out runs/tiny-table         35 minutes on two CPU cores; started again, it goes on
+    python tests/tiny_run.py --out runs/tiny-table         40 minutes on two CPU cores; started again, it goes on
 
 For every seed the teacher answers 6,400 prompts; the student learns from these answers by `ckd`, by `fkl` (the same
 without the tail penalty) and by `ce`, for as many steps on the same sequences; Sim-RL then refines the `ckd` and the
