@@ -30,25 +30,25 @@ STAGES = ("refine", "rollout", "ckd", "simrl", "eval")
 MAKERS = {"refined teacher": "refine", "after CKD": "ckd", "after STAR": "star"}  # which folder's run made a model
 SHOWN = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
 
-
-# What the demo and tests/tiny_run.py train and score with: each stage at most two minutes on two CPU cores.
+# What the demo and tests/tiny_run.py train and score with, and how long: one to two minutes a stage on two CPU cores.
 TINY_FLAGS = {
     "rollout": "--n 1 --rows 512 --max-new-tokens 128",
     "ckd": "--k 4 --m 4 --branches 8 --optimiser muon --lr 1e-3 --batch 64 --hold-out 64 --valid-every 45 "
            "--micro-tokens 2048",
     "simrl": "--prompts 32 --batch 64 --rows 256 --lr 2e-4 --max-new-tokens 128 --micro-tokens 2048",
     "eval": "--n 8 --rows 512 --max-new-tokens 128"}
+LENGTHS = {"rollout": "", "ckd": "--steps 135", "simrl": "--steps 20", "eval": "--limit 200"}
+QUICK = {"rollout": "--limit 400", "ckd": "--steps 6", "simrl": "--steps 2", "eval": "--limit 40"}
 
 
 def demo(out, quick, seed):
     """The words for star.py that make the demo. quick: few steps, which show the plumbing and teach little."""
-    length = {"rollout": "--limit 400", "ckd": "--steps 6", "simrl": "--steps 2", "eval": "--limit 40"} if quick else {
-        "rollout": "--limit 6400", "ckd": "--steps 135", "simrl": "--steps 20", "eval": "--limit 200"}
-    tiny = os.path.relpath(TINY)  # shorter to read
+    tiny, lengths = os.path.relpath(TINY), QUICK if quick else LENGTHS  # a relative path is shorter to read
+    flags = [part for stage, words in TINY_FLAGS.items()
+             for part in (f"--{stage}", f"{words} {lengths[stage]}".strip())]
     return ["curriculum", "--teacher", f"{tiny}/teacher", "--student", f"{tiny}/student", "--data",
             f"{tiny}/train.jsonl.gz", "--valid", f"{tiny}/values.jsonl.gz", "--skip", "refine", "--device", "cpu",
-            "--dtype", "float32", "--seed", str(seed), *(part for stage, words in TINY_FLAGS.items() for part in
-                                                         (f"--{stage}", f"{words} {length[stage]}")), "--out", str(out)]
+            "--dtype", "float32", "--seed", str(seed), *flags, "--out", str(out)]
 
 
 def plan(teacher, student, data, out, valid=None, flags=None, shared=(), skip=()):

@@ -2,11 +2,12 @@
 
     python tests/tiny_run.py --out runs/tiny-table         40 minutes on two CPU cores; started again, it goes on
 
-For every seed the teacher answers 6,400 prompts; the student learns from these answers by `ckd`, by `fkl` (the same
-without the tail penalty) and by `ce`, for as many steps on the same sequences; Sim-RL then refines the `ckd` and the
-`ce` student. The settings are those of the demo. All are scored on 250 records with unseen values: greedily, and by
-eight samples at temperature 1. "Mass outside" is what a student gives, on held-out teacher answers, to tokens that are
-not among the teacher's top k; "tail" is the part of it that the penalty sees.
+For every seed the teacher answers 6,400 prompts; the student learns from these answers by `ckd`, with the penalty's
+weight lambda 10 and 1, by `fkl` (no penalty) and by `ce`, for as many steps on the same sequences; Sim-RL then refines
+the `ckd` and the `ce` student. Settings and lengths are those of the demo. All are scored on 250 records with unseen
+values: greedily, and by eight samples at temperature 1. "Mass outside" is what a student gives, on held-out teacher
+answers, to tokens that are not among the teacher's top k; "tail" is the part of it that the penalty sees; "seconds" are
+those of the last stage.
 """
 import argparse
 import json
@@ -19,26 +20,27 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import ckd  # noqa: E402
 import star  # noqa: E402
+from data import read_json, write_json  # noqa: E402
 from data.chat import Chat  # noqa: E402
-from data.curriculum import TINY_FLAGS  # noqa: E402
+from data.curriculum import LENGTHS, TINY, TINY_FLAGS  # noqa: E402
 from data.groups import make_groups, micro_batches, pack  # noqa: E402
 from data.show import columns  # noqa: E402
 from data.sources import read_records  # noqa: E402
 from model import Transformer  # noqa: E402
 
-TINY = Path(__file__).parents[1] / "data" / "tiny"
 OBJECTIVES = {"ckd": "--objective ckd", "fkl": "--objective fkl", "ce": "--objective ce",
               "ckd, lambda 1": "--objective ckd --tail-weight 1"}
 SHOWN = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy", "pass@8")
 COMMON = ["--device", "cpu", "--dtype", "float32"]
 
 
-def run(out, *words):
-    """One command of star.py, unless it is done."""
+def run(out, stage, *words):
+    """One command of star.py, with what the demo gives its stage and then `words`, unless it is done."""
     out.parent.mkdir(parents=True, exist_ok=True)
     if (out / "summary.json").exists() or out.suffix == ".jsonl" and out.exists():
         return
-    words = [str(word) for word in (*words, *COMMON, "--out", out)] + ["--resume"] * out.exists()
+    words = [stage, *TINY_FLAGS[stage].split(), *LENGTHS[stage].split(), *map(str, words), *COMMON, "--out", str(out),
+             *["--resume"] * out.exists()]
     print(f"\n$ python star.py {' '.join(words)}\n", flush=True)
     if code := star.main(words):
         sys.exit(code)
@@ -46,15 +48,16 @@ def run(out, *words):
 
 def score(out, model):
     """{measure: value} of a model; its mass outside comes from a step of CKD at rate 0, which changes nothing."""
-    run(out / "eval", "eval", "--model", model, "--data", TINY / "values.jsonl.gz", "--limit", 250, "--seed", 7,
-        *TINY_FLAGS["eval"].split())
+    run(out / "eval", "eval", "--model", model, "--data", TINY / "values.jsonl.gz", "--limit", 250, "--seed", 7)
     run(out / "mass", "ckd", "--teacher", TINY / "teacher", "--student", model, "--data", out.parents[1] /
-        "rollouts.jsonl", *TINY_FLAGS["ckd"].split(), "--lr", 0, "--steps", 1, "--samples", 0, "--limit", 600)
-    metrics = json.loads((out / "eval" / "summary.json").read_text())["metrics"]
+        "rollouts.jsonl", "--lr", 0, "--steps", 1, "--samples", 0, "--limit", 600)
+    metrics = read_json(out / "eval" / "summary.json")["metrics"]
+    made = read_json(model.parent / "summary.json") if model.parent != TINY else {}
     with open(out / "mass" / "metrics.jsonl") as file:
         held_out = json.loads(file.readline())
     return {name: metrics[name]["mean"] for name in SHOWN} | {
-        "mass outside": 1 - held_out["valid_inside"], "tail": held_out["valid_tail"], "KL": held_out["valid_kl"]}
+        "mass outside": 1 - held_out["valid_inside"], "tail": held_out["valid_tail"], "KL": held_out["valid_kl"],
+        "seconds": sum(value for key, value in made.items() if key.startswith("seconds"))}
 
 
 @torch.no_grad()
@@ -81,20 +84,18 @@ def main():
     for seed in args.seeds:
         out, first = Path(args.out) / f"seed-{seed}", seed == args.seeds[0]
         run(out / "rollouts.jsonl", "rollout", "--model", TINY / "teacher", "--data", TINY / "train.jsonl.gz",
-            "--seed", seed, *TINY_FLAGS["rollout"].split())
+            "--seed", seed)
         models = {"teacher": TINY / "teacher", "student": TINY / "student"} if first else {}
         if first:
             captured(out / "rollouts.jsonl")
         for name, words in OBJECTIVES.items():
-            if first or "lambda" not in name:
-                folder = out / name.replace(", lambda ", "-")
-                run(folder, "ckd", *words.split(), "--teacher", TINY / "teacher", "--student", TINY / "student",
-                    "--data", out / "rollouts.jsonl", "--seed", seed, *TINY_FLAGS["ckd"].split(), "--epochs", 2,
-                    "--samples", 0)
-                models[name] = folder / "model"
+            folder = out / name.replace(", lambda ", "-")
+            run(folder, "ckd", *words.split(), "--teacher", TINY / "teacher", "--student", TINY / "student", "--data",
+                out / "rollouts.jsonl", "--seed", seed, "--samples", 0)
+            models[name] = folder / "model"
         for name in ("ckd", "ce"):
             run(out / f"{name}-simrl", "simrl", "--model", models[name], "--data", TINY / "train.jsonl.gz", "--seed",
-                seed, *TINY_FLAGS["simrl"].split(), "--steps", 30)
+                seed)
             models[f"{name}, Sim-RL"] = out / f"{name}-simrl" / "model"
         for name, model in models.items():
             found.setdefault(name, []).append(score(out / "scores" / name.replace(", ", "-").replace(" ", "-"), model))
@@ -104,7 +105,7 @@ def main():
         [model, *(f"{statistics.fmean(row[name] for row in rows):.3f}" + (
             f" ({max(row[name] for row in rows) - min(row[name] for row in rows):.3f})" if len(rows) > 1 else "")
             for name in names)] for model, rows in found.items()])
-    (Path(args.out) / "table.json").write_text(json.dumps(found, indent=1))
+    write_json(Path(args.out) / "table.json", found)
 
 
 if __name__ == "__main__":
