@@ -1,6 +1,6 @@
 """Makes the two models of the embedded world again, from nothing and through the project's own `sft`.
 
-    python -m data.tiny.make --out runs/tiny                   everything, 40 minutes on two CPU cores
+    python -m data.tiny.make --out runs/tiny                   everything, 40 to 50 minutes on two CPU cores
     python -m data.tiny.make --out runs/tiny --ceiling         the student's shape too, trained as long as the teacher
 
 It writes records (a file for each stage, some to distil and refine with, and a file for each kind of test), two random
@@ -86,13 +86,13 @@ def plan(out, ceiling, seed):
             words = ["eval", "--model", str(model), "--data", f"{out}/{split}.jsonl.gz", "--rows", "256"]
             lines.append((out / f"{name}-on-{split}", [*words, "--max-new-tokens", "128", *common]))
 
-    pupil = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 500)
-    pupil = sft("teacher-full", pupil, "full.jsonl.gz", 1700)
+    pupil = sft("teacher-easy", out / "teacher-init", "easy.jsonl.gz", 400)
+    pupil = sft("teacher-full", pupil, "full.jsonl.gz", 1600)
     score("teacher", sft("teacher", pupil, "world.jsonl.gz", 300, "1e-3"))
-    pupil = sft("student-easy", out / "student-init", "easy.jsonl.gz", 500)
-    score("student", sft("student", pupil, "sloppy.jsonl.gz", 700))
+    pupil = sft("student-easy", out / "student-init", "easy.jsonl.gz", 400)
+    score("student", sft("student", pupil, "sloppy.jsonl.gz", 1100))
     if ceiling:
-        able = sft("ceiling-full", pupil, "full.jsonl.gz", 1700)
+        able = sft("ceiling-full", pupil, "full.jsonl.gz", 1600)
         score("ceiling", sft("ceiling", able, "world.jsonl.gz", 300, "1e-3"))
     return lines
 
@@ -105,10 +105,10 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    write(out / "easy.jsonl.gz", 5_000, args.seed, **EASY)
-    write(out / "full.jsonl.gz", 20_400, args.seed, **FULL)
+    write(out / "easy.jsonl.gz", 4_800, args.seed, **EASY)
+    write(out / "full.jsonl.gz", 9_600, args.seed, **FULL)
     write(out / "world.jsonl.gz", 3_600, args.seed)
-    write(out / "sloppy.jsonl.gz", 8_400, args.seed, **SLOPPY)
+    write(out / "sloppy.jsonl.gz", 6_600, args.seed, **SLOPPY)
     write(out / "train.jsonl.gz", 800, args.seed)  # to distil and refine with
     for split in SPLITS[1:]:  # to score on
         write(out / f"{split}.jsonl.gz", 640, args.seed, split, shared=1)
