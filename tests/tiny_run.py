@@ -1,6 +1,6 @@
 """What each objective does to the shipped student, over three seeds: the table in README.md.
 
-    python tests/tiny_run.py --out runs/tiny-table         40 minutes on two CPU cores; started again, it goes on
+    python tests/tiny_run.py --out runs/tiny-table         half an hour on two CPU cores; started again, it goes on
 
 For every seed the teacher answers 6,400 prompts; the student learns from these answers by `ckd`, with the penalty's
 weight lambda 10 and 1, by `fkl` (no penalty) and by `ce`, for as many steps on the same sequences; Sim-RL then refines
