@@ -1,6 +1,6 @@
 """Makes the two models of the embedded world again, from nothing and through the project's own `sft`.
 
-    python -m data.tiny.make --out runs/tiny                   everything, 40 to 50 minutes on two CPU cores
+    python -m data.tiny.make --out runs/tiny                   everything, 35 to 50 minutes on two CPU cores
     python -m data.tiny.make --out runs/tiny --ceiling         the student's shape too, trained as long as the teacher
 
 It writes records (a file for each stage, some to distil and refine with, and a file for each kind of test), two random
