@@ -57,7 +57,7 @@ def test_they_load_in_transformers():
         assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name,least,most", [("teacher", 0.85, 1.0), ("student", 0.15, 0.55)])
+@pytest.mark.parametrize("name,least,most", [("teacher", 0.85, 1.0), ("student", 0.15, 0.5)])
 def test_the_teacher_is_sure_and_the_student_fumbles(name, least, most):
     """On the first 80 records with unseen values; the README has the figures over all 640."""
     model, chat = Transformer.from_pretrained(TINY / name), Chat.from_pretrained(TINY / name)
