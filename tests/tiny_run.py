@@ -1,4 +1,4 @@
-"""What each objective does to the shipped student, over three seeds: the table in README.md.
+"""What each objective does to the shipped student, over three seeds: the two tables in README.md.
 
     python tests/tiny_run.py --out runs/tiny-table         half an hour on two CPU cores; started again, it goes on
 
@@ -30,6 +30,7 @@ from model import Transformer  # noqa: E402
 
 OBJECTIVES = {"ckd": "--objective ckd", "fkl": "--objective fkl", "ce": "--objective ce",
               "ckd, lambda 1": "--objective ckd --tail-weight 1"}
+FOLDERS = {name: name.replace(", lambda ", "-") for name in OBJECTIVES}
 SHOWN = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy", "pass@8")
 COMMON = ["--device", "cpu", "--dtype", "float32"]
 
@@ -75,6 +76,21 @@ def captured(rollouts):
         for k in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)])
 
 
+def over_steps(out, seeds):
+    """Print the mass outside while they train, on the answers that each run holds out: means over the seeds."""
+    courses = {}  # {objective: {step: one value a seed}}
+    for name, folder in FOLDERS.items():
+        for seed in seeds:
+            with open(out / f"seed-{seed}" / folder / "metrics.jsonl") as file:
+                for row in map(json.loads, file):
+                    if "valid_inside" in row:
+                        courses.setdefault(name, {}).setdefault(row["step"], []).append(1 - row["valid_inside"])
+    print()
+    columns([["mass outside after step", *courses["ckd"]]] + [
+        [name, *(f"{statistics.fmean(values):.4f}" for values in course.values())]
+        for name, course in courses.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="runs/tiny-table", help="folder for everything")
@@ -89,7 +105,7 @@ def main():
         if first:
             captured(out / "rollouts.jsonl")
         for name, words in OBJECTIVES.items():
-            folder = out / name.replace(", lambda ", "-")
+            folder = out / FOLDERS[name]
             run(folder, "ckd", *words.split(), "--teacher", TINY / "teacher", "--student", TINY / "student", "--data",
                 out / "rollouts.jsonl", "--seed", seed, "--samples", 0)
             models[name] = folder / "model"
@@ -105,6 +121,7 @@ def main():
         [model, *(f"{statistics.fmean(row[name] for row in rows):.3f}" + (
             f" ({max(row[name] for row in rows) - min(row[name] for row in rows):.3f})" if len(rows) > 1 else "")
             for name in names)] for model, rows in found.items()])
+    over_steps(Path(args.out), args.seeds)
     write_json(Path(args.out) / "table.json", found)
 
 
