@@ -95,6 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="runs/tiny-table", help="folder for everything")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="of distillation; default: the demo's")
     args = parser.parse_args()
     found = {}
     for seed in args.seeds:
@@ -107,7 +108,7 @@ def main():
         for name, words in OBJECTIVES.items():
             folder = out / FOLDERS[name]
             run(folder, "ckd", *words.split(), "--teacher", TINY / "teacher", "--student", TINY / "student", "--data",
-                out / "rollouts.jsonl", "--seed", seed, "--samples", 0)
+                out / "rollouts.jsonl", "--seed", seed, "--samples", 0, *["--steps", args.steps] * bool(args.steps))
             models[name] = folder / "model"
         for name in ("ckd", "ce"):
             run(out / f"{name}-simrl", "simrl", "--model", models[name], "--data", TINY / "train.jsonl.gz", "--seed",
