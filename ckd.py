@@ -1,294 +1,412 @@
-"""Constrained knowledge distillation (CKD, paper section 3.1; paper.md 1.2): the objectives, the teacher, the loop.
+"""Constrained knowledge distillation (CKD, paper section 3.1; paper.md 1.2): the losses and the loop.
 
-At a position, p is the teacher's distribution, q the student's, V_k the teacher's k likeliest tokens, V_m the
-student's own m likeliest. The student minimises
+At a position, p is the teacher's distribution and q the student's; V_k holds the teacher's k most likely tokens, V_m
+the student's own m most likely tokens. The student minimises
 
     L_CKD = sum_{v in V_k} p_v log(p_v / q_v)  +  lambda * sum_{v in V_m, not in V_k} q_v            Eqs. 3-5
 
-a forward KL on what the teacher finds likely, plus a penalty on what the student believes in and the teacher does not.
-Both are softmaxes over the whole vocabulary at temperature 1, and neither is renormalised over V_k, so the first sum
-is a partial one and can be negative. With P = sum_{V_k} p and S' = the sum that lambda multiplies, the gradient to the
-student's logits is
+a forward KL on the teacher's top-k, plus a penalty on the tokens that the student is confident in and the teacher is
+not. Both are softmaxes over the whole vocabulary at temperature 1, and neither is renormalised over V_k, so the first
+sum is partial and can be negative. With P = sum_{V_k} p and S' = the sum that lambda multiplies, the gradient with
+respect to the student's logits is
 
     dL/dz_j = q_j (P - lambda S') - p_j [j in V_k] + lambda q_j [j in V_m, not in V_k]               Eqs. 14, 26, 27
 
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
 2. The loss is the mean over all counted tokens of the optimiser batch (see train.py).
-3. rskd is computed on the drawn tokens, not on a dense target; as released, it has no tail penalty.
-4. Teacher log-probs can come from a cache on disk, so that the teacher need not sit in training memory.
+3. rskd is computed on the drawn tokens, not on a dense target. It has no tail penalty, as released.
+4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
-import hashlib
-import json
+import sys
 import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from data import WHOLE_FOLDER, InputError, read_json
-from data.cache import cache_rows, fingerprint, number_rows, open_cache, write_cache
-from data.chat import read_tokenizer
-from data.groups import counted_tokens, length, micro_batches, optimiser_batches, pack
-from data.show import summary
-from train import (OPTIMISERS, Interrupt, head_loss, learning_rate, load_checkpoint, log_metrics, optimiser_step,
-                   peak_memory, save_checkpoint, states, sum_over_ranks)
-
+import train
+from data import amount, natural, number, one_line, positive, print_table, read_json, write_json
+from data.chat import Chat, add_prompt_flags
+from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, read_groups
+from data.records import add_data_flags
+from data.runs import check_finite, load_checkpoint, log_metrics, save_checkpoint, summarise_training
+from model import Transformer
+from sampler import greedy_answers
+from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The objectives. log_p and log_q are the teacher's and the student's log-probs on V_k, [N, k]; each returns [N].
+# The losses. A divergence takes log-probs on V_k, teacher [N, k] and student [N, k], and returns [N].
 
-def fkl(log_p, log_q):
-    """Forward KL on V_k: sum p log(p/q), Eq. 4. Its minimiser is q = p/P on V_k."""
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def rkl(log_p, log_q):
-    """Reverse KL on V_k: sum q log(q/p). Its minimiser is q = p/e on V_k: 1 - P/e of the mass leaks outside."""
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+def forward_kl(teacher_log_p, student_log_p):
+    """Forward KL on V_k, Eq. 4. Its minimiser is q = p/P on V_k."""
+    p = teacher_log_p.exp()  # [N, k]
+    return (p * (teacher_log_p - student_log_p)).sum(-1)
 
 
-def akl(log_p, log_q):
-    """Adaptive KL: forward and reverse, weighted by the gap |p - q| on the head and on the tail of V_k.
+def reverse_kl(teacher_log_p, student_log_p):
+    """Reverse KL on V_k. At its minimum q = p/e on V_k: 1 - P/e of the student's mass leaks outside."""
+    q = student_log_p.exp()  # [N, k]
+    return (q * (student_log_p - teacher_log_p)).sum(-1)
 
-    The head is the leading tokens whose summed teacher mass stays under 0.5, and always the first. The weights are not
-    detached, as released: gradient flows through them too. log_p must be sorted, likeliest first.
+
+def adaptive_kl(teacher_log_p, student_log_p):
+    """Forward and reverse KL, weighted by the gap |p - q| on the head and on the tail of V_k.
+
+    The head is the leading tokens whose cumulative teacher mass is below 0.5, and always the first one, so
+    teacher_log_p must be in descending order. Gradient flows through the weights too, as released.
     """
-    p, q = log_p.exp(), log_q.exp()
+    p = teacher_log_p.exp()  # [N, k]
+    q = student_log_p.exp()  # [N, k]
     head = p.cumsum(-1) < 0.5  # [N, k]
     head[:, 0] = True
-    gap = (p - q).abs()
-    g_head, g_tail = (gap * head).sum(-1), (gap * ~head).sum(-1)
-    return (g_head * fkl(log_p, log_q) + g_tail * rkl(log_p, log_q)) / (g_head + g_tail).clamp(min=1e-9)
+    gap = (p - q).abs()  # [N, k]
+    g_head = (gap * head).sum(-1)  # [N]
+    g_tail = (gap * ~head).sum(-1)  # [N]
+    forward = forward_kl(teacher_log_p, student_log_p)
+    reverse = reverse_kl(teacher_log_p, student_log_p)
+    mixed = g_head * forward + g_tail * reverse  # [N]
+    return mixed / (g_head + g_tail).clamp(min=1e-9)
 
 
-def rskd(log_p, log_q):
-    """Random-sample KD: V_k holds k draws from the teacher, log_p the log of how often each was drawn, over k."""
-    return (log_p - log_q).mean(-1)
+def sampled_kl(teacher_log_p, student_log_p):
+    """Random-sample KD: V_k holds k draws from the teacher, and teacher_log_p is log(count / k) of each."""
+    return (teacher_log_p - student_log_p).mean(-1)
 
 
-def tail_mass(mine, log_q, ids):
-    """S', Eq. 5: student mass on its own likeliest tokens that are not among the teacher's.
+def tail_mass(student_topm, student_topm_log_p, teacher_ids):
+    """S', Eq. 5: the student's mass on its own top-m tokens that are not in the teacher's top-k.
 
-    mine [N, m] those tokens · log_q [N, m] their log-probs · ids [N, k] the teacher's. Returns [N].
+    student_topm: [N, m] ids
+    student_topm_log_p: [N, m] the student's log-probs of them
+    teacher_ids: [N, k]
+
+    Returns [N].
     """
-    outside = ~(mine[:, :, None] == ids[:, None, :]).any(-1)  # [N, m]
-    return (log_q.exp() * outside).sum(-1)
+    same = student_topm[:, :, None] == teacher_ids[:, None, :]  # [N, m, k]
+    outside = ~same.any(-1)  # [N, m]
+    return (student_topm_log_p.exp() * outside).sum(-1)
 
 
-# Cross-entropy (ce) only reports its KL to the teacher, so that its curves can be laid over the others'.
-DIVERGENCES = {"ckd": fkl, "fkl": fkl, "rkl": rkl, "akl": akl, "rskd": rskd, "ce": fkl}
+# ce trains on cross-entropy alone; its forward KL is logged, to compare its curves with the others.
+DIVERGENCES = {"ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl,
+               "rskd": sampled_kl, "ce": forward_kl}
 
 
-def objective(kind, targets, teacher=None, tail_weight=0.0, m=100, kd_ratio=1.0):
-    """The function (logits [C, V], rows) -> (losses [C], {name: [C]}) that `head_loss` applies.
+def ckd_loss(logits, target, teacher_ids, teacher_log_p,
+             m=100, tail_weight=10.0, divergence=forward_kl, kd_ratio=1.0):
+    """The distillation loss at each position.
 
-    kind: a key of DIVERGENCES · targets [N] the tokens that came · teacher (ids [N, k], log_p [N, k]) or None, which
-    leaves only ce · tail_weight: lambda · m: size of V_m · kd_ratio: this share of distillation, the rest
-    cross-entropy. Names: nll, entropy; with a teacher also kl (the kind's divergence), tail (S'), captured (P), inside
-    (student mass on V_k).
+    logits: [C, V], the student's
+    target: [C], the token of the trajectory
+    teacher_ids: [C, k], V_k
+    teacher_log_p: [C, k], the teacher's log-probs of them
+    m: size of V_m
+    tail_weight: lambda
+    divergence: a value of DIVERGENCES
+    kd_ratio: the share of distillation; the rest is cross-entropy on the target
+
+    Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence), tail (S'), captured (P, the teacher's mass
+    on V_k), inside (the student's mass on V_k).
     """
-    def apply(logits, rows):
-        log_q = logits.log_softmax(-1)  # [C, V]
-        with torch.no_grad():
-            entropy = -torch.linalg.vecdot(log_q.exp(), log_q)  # [C]
-        if teacher is None:
-            nll = -log_q.gather(-1, targets[rows, None]).squeeze(-1)  # [C]
-            return nll, {"nll": nll, "entropy": entropy}
-        ids, log_p = teacher[0][rows], teacher[1][rows].to(logits.dtype)  # [C, k] each
-        mine = log_q.detach().topk(m, dim=-1).indices  # [C, m]
-        # One gather for all that the loss looks at: its backward is one pass over the vocabulary, not three.
-        needed = torch.cat((targets[rows, None], ids, mine), dim=-1)  # [C, 1 + k + m]
-        on_target, on_teacher, on_mine = log_q.gather(-1, needed).split((1, ids.shape[1], m), dim=-1)
-        nll, kl = -on_target.squeeze(-1), DIVERGENCES[kind](log_p, on_teacher)  # [C] each; Eq. 4 for ckd
-        tail = tail_mass(mine, on_mine, ids)  # [C], S', Eq. 5
-        if kind == "rskd":  # a token drawn c times stands c times among the ids: count it once
-            captured, inside = torch.ones_like(kl), (on_teacher - log_p).exp().mean(-1)
-        else:
-            captured, inside = log_p.exp().sum(-1), on_teacher.exp().sum(-1)
-        stats = {"nll": nll, "entropy": entropy, "kl": kl, "tail": tail, "captured": captured, "inside": inside}
-        distillation = kl + tail_weight * tail  # Eq. 3; tail_weight is lambda
-        share = 0.0 if kind == "ce" else kd_ratio
-        return share * distillation + (1 - share) * nll, stats
-
-    return apply
+    log_q = logits.log_softmax(-1)  # [C, V]
+    log_p = teacher_log_p.to(logits.dtype)  # [C, k]
+    topm = log_q.detach().topk(m, dim=-1).indices  # [C, m], V_m
+    # One gather for all three, because the backward of each is a pass over the vocabulary.
+    ids = torch.cat((target[:, None], teacher_ids, topm), dim=-1)  # [C, 1 + k + m]
+    sizes = (1, teacher_ids.shape[1], m)
+    on_target, on_topk, on_topm = log_q.gather(-1, ids).split(sizes, dim=-1)
+    nll = -on_target.squeeze(-1)  # [C]
+    kl = divergence(log_p, on_topk)  # [C], Eq. 4
+    tail = tail_mass(topm, on_topm, teacher_ids)  # [C], Eq. 5
+    distillation = kl + tail_weight * tail  # [C], Eq. 3
+    losses = kd_ratio * distillation + (1 - kd_ratio) * nll  # [C]
+    captured = log_p.exp().sum(-1)  # [C]
+    inside = on_topk.exp().sum(-1)  # [C]
+    if divergence is sampled_kl:  # a token drawn c times is c times among the ids: count it once
+        captured = torch.ones_like(kl)
+        inside = (on_topk - log_p).exp().mean(-1)
+    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail}
+    return losses, stats | {"captured": captured, "inside": inside}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The teacher, live or from disk (data/cache.py)
+def cross_entropy(logits, target):
+    """-log q of the target, without a teacher: [C, V], [C] -> losses [C], {nll, entropy: [C]}."""
+    log_q = logits.log_softmax(-1)  # [C, V]
+    nll = -log_q.gather(-1, target[:, None]).squeeze(-1)  # [C]
+    return nll, {"nll": nll, "entropy": entropy(log_q)}
+
 
 @torch.no_grad()
-def teacher_log_probs(teacher, batch, k, width, draws=None, chunk=256):
-    """The teacher's view of a packed batch's counted positions: (ids [N, k] int64, log_p [N, k] float32).
-
-    Its k likeliest tokens of the first `width`, likeliest first, log-probs under the whole softmax. With `draws` (a
-    torch.Generator): k tokens drawn from it with replacement, and the log of each one's share of the draws (rskd).
-    """
-    h, ids, log_p = states(teacher, batch, torch.float32), [], []  # [N, hidden]; as its weights are: no autocast
-    for rows in h.split(chunk):
-        scores = (rows @ teacher.head_weight[:width].T).float().log_softmax(-1)  # [C, width]
-        if draws is None:
-            values, tokens = scores.topk(k, dim=-1)
-        else:
-            tokens = torch.multinomial(scores.exp(), k, replacement=True, generator=draws)
-            values = (tokens[:, :, None] == tokens[:, None, :]).float().mean(-1).log()
-        ids.append(tokens)
-        log_p.append(values)
-    return torch.cat(ids), torch.cat(log_p)
+def entropy(log_q):
+    """Entropy in nats: [C, V] -> [C]."""
+    return -torch.linalg.vecdot(log_q.exp(), log_q)
 
 
-def check_pair(teacher_folder, student_folder):
-    """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
-
-    Returns (width, made_from): the number of ids of both, cut to the tokenizer where their embeddings are padded
-    differently; and what identifies teacher and tokenizer to a cache.
-    """
-    decisive, widths = [], []
-    for folder in (teacher_folder, student_folder):
-        tokenizer = read_tokenizer(folder)
-        vocabulary = sorted(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        decisive.append([vocabulary, json.loads(tokenizer.to_str())["model"].get("merges")])
-        widths.append(read_json(Path(folder) / "config.json", WHOLE_FOLDER).get("vocab_size"))
-    if decisive[0] != decisive[1]:
-        raise InputError(f"{teacher_folder} ({len(decisive[0][0]):,} tokens) and {student_folder} "
-                         f"({len(decisive[1][0]):,}) have different tokenizers; CKD needs two models that share one")
-    tokenizer = hashlib.sha256(json.dumps(decisive[0]).encode()).hexdigest()[:16]
-    return (widths[0] if widths[0] == widths[1] else decisive[0][0][-1][1] + 1,
-            {"teacher": fingerprint(teacher_folder), "tokenizer": tokenizer})
-
-
-def open_teacher(load, groups, kind="ckd", k=100, width=None, device="cpu", micro_tokens=4096, seed=42, cache=None,
-                 made_from=None, ranks=1):
-    """The teacher as a function (micro-batch, packed, *when) -> (ids [N, k], log_p [N, k]).
-
-    load: loads the teacher · groups: everything it will be asked about · cache, made_from: folder of teacher
-    log-probs, and what identifies teacher and tokenizer (`check_pair`) · when: numbers (step, micro-batch) that seed
-    the draws of rskd, so that they do not depend on what was drawn before. A cache of something else is an InputError
-    at once; loading the teacher, or writing the cache with it, waits for the first call.
-    """
-    teacher, stored, k = None, None, clamped("k", k, width)
-
-    def draws(*when):
-        if kind != "rskd":
-            return None
-        digest = hashlib.sha256(repr((seed, *when)).encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
-
-    if cache is not None:
-        what = f"draws with seed {seed}" if kind == "rskd" else "top-k"
-        made_from = made_from | number_rows(groups) | {"view": what, "width": width, "k": k}
-        stored = open_cache(cache, made_from)
-        if stored is None and ranks > 1:
-            raise InputError(f"{cache}: no cache there yet; write it with one process first (without torchrun)")
-
-    def view(micro, packed, *when):
-        nonlocal teacher, stored
-        if cache is None:
-            teacher = teacher or load()
-            return teacher_log_probs(teacher, packed, k, width, draws(*when))
-        if stored is None:
-            write_cache(cache, groups, made_from, partial(teacher_log_probs, load(), k=k, width=width, draws=draws()),
-                        k, device, micro_tokens)
-            stored = open_cache(cache, made_from)
-        ids, log_p = (part[cache_rows(micro)] for part in stored)  # [N, k] each
-        return torch.from_numpy(ids.astype(np.int64)).to(device), torch.from_numpy(log_p.astype(np.float32)).to(device)
-
-    return view
+def objective_loss(objective, args):
+    """The loss function that `--objective` names, with the settings of its flags."""
+    tail_weight = args.tail_weight
+    if tail_weight is None:
+        tail_weight = 10.0 if args.objective == "ckd" else 0.0
+    if args.objective == "rskd":  # as released
+        tail_weight = 0.0
+    kd_ratio = 0.0 if objective == "ce" else args.kd_ratio
+    return partial(ckd_loss, m=args.m, tail_weight=tail_weight,
+                   divergence=DIVERGENCES[objective], kd_ratio=kd_ratio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def distill(student, groups, valid, out, teacher=None, kind="ckd", m=100, tail_weight=10.0, kd_ratio=1.0, lr=3e-6,
-            weight_decay=1e-4, batch=128, epochs=1, steps=None, width=None, micro_tokens=4096, dtype=torch.bfloat16,
-            valid_every=100, save_every=100, start=0, seed=42, rank=0, ranks=1, optimiser="adamw"):
-    """Train `student` (float32 weights, changed in place) on groups; settings default to the released script's.
+def distill(student, teacher, groups, valid, args, start=0):
+    """Train a student on groups: by `--objective` with a teacher, by cross-entropy without one.
 
-    teacher: from `open_teacher`, or None for plain cross-entropy · steps: optimiser steps, default `epochs` passes ·
-    width: cut the vocabulary to this many ids, default the whole · micro_tokens: padded tokens that go through the
-    model at a time · start: the step to resume after · optimiser: a key of train.OPTIMISERS. Writes metrics.jsonl and
-    checkpoints under `out`. Returns the summary, a dict; None where Ctrl-C ended the run early.
+    student: a Transformer with float32 weights, changed in place
+    teacher: a `Teacher`, or None
+    groups, valid: lists of `Group`, to train and to validate on
+    args: the parsed flags of `ckd` or `sft`
+    start: the step to resume after
+
+    Writes metrics.jsonl and checkpoints under --out. Returns False if Ctrl-C stopped the run.
+    """
+    loss = objective_loss(args.objective, args) if teacher else cross_entropy
+    batches = plan_batches(groups, args)
+    optimisers = train.make_optimisers(args.optimiser, student, args.lr, args.weight_decay)
+    if start:
+        load_checkpoint(args.out, start, student, optimisers)
+    elif valid:
+        log_step(args.out, {"step": 0} | validate(student, teacher, valid, args))
+    bar = tqdm(total=len(batches), initial=start, desc=args.command, unit="step", disable=train.rank() > 0)
+    with bar, train.Interrupt() as interrupt:
+        for step, batch in enumerate(batches[start:], start=start + 1):
+            clock = time.perf_counter()
+            # 1. Teacher's view, student's loss and gradients, one micro-batch at a time.
+            means = loss_over_batch(student, teacher, batch, loss, args, step)
+
+            # 2. Update.
+            norm = train.clip_gradients(student)
+            check_finite(args.out, step, "the gradient norm", norm)
+            rate = train.learning_rate(step, len(batches), args.lr)
+            train.optimiser_step(optimisers, rate)
+            seconds = time.perf_counter() - clock
+
+            # 3. Validate.
+            last = step == len(batches)
+            scores = {}
+            if valid and (step % args.valid_every == 0 or last):
+                scores = validate(student, teacher, valid, args)
+                check_finite(args.out, step, "the validation nll", scores["valid_nll"])
+
+            # 4. Log, save, stop.
+            stop = interrupt.on_any_rank(student.head_weight.device)
+            row = {"step": step} | means | {"lr": rate, "grad_norm": norm}
+            row |= batch_sizes(batch, seconds) | scores
+            log_step(args.out, row)
+            if train.rank() == 0 and (step % args.save_every == 0 or last or stop):
+                save_checkpoint(args.out, step, student, optimisers, {"updates": step})
+            train.show_metrics(bar, row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
+            if stop and not last:
+                return False
+    return True
+
+
+def plan_batches(groups, args):
+    """The optimiser batches of the whole run: --steps of them, or --epochs passes over the groups."""
+    batches = []
+    epoch = 0
+    while epoch < args.epochs if args.steps is None else len(batches) < args.steps:
+        batches += optimiser_batches(groups, args.batch_size, args.seed, epoch)
+        epoch += 1
+    return batches[:args.steps]
+
+
+def loss_over_batch(student, teacher, batch, loss, args, step=None):
+    """Means over the counted tokens of a batch, {name: float}; unless under no_grad, add its gradients.
+
+    Every token has the weight 1 / tokens of the batch: any micro-batches and ranks give the same gradient.
     """
     device = student.head_weight.device
-    width = width or student.config["vocab_size"]
-    m = clamped("m", m, width)
-    tail_weight = 0.0 if kind == "rskd" else tail_weight  # as released
-
-    # What is logged: the same names on every rank, also on one that has no micro-batch.
-    names = ("nll", "entropy") + (("kl", "tail", "captured", "inside") if teacher else ())
-
-    def losses(micro, kind, total, *when):
-        """The loss of one micro-batch, a share of `total` tokens, and its statistics summed over positions."""
+    dtype = train.torch_dtype(args.dtype)
+    high = torch.promote_types(dtype, torch.float32)
+    names = ("nll", "entropy", "kl", "tail", "captured", "inside") if teacher else ("nll", "entropy")
+    sums = dict.fromkeys(("loss", *names), 0.0)  # on all ranks, also on one without a micro-batch
+    total = counted_tokens(batch)
+    parts = list(enumerate(micro_batches(batch, args.micro_batch_tokens)))
+    parts = parts[train.rank()::train.world_size()]
+    for i, micro in tqdm(parts, "micro-batches", delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
-        seen = teacher(micro, packed, *when) if teacher else None
-        h = states(student, packed, dtype)  # [N, hidden]
-        # One token count for the whole optimiser batch: any split into micro-batches or ranks gives the same gradient.
-        weights = torch.full((len(h),), 1 / total, device=device, dtype=torch.promote_types(dtype, torch.float32))
-        return head_loss(h, student.head_weight[:width], weights,
-                         objective(kind, packed["targets"], seen, tail_weight, m, kd_ratio), dtype=dtype)
-
-    @torch.no_grad()
-    def validate():
-        """Means over the held-out tokens. KL is the forward one whatever is trained, so that curves compare."""
-        sums, total = dict.fromkeys(names, 0.0), counted_tokens(valid)
-        for micro in tqdm(micro_batches(valid, micro_tokens)[rank::ranks], "validation", leave=False, disable=rank > 0):
-            for name, value in losses(micro, "rskd" if kind == "rskd" else "fkl", total)[1].items():
-                sums[name] += value / total
-        return {f"valid_{name}": value for name, value in sum_over_ranks(sums, device).items()}
-
-    plan, epoch = [], 0
-    while (epoch < epochs) if steps is None else (len(plan) < steps):
-        plan += optimiser_batches(groups, batch, seed, epoch)
-        epoch += 1
-    plan = plan[:steps]
-    optimisers = OPTIMISERS[optimiser](student, lr, weight_decay)
-    if start:
-        load_checkpoint(out, start, student, optimisers)
-    elif valid:
-        report(out, {"step": 0} | validate(), rank)
-    bar = tqdm(total=len(plan), initial=start, desc=kind, unit="step", disable=rank > 0)
-    with bar, Interrupt() as interrupt:
-        for step, members in enumerate(plan[start:], start + 1):
-            began, total, sums = time.perf_counter(), counted_tokens(members), dict.fromkeys(("loss", *names), 0.0)
-            for i, micro in list(enumerate(micro_batches(members, micro_tokens)))[rank::ranks]:
-                loss, stats = losses(micro, kind, total, step, i)
-                loss.backward()
-                for name, value in ({"loss": loss.detach() * total} | stats).items():
-                    sums[name] += value / total
-            rate = learning_rate(step, len(plan), lr)
-            norm = optimiser_step(student, optimisers, rate)
-            row = {"step": step} | sum_over_ranks(sums | {"interrupted": interrupt.asked}, device)
-            interrupted = row.pop("interrupted") > 0  # on any rank: all stop at the same step
-            row |= {"lr": rate, "grad_norm": norm, "tokens": total, "packed_tokens": sum(map(length, members)),
-                    "sequences": sum(len(g["responses"]) for g in members), "seconds": time.perf_counter() - began}
-            row["tokens_per_s"] = row["packed_tokens"] / row["seconds"]  # prompt and response, through the student
-            if valid and (step % valid_every == 0 or step == len(plan)):
-                row |= validate()
-            report(out, row, rank)
-            bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in
-                                         ("loss", "kl", "tail", "nll", "tokens_per_s") if name in row))
-            bar.update()
-            if rank == 0 and (step % save_every == 0 or step == len(plan) or interrupted):
-                save_checkpoint(out, step, student, optimisers)
-            if interrupted and step < len(plan):
-                return None
-    return summary(out, peak_memory(device)) if rank == 0 else {}
+        draw = () if step is None else (step, i)
+        view = teacher(packed, *draw) if teacher else ()  # ids, log-probs [N, k]
+        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H]
+        hidden = train.hidden_states(student, packed, dtype)  # [N, H]
+        weights = torch.full((len(hidden),), 1 / total, device=device, dtype=high)  # [N]
+        value, stats = train.head_loss(hidden, head, weights, loss, packed["targets"], *view, dtype=dtype)
+        if value.requires_grad:
+            value.backward()
+        sums["loss"] += value.detach()
+        for name, part in stats.items():
+            sums[name] += part / total
+    return train.sum_over_ranks(sums, device)
 
 
-def clamped(name, wanted, width):
-    """k or m, no larger than the vocabulary, with a notice."""
-    if wanted > width:
-        print(f"--{name} {wanted} is more than the vocabulary: taking all {width} ids")
-    return min(wanted, width)
+@torch.no_grad()
+def validate(student, teacher, valid, args):
+    """{valid_name: mean over the held-out tokens}.
+
+    kl is the forward KL for every objective but rskd, so that the curves of different objectives compare.
+    """
+    loss = cross_entropy
+    if teacher:
+        loss = objective_loss("rskd" if args.objective == "rskd" else "fkl", args)
+    means = loss_over_batch(student, teacher, valid, loss, args)
+    return {f"valid_{name}": value for name, value in means.items() if name != "loss"}
 
 
-def report(out, row, rank):
-    """Log a step, and print its validation figures."""
-    if rank > 0:
+def batch_sizes(batch, seconds):
+    """Sizes and speed for the log; packed tokens are prompts and responses, once each, through the student."""
+    packed = sum(group.length for group in batch)
+    sequences = sum(len(group.responses) for group in batch)
+    return {"tokens": counted_tokens(batch), "packed_tokens": packed, "sequences": sequences,
+            "seconds": seconds, "tokens_per_s": packed / seconds}
+
+
+def log_step(out, row):
+    """Log a step, and print its validation figures on stderr."""
+    if train.rank() > 0:
         return
     log_metrics(out, row)
-    shown = [f"{name.removeprefix('valid_')} {value:.4f}" for name, value in row.items() if name.startswith("valid_")]
-    if shown:
-        tqdm.write(f"step {row['step']:5d}, held out:  " + "  ".join(shown))
+    valid = {name[6:]: value for name, value in row.items() if name.startswith("valid_")}
+    if valid:
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in valid.items())
+        tqdm.write(f"step {row['step']:5d}, held out:  {figures}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands ckd and sft
+
+def ckd_flags(parser):
+    parser.add_argument("--teacher", required=True, help="model folder")
+    parser.add_argument("--student", required=True, help="model folder")
+    add = parser.add_argument_group("objective").add_argument
+    add("--objective", choices=tuple(DIVERGENCES), default="ckd",
+        help="ckd is fkl with the tail penalty")
+    add("--k", type=positive, default=100, help="teacher's most likely tokens (rskd: draws)")
+    add("--m", type=positive, default=100, help="student's most likely tokens")
+    add("--tail-weight", type=amount, help="lambda; default: 10 for ckd, 0 for the others")
+    add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
+        help="share of distillation; the rest is cross-entropy")
+    add("--cache", metavar="DIR", help="store the teacher's log-probs: written once, then read")
+    add_supervised_flags(parser, 3e-6, 1e-4)
+
+
+def sft_flags(parser):
+    parser.add_argument("--model", required=True, help="model folder to start from")
+    add_supervised_flags(parser, 1e-5, 0.0)
+
+
+def add_supervised_flags(parser, lr, weight_decay):
+    """The flags of both commands."""
+    add_data_flags(parser, "records or rollouts")
+    add = parser.add_argument_group("training data").add_argument
+    add("--valid", help="records or rollouts to validate on; default: some of --data, held out")
+    add("--valid-limit", type=positive, help="validate on the first N records only")
+    add("--hold-out", type=natural, default=32,
+        help="without --valid: records to hold out of --data, at most a quarter")
+    add("--max-response-tokens", type=positive, default=512, help="skip longer responses")
+    add("--mask", choices=("all", "think", "answer", "alter"), default="all",
+        help="response tokens in the loss: all, up to </think>, after it, or these two alternately")
+    add("--epochs", type=positive, default=1, help="passes over the data")
+    add("--steps", type=positive, help="optimiser steps; overrides --epochs")
+    add("--share-prefix", type=positive, default=1, metavar="N",
+        help="pack up to N consecutive records with the same tools into one shared-prefix row")
+    add("--valid-every", type=positive, default=100, help="steps between validations")
+    add("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
+    add("--optimiser", choices=("adamw", "muon"), default="adamw",
+        help="muon: for very small models; matrices of the layers at 5 times --lr")
+    add_prompt_flags(parser)
+    train.add_training_flags(parser, lr, weight_decay, 100)
+
+
+def run_ckd(args):
+    """Distil a teacher into a student, along the responses of a rollout file or along gold answers."""
+    return run_training(args, args.student, args.teacher)
+
+
+def run_sft(args):
+    """Fine-tune by cross-entropy on gold answers, or on the responses of a rollout file."""
+    return run_training(args, args.model)
+
+
+def run_training(args, student_folder, teacher_folder=None):
+    """Read and check, load, train, save, show. Returns the exit code."""
+    # 1. Read everything, and refuse what cannot be used before anything is written.
+    device = train.pick_device(args.device)
+    chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
+    if teacher_folder:
+        vocab_size = check_pair(teacher_folder, student_folder)
+        args.k = clamp_to_vocab("k", args.k, vocab_size)
+        args.m = clamp_to_vocab("m", args.m, vocab_size)
+    groups, valid, skipped = read_groups(args, chat)
+    for reason, count in skipped.items():
+        if count:
+            train.note(f"skipped in {args.data}: {count} {reason}")
+    if teacher_folder:
+        key = cache_key(args, groups + valid, vocab_size)
+    start = train.open_run(args, device, [student_folder, teacher_folder], [args.data, args.valid])
+
+    # 2. Load the models; write the teacher's cache if it is missing.
+    teacher = None
+    if teacher_folder:
+        teacher = load_teacher(args, groups + valid, vocab_size, key, device)
+    student = Transformer.from_pretrained(student_folder, device=device)
+    student.model.gradient_checkpointing = args.gradient_checkpointing
+    describe_run(args, student, groups, valid, start)
+
+    # 3. Train, with a few held-out answers before and after.
+    dtype = train.torch_dtype(args.dtype)
+    examples = Path(args.out) / "samples.json"
+    if train.rank() == 0 and not start:
+        write_json(examples, greedy_answers(student, chat, valid[:args.samples], dtype, "before"))
+    if not distill(student, teacher, groups, valid, args, start):
+        return train.stopped_run(args)
+    if train.rank() > 0:
+        return 0
+
+    # 4. Write all results before anything is printed.
+    summary = summarise_training(args.out) | {"peak_memory_gb": round(train.peak_memory(device), 2)}
+    train.finish_run(args, student, summary)
+    before = read_json(examples, kind=list)
+    after = greedy_answers(student, chat, valid[:args.samples], dtype, "after")
+    samples = [b | a for b, a in zip(before, after)]
+    write_json(examples, samples)
+    show_run(args, samples, summary)
+    return 0
+
+
+def describe_run(args, student, groups, valid, start):
+    """Print the size of a run before it starts."""
+    responses = sum(len(group.responses) for group in groups)
+    steps = responses * args.epochs / args.batch_size
+    resumed = f"; resuming after step {start}" if start else ""
+    train.note(f"{responses:,} responses to {len(groups):,} prompts, {len(valid)} prompts held out; "
+               f"{student.num_parameters() / 1e6:,.1f} M parameters, {args.dtype} over float32{resumed}")
+    if args.valid and not valid:
+        train.note(f"{args.valid}: no record is within the caps, so nothing is validated")
+    if not args.steps and steps < 10:
+        train.note(f"This is {steps:.1f} batches of {args.batch_size}, a step each; to train longer use --steps, or "
+                   "--epochs and a smaller --batch-size, and perhaps a higher --lr")
+
+
+def show_run(args, samples, summary):
+    """Print three held-out answers and the figures of a run."""
+    for sample in samples[:3]:
+        print()
+        for name, text in sample.items():
+            print(f"{name:8s} {one_line(text)}")
+    figures = {name: value for name, value in summary.items() if not name.startswith("valid_")}
+    for name, value in (summary["valid_before"] or {}).items():
+        figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {summary['valid_after'][name]:.4f}"
+    print()
+    print_table(figures.items())
+    print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")

@@ -1,13 +1,17 @@
-"""The Qwen2 / Qwen2.5 / Qwen3 dense decoder, written out, and its safetensors folders in and out.
+"""The Qwen2 / Qwen2.5 / Qwen3 dense decoder in plain PyTorch, its key/value cache, and model folders in and out.
 
-Parameter names are the names in the published safetensors files, so loading needs no mapping table and what is saved
-loads in `transformers` and vLLM. Read top to bottom: normalisation, rotary positions, cache, attention, feed-forward,
-layer, decoder, transformer, folders.
+Read it from top to bottom: settings, normalisation, rotary positions, cache, attention, feed-forward, layer,
+decoder, transformer, safetensors files. Parameters have the names of the published safetensors files, so loading
+needs no mapping table, and a saved folder loads in `transformers` and vLLM.
 
-Departures from the published models' own code:
-1. A mask may be given as booleans over (query, key), which is how packed groups and the sampler share a prompt.
+Shapes: B rows, T new tokens, S keys (cached and new), H query heads, Hkv key/value heads, D head size, V vocabulary.
+`c` is the dict of settings that `read_config` returns.
+
+Departures from the released model code:
+1. `mask` is a boolean tensor over (query, key): packed groups and the sampler share one prompt through it.
 2. A tied output head is not a parameter: `head_weight` is the embedding matrix itself.
-3. Dense models only. Mixture of experts, sliding windows in use and rope scaling are refused by name.
+3. Dense models only. Mixture of experts, sliding-window attention, rope scaling and quantised weights are refused
+   with an error that names the reason.
 """
 import os
 import shutil
@@ -20,19 +24,69 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import WHOLE_FOLDER, InputError, read_json, whole_folder, write_json
+from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
 
-# Everything beside the weights that `transformers` and vLLM want to find in a model folder.
-CARRIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                 "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+# Copied by `save_pretrained` from the folder that the model was loaded from.
+COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+
+
+def read_config(config, where):
+    """Return the settings that this file computes with. Raise InputError for a model that it cannot compute.
+
+    config: the content of a config.json, older (rope_theta at top level) or newer (inside rope_parameters)
+    where: its path, for error messages
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    refuse_unsupported(config, rope, where)
+    c = DEFAULTS | config
+    qwen3 = c["model_type"] == "qwen3"
+    bias = bool(c.get("attention_bias"))
+    heads = c["num_attention_heads"]
+    c.setdefault("num_key_value_heads", heads)
+    if not c.get("head_dim"):
+        c["head_dim"] = 128 if qwen3 else c["hidden_size"] // heads
+    c["rope_theta"] = float(rope.get("rope_theta", c["rope_theta"]))
+    c["qk_norm"] = qwen3
+    c["qkv_bias"] = bias or not qwen3
+    c["o_bias"] = bias and qwen3
+    return c
+
+
+def refuse_unsupported(config, rope, where):
+    """Raise InputError, with reason and remedy, for a config.json of a model that this file cannot compute."""
+    family = config.get("model_type")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    layer_types = config.get("layer_types") or ()
+    missing = [name for name in SIZES if name not in config]
+    if "moe" in str(family) or config.get("num_experts"):
+        reason = f"mixture of experts ({family}) is not supported; use a dense model"
+    elif family not in ("qwen2", "qwen3"):
+        reason = f"unknown model_type {family!r}; use a Qwen2.5 or Qwen3 folder"
+    elif rope_type != "default":
+        reason = f"rope scaling ({rope_type}) is not supported; use the original config.json"
+    elif config.get("use_sliding_window") or "sliding_attention" in layer_types:
+        reason = "sliding-window attention is not supported; set use_sliding_window to false"
+    elif config.get("hidden_act", "silu") != "silu":
+        reason = f"hidden_act {config['hidden_act']!r} is not supported; use a model with silu"
+    elif config.get("quantization_config"):
+        reason = "quantised weights are not supported; use the bfloat16 release"
+    elif missing:
+        reason = f"{missing[0]} is missing; download or copy the folder again"
+    else:
+        return
+    raise InputError(f"{where}: {reason}")
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension, computed in float32 at least."""
+    """x / rms(x) * weight over the last dimension, computed in float32 or, for float64 x, in float64."""
 
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
 
     def forward(self, x):  # [..., size] -> [..., size]
         y = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -41,82 +95,112 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, head_dim, theta, dtype):
-    """Cosines and sines [B, 1, T, D] of the rotary angles at `positions` [B, T]; the two halves of D are equal."""
-    high = torch.float64 if dtype == torch.float64 else torch.float32
-    steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=high) / head_dim  # [D/2]
-    angles = positions[:, None, :, None].to(high) * theta ** -steps  # [B, 1, T, D/2]
+    """Cosines and sines [B, 1, T, D] of the rotary angles at `positions` [B, T]. The two halves of D are equal."""
+    exact = torch.promote_types(dtype, torch.float32)
+    dims = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
+    frequencies = theta ** -(dims / head_dim)  # [D/2]
+    angles = positions[:, None, :, None].to(exact) * frequencies  # [B, 1, T, D/2]
     angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, D]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) of x [B, H, T, D] by its position's angle."""
+    """Rotate each pair (x[i], x[i + D/2]) of x [B, H, T, D] by the angle of its position."""
     first, second = x.chunk(2, dim=-1)  # [B, H, T, D/2] each
-    return x * cos + torch.cat((-second, first), dim=-1) * sin  # [B, H, T, D]
+    quarter_turn = torch.cat((-second, first), dim=-1)  # [B, H, T, D]
+    return x * cos + quarter_turn * sin
 
 
 class KVCache:
-    """Keys and values of every layer, [B, Hkv, S, D] each, in buffers that grow by doubling."""
+    """Keys and values of every layer, [B, Hkv, S, D] each, in buffers that grow by doubling.
+
+    `length` is S, the number of cached positions. `Decoder.forward` advances it before the layers append.
+    """
 
     def __init__(self, layers):
-        self.keys, self.values, self.length = [None] * layers, [None] * layers, 0
+        self.keys = [None] * layers
+        self.values = [None] * layers
+        self.length = 0
 
     def append(self, layer, k, v):
-        """Add k, v [B, Hkv, T, D] behind what the layer holds and return all of it, [B, Hkv, S, D] each."""
-        start = self.length - k.shape[2]  # `Decoder.forward` has already counted these T
-        for buffers, new in ((self.keys, k), (self.values, v)):
-            old = buffers[layer]
-            if old is None or old.shape[2] < self.length:
-                B, H, _, D = new.shape
-                buffers[layer] = new.new_empty(B, H, max(64, 2 * self.length), D)
-                if old is not None:
-                    buffers[layer][:, :, :start] = old[:, :, :start]
-            buffers[layer][:, :, start:self.length] = new
-        return self.keys[layer][:, :, :self.length], self.values[layer][:, :, :self.length]
+        """Append k, v [B, Hkv, T, D] to one layer. Return all its keys and values, [B, Hkv, S, D] each."""
+        keys = self.write(self.keys, layer, k)
+        values = self.write(self.values, layer, v)
+        return keys, values
 
-    def keep(self, rows):
-        """Keep only these batch rows (a long tensor)."""
-        for buffers in (self.keys, self.values):
-            for layer, old in enumerate(buffers):
-                buffers[layer] = old[rows]
+    def write(self, buffers, layer, new):
+        """Write `new` to the last T positions of a layer's buffer, in a larger one if that is full. Return all S."""
+        start = self.length - new.shape[2]
+        old = buffers[layer]
+        if old is None or old.shape[2] < self.length:
+            B, H, _, D = new.shape
+            capacity = max(64, 2 * self.length)
+            buffers[layer] = new.new_empty(B, H, capacity, D)
+            if old is not None:
+                buffers[layer][:, :, :start] = old[:, :, :start]
+        buffers[layer][:, :, start:self.length] = new
+        return buffers[layer][:, :, :self.length]
+
+    def keep_rows(self, rows):
+        """Keep the batch rows whose numbers are in the tensor `rows`; drop the others."""
+        self.keys = [buffer[rows] for buffer in self.keys]
+        self.values = [buffer[rows] for buffer in self.values]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H query heads share Hkv key/value heads. Biases in Qwen2.x, q/k norms in Qwen3."""
+    """Grouped-query attention: H / Hkv query heads share a key/value head. Qwen2.x has biases, Qwen3 q/k norms."""
 
     def __init__(self, c, layer):
         super().__init__()
-        self.layer, self.head_dim = layer, c["head_dim"]
-        heads, kv_heads, hidden = c["num_attention_heads"], c["num_key_value_heads"], c["hidden_size"]
-        self.q_proj = nn.Linear(hidden, heads * self.head_dim, bias=c["qkv_bias"])
-        self.k_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=c["qkv_bias"])
-        self.v_proj = nn.Linear(hidden, kv_heads * self.head_dim, bias=c["qkv_bias"])
-        self.o_proj = nn.Linear(heads * self.head_dim, hidden, bias=c["o_bias"])
-        self.q_norm = RMSNorm(self.head_dim, c["rms_norm_eps"]) if c["qk_norm"] else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, c["rms_norm_eps"]) if c["qk_norm"] else nn.Identity()
+        self.layer = layer
+        self.head_dim = c["head_dim"]
+        hidden = c["hidden_size"]
+        q_size = c["num_attention_heads"] * self.head_dim
+        kv_size = c["num_key_value_heads"] * self.head_dim
+        self.q_proj = nn.Linear(hidden, q_size, bias=c["qkv_bias"])
+        self.k_proj = nn.Linear(hidden, kv_size, bias=c["qkv_bias"])
+        self.v_proj = nn.Linear(hidden, kv_size, bias=c["qkv_bias"])
+        self.o_proj = nn.Linear(q_size, hidden, bias=c["o_bias"])
+        norm = RMSNorm if c["qk_norm"] else nn.Identity  # Identity ignores its arguments
+        self.q_norm = norm(self.head_dim, c["rms_norm_eps"])
+        self.k_norm = norm(self.head_dim, c["rms_norm_eps"])
 
     def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # [B, Hkv, T, D]
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # [B, Hkv, T, D]
-        q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
+        heads = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(heads))  # [B, T, H, D]
+        k = self.k_norm(self.k_proj(x).view(heads))  # [B, T, Hkv, D]
+        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, Hkv, T, D]
+        # Under autocast the norms and the rotation return float32, v is bfloat16.
+        q = rotate(q.transpose(1, 2), cos, sin).to(v.dtype)  # [B, H, T, D]
+        k = rotate(k.transpose(1, 2), cos, sin).to(v.dtype)  # [B, Hkv, T, D]
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # [B, Hkv, S, D], S >= T
-        heads = q.shape[1] // k.shape[1]  # query heads to a key/value head
-        if cache is not None and T < k.shape[2]:
-            # A decoding step: a few queries, many keys. Let the heads that share keys stand in one matrix product,
-            # so that the cache is read once and never repeated in memory.
-            q = q.reshape(B, k.shape[1], heads * T, self.head_dim)  # [B, Hkv, H/Hkv * T, D]
-            mask = mask.repeat(1, 1, heads, 1)  # [B, 1, H/Hkv * T, S]
-            scores = q @ k.transpose(2, 3) * self.head_dim ** -0.5  # [B, Hkv, H/Hkv * T, S]
-            scores = scores.masked_fill(~mask, -torch.inf).to(torch.promote_types(v.dtype, torch.float32))
-            weights = scores.softmax(-1).to(v.dtype)  # [B, Hkv, H/Hkv * T, S]
-            x = (weights @ v).view(B, -1, T, self.head_dim)  # [B, H, T, D]
+            k, v = cache.append(self.layer, k, v)  # [B, Hkv, S, D]
+        if T < k.shape[2]:  # the cache was not empty
+            x = decode_attention(q, k, v, mask)  # [B, H, T, D]
         else:
-            k, v = k.repeat_interleave(heads, dim=1), v.repeat_interleave(heads, dim=1)  # [B, H, S, D]
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)  # [B, H, T, D]
-        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # [B, T, hidden]
+            shared = q.shape[1] // k.shape[1]  # query heads per key/value head
+            k = k.repeat_interleave(shared, dim=1)  # [B, H, S, D]
+            v = v.repeat_interleave(shared, dim=1)
+            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
+
+
+def decode_attention(q, k, v, mask):
+    """Attention [B, H, T, D] of a few queries over a cache: q [B, H, T, D] over k, v [B, Hkv, S, D].
+
+    The query heads that share a key/value head are stacked in one matrix product (R = H / Hkv * T rows), so the
+    cache is read once and never repeated in memory. mask: bool [B or 1, 1, T, S].
+    """
+    B, H, T, D = q.shape
+    shared = H // k.shape[1]  # query heads per key/value head
+    q = q.reshape(B, -1, shared * T, D)  # [B, Hkv, R, D]
+    mask = mask.repeat(1, 1, shared, 1)  # [B, 1, R, S]
+    scores = q @ k.transpose(2, 3) * D ** -0.5  # [B, Hkv, R, S]
+    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.to(torch.promote_types(v.dtype, torch.float32))
+    weights = scores.softmax(-1).to(v.dtype)  # [B, Hkv, R, S]
+    return (weights @ v).view(B, H, T, D)
 
 
 class MLP(nn.Module):
@@ -124,22 +208,25 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.gate_proj = nn.Linear(c["hidden_size"], c["intermediate_size"], bias=False)
-        self.up_proj = nn.Linear(c["hidden_size"], c["intermediate_size"], bias=False)
-        self.down_proj = nn.Linear(c["intermediate_size"], c["hidden_size"], bias=False)
+        hidden = c["hidden_size"]
+        inner = c["intermediate_size"]
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
 
     def forward(self, x):  # [B, T, hidden] -> [B, T, hidden]
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each normalised before and added after."""
+    """Attention, then feed-forward; each reads the normalised hidden states and adds its output to them."""
 
     def __init__(self, c, layer):
         super().__init__()
-        self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        size = (c["hidden_size"], c["rms_norm_eps"])
+        self.input_layernorm = RMSNorm(*size)
         self.self_attn = Attention(c, layer)
-        self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.post_attention_layernorm = RMSNorm(*size)
         self.mlp = MLP(c)
 
     def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
@@ -148,22 +235,27 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, last norm: ids [B, T] to hidden states [B, T, hidden]."""
+    """Embedding, layers and last norm: ids [B, T] to hidden states [B, T, hidden]."""
 
     def __init__(self, c):
         super().__init__()
-        self.c, self.gradient_checkpointing = c, False
+        self.c = c
+        self.gradient_checkpointing = False
+        layers = [Layer(c, i) for i in range(c["num_hidden_layers"])]
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.layers = nn.ModuleList(Layer(c, i) for i in range(c["num_hidden_layers"]))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
-    def forward(self, input_ids, positions=None, mask=None, cache=None):
+    def forward(self, input_ids, positions, mask, cache):
         B, T = input_ids.shape
-        past = cache.length if cache is not None else 0
+        device = input_ids.device
+        past = cache.length if cache else 0
         if positions is None:
-            positions = torch.arange(past, past + T, device=input_ids.device).expand(B, T)  # [B, T]
-        if mask is None and past:  # causal, behind `past` visible keys
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device).tril(past)[None, None]
+            positions = torch.arange(past, past + T, device=device)
+            positions = positions.expand(B, T)
+        if mask is None and past:  # causal; every query sees the `past` cached keys
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=device)
+            mask = mask.tril(past)[None, None]  # [1, 1, T, S]
         if cache is not None:
             cache.length += T
         x = self.embed_tokens(input_ids)  # [B, T, hidden]
@@ -186,38 +278,44 @@ class Transformer(nn.Module):
     torch.Size([1, 3, 11])
     """
 
-    def __init__(self, config):
+    def __init__(self, config, folder=None):
+        """config: the content of a config.json · folder: where it is, with the tokenizer files beside it."""
         super().__init__()
-        self.config, self.folder = config, None  # as read from config.json; where the tokenizer files are
-        c = understood(config, "config")
+        self.config = config
+        self.folder = folder
+        c = read_config(config, folder / "config.json" if folder else "config")
         self.model = Decoder(c)
         if not c["tie_word_embeddings"]:
             self.lm_head = nn.Linear(c["hidden_size"], c["vocab_size"], bias=False)
 
     @property
     def head_weight(self):
-        """The output head's matrix [V, hidden]; the embedding itself where the two are tied."""
-        return self.lm_head.weight if hasattr(self, "lm_head") else self.model.embed_tokens.weight
+        """The matrix [V, hidden] of the output head: the embedding matrix if the two are tied."""
+        head = getattr(self, "lm_head", self.model.embed_tokens)
+        return head.weight
 
-    def size(self):
-        """Number of parameters."""
-        return sum(p.numel() for p in self.parameters())
-
-    def hidden(self, input_ids, positions=None, mask=None, cache=None):
+    def hidden_states(self, input_ids, positions=None, mask=None, cache=None):
         """Hidden states [B, T, hidden] after the last norm, before the output head.
 
-        input_ids [B, T] int64 · positions [B, T], default 0, 1, 2 … behind the cache · mask [B, 1, T, S] bool, True
-        where a query may see a key, default causal · cache: a `KVCache` that is read and extended.
+        input_ids: int64 [B, T]
+        positions: int64 [B, T]; by default they continue the cache, or start at 0 without one
+        mask: bool [B, 1, T, S], True where a query may see a key; by default causal
+        cache: a `KVCache`, which is read and extended
         """
         return self.model(input_ids, positions, mask, cache)
 
     def forward(self, input_ids, positions=None, mask=None, cache=None):
-        """Logits [B, T, V]; arguments as in `hidden`."""
-        return F.linear(self.hidden(input_ids, positions, mask, cache), self.head_weight)
+        """Logits [B, T, V]. The arguments are those of `hidden_states`."""
+        x = self.hidden_states(input_ids, positions, mask, cache)
+        return F.linear(x, self.head_weight)
+
+    def num_parameters(self):
+        """Number of parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
 
     @torch.no_grad()
     def init_weights(self, seed, std=0.02):
-        """Random weights: normal with `std` for matrices, zero biases, norms at one. Returns self."""
+        """Set random weights and return self: matrices normal with `std`, biases 0, norm weights 1."""
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if p.dim() == 2:
@@ -228,120 +326,102 @@ class Transformer(nn.Module):
 
     @staticmethod
     def from_pretrained(folder, dtype=torch.float32, device="cpu"):
-        """Load a model folder (config.json and one or many .safetensors) as `dtype` on `device`.
+        """Load a model folder: config.json and one or several .safetensors files.
 
-        Tensors go from the file to their place one at a time: memory never holds two copies. Raises InputError for
-        anything missing, cut short, of the wrong shape or not supported.
+        Tensors are read, cast and moved one at a time, so memory never holds two copies of the model. Raises
+        InputError for a file that is missing or cut short, for a wrong shape and for an unsupported model.
         """
         folder = Path(folder)
-        config = read_json(folder / "config.json", WHOLE_FOLDER)
-        understood(config, folder / "config.json")
+        config = read_json(folder / "config.json", MODEL_FOLDER)
         with torch.device("meta"):
-            model = Transformer(config)
-        model.folder = folder
-        wanted = {name: p.shape for name, p in model.named_parameters()}
-        for path, names in shards(folder).items():
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for name in names or file.keys():
-                        if name not in wanted:
-                            if name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
-                                continue  # a stored copy of a tied head; a table that is computed here
-                            raise InputError(f"{path}: tensor {name} has no place in a {config['model_type']} model")
-                        tensor = file.get_tensor(name)
-                        if tensor.shape != wanted[name]:
-                            raise InputError(f"{path}: {name} is {list(tensor.shape)}, config.json says "
-                                             f"{list(wanted[name])}; the folder mixes files of two models")
-                        model.place(name, tensor.to(device=device, dtype=dtype, copy=True))
-                        del wanted[name]
-            except SafetensorError as e:
-                raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e
-        if wanted:
-            raise InputError(f"{folder}: no tensor {next(iter(wanted))} in its safetensors files "
-                             f"({len(wanted)} missing); download or copy the folder again")
+            model = Transformer(config, folder)
+        shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        state = {}
+        for path, name, tensor in read_tensors(folder, shapes):
+            shape = list(tensor.shape)
+            if shape != shapes[name]:
+                raise InputError(f"{path}: {name} is {shape}, config.json says {shapes[name]}; "
+                                 "the folder mixes files of two models")
+            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
+        missing = sorted(shapes.keys() - state.keys())
+        if missing:
+            raise InputError(f"{folder}: no tensor {missing[0]} in its safetensors files "
+                             f"({len(missing)} missing); download or copy the folder again")
+        model.load_state_dict(state, assign=True)
         return model
 
-    def place(self, name, tensor):
-        """Make `tensor` the parameter called `name`."""
-        module, _, leaf = name.rpartition(".")
-        setattr(self.get_submodule(module), leaf, nn.Parameter(tensor))
-
-    def copy(self, dtype):
-        """A copy in another precision: sampling from a bfloat16 one need not recast the weights at every token."""
-        with torch.device("meta"):
-            twin = Transformer(self.config)
-        for name, p in self.named_parameters():
-            twin.place(name, p.detach().to(dtype, copy=True))
-        return twin
-
     def save_pretrained(self, folder, dtype=None):
-        """Write a folder that `transformers` and vLLM load: weights, config.json, and the tokenizer and generation
-        files of the folder this model came from. `dtype` None keeps the weights' own. There whole, or not at all."""
-        state = {name: p.detach().to("cpu", dtype or p.dtype).contiguous() for name, p in self.named_parameters()}
-        name = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        config = {k: v for k, v in self.config.items() if k not in ("torch_dtype", "dtype")} | {"torch_dtype": name}
-        with whole_folder(folder) as new:
+        """Write a model folder that `transformers` and vLLM load. Written atomically.
+
+        It holds the weights (as `dtype`, by default their own), config.json, and the tokenizer and generation
+        files of the folder that this model was loaded from.
+        """
+        dtype = dtype or self.head_weight.dtype
+        config = dict(self.config)
+        for name in ("dtype", "torch_dtype"):  # the newer and the older name
+            config.pop(name, None)
+        config["torch_dtype"] = str(dtype).removeprefix("torch.")
+        state = {}
+        for name, p in self.named_parameters():
+            state[name] = p.detach().to("cpu", dtype).contiguous()
+        with atomic_folder(folder) as new:
             save_tensors(state, new / "model.safetensors")
             write_json(new / "config.json", config)
-            for file in CARRIED_FILES:
-                if self.folder is not None and (self.folder / file).exists():
+            for file in COPIED_FILES:
+                if self.folder and (self.folder / file).exists():
                     shutil.copyfile(self.folder / file, new / file)
 
-
-def understood(config, where):
-    """The settings this file computes with, from a config.json of either generation. InputError for what it cannot."""
-    kind = config.get("model_type")
-    if "moe" in str(kind) or config.get("num_experts"):
-        raise InputError(f"{where}: mixture of experts ({kind}) is not supported; use a dense qwen2 or qwen3 model")
-    if kind not in ("qwen2", "qwen3"):
-        raise InputError(f"{where}: unknown model_type {kind!r}; supported are qwen2 (Qwen2, Qwen2.5) and qwen3")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise InputError(f"{where}: rope scaling ({rope.get('rope_type', rope.get('type'))}) is not supported; "
-                         "the plain model's config.json has none")
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise InputError(f"{where}: sliding-window attention in use is not supported; set use_sliding_window to false")
-    if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"{where}: hidden_act {config['hidden_act']!r} is not supported, only silu")
-    if config.get("quantization_config"):
-        raise InputError(f"{where}: quantised weights are not supported; use the bfloat16 release of the model")
-    c = {"num_key_value_heads": config.get("num_attention_heads"), "tie_word_embeddings": False,
-         "rms_norm_eps": 1e-6} | config
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    if missing := [key for key in needed if key not in c]:
-        raise InputError(f"{where}: {missing[0]} is missing; download or copy the folder again")
-    c["head_dim"] = c.get("head_dim") or (128 if kind == "qwen3" else c["hidden_size"] // c["num_attention_heads"])
-    c["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-    c["qk_norm"] = kind == "qwen3"
-    c["qkv_bias"] = kind == "qwen2" or bool(config.get("attention_bias"))
-    c["o_bias"] = kind == "qwen3" and bool(config.get("attention_bias"))
-    return c
+    def copy(self, dtype):
+        """A copy in another dtype: sampling from a bfloat16 copy does not cast the weights at every token."""
+        with torch.device("meta"):
+            model = Transformer(self.config)
+        state = {}
+        for name, p in self.named_parameters():
+            state[name] = p.detach().to(dtype, copy=True)
+        model.load_state_dict(state, assign=True)
+        return model
 
 
-def shards(folder):
-    """The folder's weight files and the tensors to take from each: {path: names, or None for all}."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
-            raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read (no .bin, no .gguf)")
-        return {single: None}
-    files = {}
-    for name, file in read_json(index).get("weight_map", {}).items():
-        files.setdefault(folder / file, []).append(name)
-    for path in files:
-        if not path.exists():
-            raise InputError(f"{path}: missing shard named by {index.name}; download or copy it again")
-    return files
+def read_tensors(folder, known):
+    """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: the names to expect."""
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if name in known:
+                        yield path, name, file.get_tensor(name)
+                    # Some folders also store a copy of the tied head or a table of rotary angles.
+                    elif name != "lm_head.weight" and not name.endswith("inv_freq"):
+                        raise InputError(f"{path}: the model in config.json has no tensor {name}; "
+                                         "download or copy the folder again")
+        except SafetensorError as e:
+            raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e
+
+
+def weight_files(folder):
+    """The paths of a folder's .safetensors files: those named by its index, or the single one."""
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    if index.exists():
+        shards = set(read_json(index).get("weight_map", {}).values())
+        paths = [folder / shard for shard in sorted(shards)]
+        for path in paths:
+            if not path.exists():
+                raise InputError(f"{path}: missing shard named by {index.name}; download or copy it again")
+        return paths
+    if not single.exists():
+        raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")
+    return [single]
 
 
 def save_tensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file and make sure it has reached the disk. OSError when it cannot."""
+    """Write {name: tensor} to a .safetensors file and flush it to disk. OSError if it cannot be written."""
     Path(path).touch()
-    mode = os.stat(path).st_mode  # as the umask has it; safetensors leaves a file that only its owner can read
+    mode = os.stat(path).st_mode  # as the umask sets it; save_file makes a file that only its owner can read
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         os.chmod(path, mode)
-    except SafetensorError as e:  # a full disk arrives as this
+    except SafetensorError as e:  # for example a full disk
         raise OSError(f"{path}: could not be written ({e})") from e
     with open(path, "rb") as file:
         os.fsync(file.fileno())

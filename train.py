@@ -1,13 +1,12 @@
-"""What both training loops share: the chunked output-head loss, the optimiser, its schedule, runs and their
-checkpoints, and several processes side by side.
+"""What both training loops share: the output head in chunks, optimisers, schedule, ranks, runs and their checkpoints.
 
 Departures from the released code:
-1. The loss is a mean over all counted tokens of the optimiser batch, whatever the micro-batches or ranks (released:
-   mean of micro-batch means, so that a token's weight depends on its neighbour's length).
-2. No positions x vocabulary tensor exists: the head runs on chunks of the counted positions only.
-3. A checkpoint is safetensors and JSON. All randomness is a function of the seed and of counts (of steps, of prompts
-   drawn), so a few numbers are all the random state and data position there is, and a resumed run repeats the
-   uninterrupted one (to the bit on a CPU; a GPU's sums have no fixed order).
+1. A loss is a mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a mean
+   of micro-batch means, in which the weight of a token depends on its neighbours).
+2. No tensor of positions x vocabulary exists: the head runs on chunks of the counted positions only.
+3. A checkpoint is safetensors and JSON. All randomness is a function of the seed and of counts (steps, prompts used),
+   so a few numbers are the whole random state and data position. A resumed run repeats the uninterrupted one, to the
+   bit on a CPU; the sums of a GPU have no fixed order.
 4. Gradient checkpointing is a flag, not the rule.
 """
 import atexit
@@ -15,107 +14,202 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
-from data import InputError, read_json, refuse_changes, whole_folder, write_json, write_lines
-from data.groups import visible
-from model import save_tensors
+from data import InputError, amount, number, positive, write_json
+from data.groups import attention_mask
+from data.runs import add_output_flags, check_finite, prepare_folder, sum_of_weights
+from model import Transformer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags of several commands
+
+def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
+    """Flags that say where and how precisely to compute."""
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device to compute on")
+    group.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
+    if seed:
+        group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
+
+
+def add_training_flags(parser, lr, weight_decay, save_every):
+    """Flags of everything that trains."""
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--lr", type=amount, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
+    group.add_argument("--batch-size", type=positive, default=128, help="sequences per optimiser step, in whole groups")
+    group.add_argument("--weight-decay", type=amount, default=weight_decay, help="on matrices only")
+    group.add_argument("--micro-batch-tokens", type=positive, default=4096,
+                       help="padded tokens per forward pass; changes memory and speed, not the gradient "
+                       "(except with --loss-mean micro-batch)")
+    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
+    add_output_flags(parser, "folder of the run")
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints; two are kept")
+    group.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
+    add_machine_flags(parser, "compute; weights and optimiser are float32")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The output head and the loss, in chunks of positions
 
-class HeadLoss(torch.autograd.Function):
-    """sum over positions of weight x objective(h W^T), with gradients to h and W, one chunk of logits at a time."""
+class ChunkedLoss(torch.autograd.Function):
+    """sum over positions of token weight x loss(hidden W^T), one chunk of logits at a time. See `head_loss`."""
 
     @staticmethod
-    def forward(ctx, h, W, weights, objective, chunk, dtype):
-        x, w = h.to(dtype), W.to(dtype)
-        high = torch.promote_types(dtype, torch.float32)  # logits and sums are float32, or float64 in tests
-        wanted = any(ctx.needs_input_grad)
-        dh, dW = (torch.zeros_like(t, dtype=high) if wanted else None for t in (h, W))
-        total, sums = torch.zeros((), dtype=high, device=h.device), {}
-        for start in range(0, len(h), chunk):
+    def forward(ctx, hidden, weight, token_weights, loss, chunk, dtype, *tensors):
+        x = hidden.to(dtype)  # [N, H]
+        w = weight.to(dtype)  # [V, H]
+        high = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
+        needs_grad = any(ctx.needs_input_grad)
+        if needs_grad:
+            d_hidden = torch.zeros_like(hidden, dtype=high)  # [N, H]
+            d_weight = torch.zeros_like(weight, dtype=high)  # [V, H]
+        total = torch.zeros((), dtype=high, device=hidden.device)
+        sums = {}
+        for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
-            logits = (x[rows] @ w.T).to(high).requires_grad_(wanted)  # [C, V]
-            with torch.set_grad_enabled(wanted):
-                losses, stats = objective(logits, rows)  # [C], {name: [C]}
-            total += losses.detach() @ weights[rows]
+            logits = (x[rows] @ w.T).to(high).requires_grad_(needs_grad)  # [C, V]
+            with torch.set_grad_enabled(needs_grad):
+                slices = [None if t is None else t[rows] for t in tensors]
+                losses, stats = loss(logits, *slices)  # [C], {name: [C]}
+            total += losses.detach() @ token_weights[rows]
             for name, values in stats.items():
                 sums[name] = sums.get(name, 0) + values.detach().sum()
-            if wanted:
-                grad, = torch.autograd.grad(losses, logits, weights[rows])  # [C, V]
+            if needs_grad:
+                d_logits, = torch.autograd.grad(losses, logits, token_weights[rows])  # [C, V]
                 del logits, losses, stats
-                grad = grad.to(dtype)
-                dh[rows] = grad @ w
-                dW += grad.T @ x[rows]
-        if wanted:
-            ctx.save_for_backward(dh.to(h.dtype), dW.to(W.dtype))
+                d_logits = d_logits.to(dtype)
+                d_hidden[rows] = d_logits @ w
+                d_weight += d_logits.T @ x[rows]
+        if needs_grad:
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(*sums.values())
         return total, *sums.values(), list(sums)
 
     @staticmethod
-    def backward(ctx, dtotal, *_):
-        dh, dW = ctx.saved_tensors
-        return dh * dtotal, dW * dtotal, None, None, None, None
+    def backward(ctx, d_total, *_):
+        d_hidden, d_weight = ctx.saved_tensors
+        unused = [None] * (len(ctx.needs_input_grad) - 2)
+        return d_hidden * d_total, d_weight * d_total, *unused
 
 
-def head_loss(h, W, weights, objective, chunk=256, dtype=None):
-    """Apply the output head to hidden states and an objective to its logits, without ever holding all logits.
+def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=256, dtype=None):
+    """Apply the output head and a loss without ever holding all logits.
 
-    h [N, hidden] · W [V, hidden] · weights [N] what each position's loss is multiplied by · objective(logits [C, V],
-    rows) -> (losses [C], {name: [C]}), where `rows` is the slice of the N positions that the chunk holds · dtype of
-    the matrix products, default h's. Returns (sum of weighted losses, {name: sum over positions}).
+    hidden: [N, H]
+    weight: [V, H], the output head
+    token_weights: [N], the factor of each position's loss
+    loss: a function (logits [C, V], *slices [C, ...]) -> (losses [C], {name: [C]}) of a chunk of positions
+    tensors: [N, ...] each, or None; the loss is given the chunk's slice of every one
+    dtype: of the matrix products; default: hidden's
 
-    >>> h, W = torch.ones(3, 2), torch.tensor([[1., 0], [0, 1], [1, 1]])
-    >>> nll = lambda logits, rows: (logits.logsumexp(-1) - logits[:, 2], {})
-    >>> head_loss(h, W, torch.full((3,), 1 / 3), nll, chunk=2)[0]
+    Returns (sum of token_weights x losses, {name: sum over positions}).
+
+    >>> hidden = torch.ones(3, 2)
+    >>> weight = torch.tensor([[1., 0], [0, 1], [1, 1]])
+    >>> nll = lambda logits, target: (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0], {})
+    >>> head_loss(hidden, weight, torch.full((3,), 1 / 3), nll, torch.tensor([2, 2, 2]), chunk=2)[0]
     tensor(0.5514)
     """
-    if not torch.is_grad_enabled():  # a parameter asks for its gradient under no_grad too
-        h, W = h.detach(), W.detach()
-    with torch.autocast(h.device.type, enabled=False):  # the chunks choose their own precision
-        total, *sums, names = HeadLoss.apply(h, W, weights, objective, chunk, dtype or h.dtype)
+    if not torch.is_grad_enabled():  # a parameter requires its gradient under no_grad too
+        hidden = hidden.detach()
+        weight = weight.detach()
+    with torch.autocast(hidden.device.type, enabled=False):  # the chunks choose their own precision
+        total, *sums, names = ChunkedLoss.apply(
+            hidden, weight, token_weights, loss, chunk, dtype or hidden.dtype, *tensors)
     return total, dict(zip(names, sums))
 
 
+@torch.no_grad()
+def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=256, dtype=None):
+    """The log-prob of each target token, [N], chunk for chunk the numbers that the loss computes; no gradient.
+
+    Parameters as in `head_loss`; targets [N].
+    """
+    dtype = dtype or hidden.dtype
+    x = hidden.to(dtype)  # [N, H]
+    w = weight.to(dtype)  # [V, H]
+    high = torch.promote_types(dtype, torch.float32)
+    log_probs = torch.empty(targets.shape, dtype=high, device=targets.device)  # [N]
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits = (x[rows] @ w.T).to(high)  # [C, V]
+        log_p = (logits / temperature).log_softmax(-1)  # [C, V]
+        log_probs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+    return log_probs
+
+
+@torch.no_grad()
+def topk_log_probs(hidden, weight, k, generator=None, chunk=256):
+    """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32, in descending order.
+
+    hidden: [N, H]
+    weight: [V, H]; log-probs are those of the softmax over all V
+    generator: if given, draw k tokens with replacement instead, and return the log of each one's share of the draws
+    """
+    ids = []
+    log_p = []
+    for rows in hidden.split(chunk):
+        log_probs = (rows @ weight.T).float().log_softmax(-1)  # [C, V]
+        if generator is None:
+            values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
+        else:
+            tokens = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)
+            same = tokens[:, :, None] == tokens[:, None, :]  # [C, k, k]
+            values = same.float().mean(-1).log()  # [C, k]
+        ids.append(tokens)
+        log_p.append(values)
+    return torch.cat(ids), torch.cat(log_p)
+
+
+def hidden_states(model, packed, dtype):
+    """The hidden states [N, H] that predict a packed batch's counted tokens, computed in `dtype`."""
+    device = packed["targets"].device
+    cast = nullcontext()  # float32, or float64 in tests
+    if dtype.itemsize < 4:
+        cast = torch.autocast(device.type, dtype)
+    with cast:
+        hidden = model.hidden_states(packed["input_ids"], packed["positions"], attention_mask(packed))  # [B, T, H]
+    return hidden.flatten(0, 1).index_select(0, packed["logit_positions"])  # [N, H]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Optimiser
+# Optimisers
 
-def adamw(model, lr, weight_decay):
-    """[AdamW] with the released betas (0.9, 0.95); no decay on norms and biases (paper.md 1.6)."""
-    return [adamw_of(model.parameters(), lr, weight_decay)]
-
-
-def adamw_of(parameters, lr, weight_decay):
+def adamw(parameters, lr, weight_decay):
+    """AdamW with the released betas (0.9, 0.95); no decay on norms and biases (paper.md 1.6)."""
     parameters = list(parameters)
-    matrices, vectors = [p for p in parameters if p.dim() >= 2], [p for p in parameters if p.dim() < 2]
-    return torch.optim.AdamW([{"params": matrices, "weight_decay": weight_decay},
-                              {"params": vectors, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def muon(model, lr, weight_decay):
-    """[Muon, AdamW]: for very small models, Muon on the layers' matrices at 5 times the rate of AdamW,
-    which has the embedding, the head and the vectors."""
-    inside = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    beside = [p for name, p in model.named_parameters() if not (".layers." in name and p.dim() == 2)]
-    return [torch.optim.Muon([{"params": inside, "scale": 5.0}], lr=lr, weight_decay=weight_decay, momentum=0.95),
-            adamw_of(beside, lr, weight_decay)]
+def make_optimisers(name, model, lr, weight_decay):
+    """The optimisers called "adamw" or "muon", as a list.
 
-
-OPTIMISERS = {"adamw": adamw, "muon": muon}
+    muon, for very small models: Muon on the matrices of the layers at 5 times the rate; AdamW on the rest.
+    """
+    if name == "adamw":
+        return [adamw(model.parameters(), lr, weight_decay)]
+    matrices = []
+    rest = []
+    for name, p in model.named_parameters():
+        (matrices if ".layers." in name and p.dim() == 2 else rest).append(p)
+    groups = [{"params": matrices, "scale": 5.0}]
+    muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, momentum=0.95)
+    return [muon, adamw(rest, lr, weight_decay)]
 
 
 def learning_rate(step, steps, peak):
-    """The rate of step 1 … steps: linear warm-up over ceil(3 %), then a cosine down to a tenth of `peak`.
+    """The rate of step 1 ... steps: linear warm-up over ceil(3 %), then a cosine down to a tenth of `peak`.
 
     >>> [round(learning_rate(s, 100, 1.0), 3) for s in (1, 3, 50, 100)]
     [0.333, 1.0, 0.572, 0.1]
@@ -123,177 +217,169 @@ def learning_rate(step, steps, peak):
     warm_up = math.ceil(0.03 * steps)
     if step <= warm_up:
         return peak * step / warm_up
-    done = (step - warm_up) / max(1, steps - warm_up)
-    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+    progress = (step - warm_up) / max(1, steps - warm_up)
+    return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def optimiser_step(model, optimisers, lr, max_norm=1.0):
-    """Sum the gradients of all ranks, clip their norm, step. Returns the norm before clipping."""
+def clip_gradients(model, max_norm=1.0):
+    """Sum the gradients of all ranks and clip their norm. Returns the norm before clipping."""
     if dist.is_initialized():
         for p in model.parameters():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad  # a rank may have had no micro-batch
+            if p.grad is None:  # this rank had no micro-batch
+                p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+
+
+def optimiser_step(optimisers, lr):
+    """Update the weights at this learning rate and clear the gradients."""
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-    return norm.item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices and ranks
 
-def set_up(device):
-    """(device, rank, ranks). Under `torchrun` each process takes its own GPU and joins the others."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device here; use --device cpu")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1 and not dist.is_initialized():
-        if device == "cuda":
+def torch_dtype(name):
+    """The torch dtype with this name."""
+    return getattr(torch, name)
+
+
+def pick_device(name):
+    """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device on this machine; use --device cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        if name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    return torch.device(device), int(os.environ.get("RANK", 0)), ranks
+    return torch.device(name)
 
 
-def autocast(device, dtype):
-    """bfloat16 compute over float32 weights, or nothing when `dtype` is float32 (or float64, in tests)."""
-    return nullcontext() if dtype.itemsize >= 4 else torch.autocast(device.type, dtype)
+def rank():
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def states(model, packed, dtype):
-    """The hidden states that predict a packed batch's counted tokens, [N, hidden], computed in `dtype`."""
-    with autocast(packed["targets"].device, dtype):
-        h = model.hidden(packed["input_ids"], packed["positions"], visible(packed))  # [B, T, hidden]
-    return h.flatten(0, 1).index_select(0, packed["predictors"])  # [N, hidden]
+def world_size():
+    """The number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def note(text):
+    """Print a progress note on stderr, once for all ranks. Results go to stdout."""
+    if rank() == 0:
+        print(text, file=sys.stderr)
 
 
 def sum_over_ranks(sums, device):
-    """{name: number or tensor} added over the ranks, as floats."""
-    values = torch.tensor([float(v) for v in sums.values()], dtype=torch.float64)
+    """{name: number or tensor} summed over the ranks, as floats."""
+    values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
     if dist.is_initialized():
         values = values.to(device)
         dist.all_reduce(values)
     return dict(zip(sums, values.tolist()))
 
 
-def joined_over_ranks(rows, device):
-    """The lists of all ranks as one, in the order of ranks: what JSON can write travels as its bytes, so no pickle."""
+def gather_over_ranks(rows, device):
+    """The lists of all ranks as one list, in rank order. JSON values, sent as bytes, so no pickle."""
     if not dist.is_initialized():
         return rows
     data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)  # [bytes]
-    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(dist.get_world_size())]
+    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
-    parts = [data.new_zeros(max(sizes)) for _ in sizes]  # all_gather wants one length: shorter ones are padded
-    dist.all_gather(parts, torch.cat((data, data.new_zeros(max(sizes) - len(data)))))
-    return [row for part, size in zip(parts, sizes) for row in json.loads(part[:size].cpu().numpy().tobytes())]
+    padding = data.new_zeros(max(sizes) - len(data))  # all_gather takes equal lengths only
+    parts = [data.new_zeros(max(sizes)) for _ in sizes]
+    dist.all_gather(parts, torch.cat((data, padding)))
+    gathered = []
+    for part, size in zip(parts, sizes):
+        gathered += json.loads(part[:size].cpu().numpy().tobytes())
+    return gathered
 
 
 def peak_memory(device):
-    """Peak memory so far in GB: the GPU's own count there, the process's resident size elsewhere."""
+    """Peak memory in GB: the GPU's own count, or the resident size of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs and checkpoints
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # what AdamW and Muon remember of each parameter
+def open_run(args, device, models=(), files=()):
+    """Prepare the folder --out for a run. Returns the step to resume after, 0 for a new run; the same on every rank.
 
+    models: the model folders that the run reads, or None; broken ones are refused before anything is written
+    files: the other files that the run reads, or None
 
-def open_run(out, arguments, resume, overwrite, device, rank=0):
-    """Make `out` ready for a run and return the step to go on from, 0 for a new run; the same on every rank.
-
-    device, rank: from `set_up` · `arguments` (without what does not change the numbers) goes to arguments.json, and a
-    resumed run must have the same. InputError when `out` holds something and neither `resume` nor `overwrite` is given.
+    The settings are written to arguments.json, and a resumed run must have the same. InputError if --out exists and
+    neither --resume nor --overwrite is set, and if --overwrite would delete what the run reads.
     """
-    out, step = Path(out), 0
-    if rank == 0:
-        if out.exists() and not out.is_dir():
-            raise InputError(f"{out}: is a file; --out names a folder")
-        if out.exists() and any(out.iterdir()):
-            if not (resume or overwrite):
-                raise InputError(f"{out}: exists already; give --resume to go on with it or --overwrite to start anew")
-            if not (out / "arguments.json").exists():  # --overwrite deletes runs, not what else a folder may hold
-                raise InputError(f"{out}: holds no arguments.json, so it is not a run; remove it or give another --out")
-        if overwrite and (out / "arguments.json").exists():
-            before = read_json(out / "arguments.json").get("command")
-            if before != arguments.get("command"):
-                raise InputError(f"{out}: holds a run of {before!r}; remove it or give another --out")
-        if overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        elif (out / "arguments.json").exists():
-            refuse_changes(f"{out}: was begun with", read_json(out / "arguments.json"), arguments,
-                           "resume with the settings in its arguments.json, or start anew with --overwrite")
-            steps = [int(path.name.removeprefix("step-")) for path in (out / "checkpoints").glob("step-??????")]
-            step = max(steps, default=0)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "arguments.json", arguments)
-        for log in filter(Path.exists, (out / "metrics.jsonl", out / "samples.jsonl")):
-            # What was logged after the checkpoint comes again; a kill may have left half a line, or half a character.
-            with open(log, encoding="utf-8", errors="replace") as file:
-                write_lines(log, (line for line in file if step and line.endswith("\n")
-                                  and json.loads(line)["step"] <= step))
+    models = [folder for folder in models if folder]
+    files = [file for file in files if file]
+    for folder in models:
+        Transformer.from_pretrained(folder, device="meta")
+    step = prepare_folder(args, [*models, *files]) if rank() == 0 else 0
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 
-def log_metrics(out, *rows, name="metrics.jsonl"):
-    """Append rows, a line each, to metrics.jsonl or another file of the run."""
-    with open(Path(out) / name, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def finish_run(args, model, summary):
+    """Save a finished run's model and summary; rank 0 only."""
+    check_finite(args.out, summary["steps"], "a weight", sum_of_weights(model))
+    model.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
+    write_json(Path(args.out) / "summary.json", summary)
 
 
-def save_checkpoint(out, step, model, optimisers, progress=None, keep=2):
-    """Write checkpoints/step-… (weights, optimiser moments, progress.json) whole or not at all; keep the last `keep`.
+class Stopwatch:
+    """Seconds by name: `with clock("sampling"):` adds to clock.seconds["sampling"]."""
 
-    progress: the counts that `load_checkpoint` gives back; default {"updates": step}, how often the optimiser stepped.
-    """
-    with whole_folder(Path(out) / "checkpoints" / f"step-{step:06d}") as new:
-        save_tensors({name: p.detach() for name, p in model.named_parameters()}, new / "weights.safetensors")
-        state = {p: held for optimiser in optimisers for p, held in optimiser.state.items()}  # none before a first step
-        for moment in MOMENTS:  # a file each: writing one takes a copy of it in memory
-            save_tensors({name: state[p][moment] for name, p in model.named_parameters() if moment in state.get(p, ())},
-                         new / f"{moment}.safetensors")
-        write_json(new / "progress.json", progress or {"updates": step})
-    kept = sorted((Path(out) / "checkpoints").glob("step-??????"))[-keep:]
-    for old in (Path(out) / "checkpoints").iterdir():  # older ones, and what a killed run left half-written
-        if old not in kept:
-            shutil.rmtree(old)
+    def __init__(self, *names):
+        self.seconds = dict.fromkeys(names, 0.0)
+
+    @contextmanager
+    def __call__(self, name):
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
 
 
-@torch.no_grad()
-def load_checkpoint(out, step, model, optimisers):
-    """Put the weights and the optimiser back as they were at the end of `step`. Returns the progress saved there."""
-    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
-    progress = read_json(folder / "progress.json")
-    weights, *moments = (safe_open(folder / f"{what}.safetensors", "pt") for what in ("weights", *MOMENTS))
-    for name, p in model.named_parameters():
-        p.copy_(weights.get_tensor(name))
-        optimiser, = (o for o in optimisers if any(p is mine for group in o.param_groups for mine in group["params"]))
-        for what, file in zip(MOMENTS, moments):
-            if name in file.keys():
-                optimiser.state[p][what] = file.get_tensor(name).to(p.device, copy=True)
-        if "exp_avg" in optimiser.state[p]:
-            optimiser.state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
-    return progress
+def show_metrics(bar, row, names):
+    """Show these metrics of a step beside the progress bar, and advance it."""
+    shown = [f"{name} {row[name]:.3g}" for name in names if name in row]
+    bar.set_postfix_str(" ".join(shown))
+    bar.update()
+
+
+def stopped_run(args):
+    """Say how to continue a run that Ctrl-C stopped. Returns the exit code."""
+    note(f"Stopped. Continue with the same command and --resume; checkpoints are in {args.out}/checkpoints")
+    return 130
 
 
 class Interrupt:
-    """While this context is open, Ctrl-C asks to stop at the next step boundary; a second Ctrl-C stops at once."""
+    """While this context is open, Ctrl-C asks to stop after the current step; a second Ctrl-C stops at once."""
 
     def __enter__(self):
-        self.asked, self.before = False, signal.signal(signal.SIGINT, self.handle)
+        self.requested = False
+        self.previous = signal.signal(signal.SIGINT, self.handle)
         return self
 
     def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
+        signal.signal(signal.SIGINT, self.previous)
 
     def handle(self, *_):
-        self.asked = True
+        self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
+
+    def on_any_rank(self, device):
+        """Whether a stop was requested on any rank, so that all stop after the same step."""
+        return sum_over_ranks({"requested": self.requested}, device)["requested"] > 0

@@ -1,23 +1,31 @@
-"""Records, prompts and packed groups: everything between a file on disk and the tensors a model sees, and back."""
+"""Files in and out: JSON, JSON lines and folders, written atomically; the one error a user can cause; text tables.
+
+Everything between a file on disk and the tensors a model sees is in this folder. Nothing here needs a model.
+"""
+import argparse
 import gzip
 import json
+import math
 import os
 import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-WHOLE_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+MODEL_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
 
 
 class InputError(Exception):
-    """What the user gave cannot be used. The message is one line: file, line where there is one, and the remedy.
+    """The user's input cannot be used. The message is one line: file, line number if there is one, and the remedy.
 
     `star.py` prints it and exits with code 2; a program that imports these modules may catch it.
     """
 
 
 def read_json(path, remedy="download or copy it again", kind=dict):
-    """What a JSON file holds; InputError with the remedy where it is missing, broken or not of this kind."""
+    """Return the value in a JSON file; InputError with the remedy if it is missing, broken or not of this kind."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -27,35 +35,52 @@ def read_json(path, remedy="download or copy it again", kind=dict):
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: is not UTF-8 text ({e.reason}); {remedy}") from e
     if not isinstance(value, kind):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not what is expected there; {remedy}")
+        kind_of_value = type(value).__name__
+        raise InputError(f"{path}: holds a JSON {kind_of_value}, which is not expected here; {remedy}")
     return value
 
 
 def write_json(path, value):
-    """Write JSON to `path`: there whole, or not at all."""
+    """Write a JSON file atomically."""
     write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False) + "\n"])
 
 
 def write_lines(path, lines):
-    """Write text lines beside `path` and rename them into place: a kill leaves the old file or the new one.
+    """Write text lines atomically: to a file beside `path`, which is then renamed.
 
     A path that ends in .gz is compressed; the same lines give the same bytes.
     """
     new = Path(f"{path}.tmp")
     try:
-        with open(new, "wb") as file, (gzip.GzipFile("", "wb", 6, file, mtime=0) if str(path).endswith(".gz")
-                                       else nullcontext(file)) as sink:
-            sink.writelines(line.encode() for line in lines)
+        with open(new, "wb") as file:
+            sink = nullcontext(file)
+            if str(path).endswith(".gz"):
+                sink = gzip.GzipFile("", "wb", 6, file, mtime=0)
+            with sink as stream:
+                stream.writelines(line.encode() for line in lines)
         os.replace(new, path)
     finally:
-        new.unlink(missing_ok=True)  # of a generator that failed, or a full disk
+        new.unlink(missing_ok=True)  # if the generator of lines failed, or the disk is full
+
+
+def save_tensors(tensors, path):
+    """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode  # safetensors would leave a file that only its owner can read
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, mode)
+    except SafetensorError as e:  # raised when the disk is full
+        raise OSError(f"{path}: could not be written ({e})") from e
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 @contextmanager
-def whole_folder(folder):
-    """A new folder to write into, which takes the place of `folder` at the end, or is gone if that does not come."""
+def atomic_folder(folder):
+    """Yield a temporary folder, which replaces `folder` at the end, or is removed after an error."""
     new = Path(f"{folder}.tmp")
-    shutil.rmtree(new, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(new, ignore_errors=True)  # left by a killed run
     new.mkdir(parents=True)
     try:
         yield new
@@ -67,6 +92,41 @@ def whole_folder(folder):
 
 
 def refuse_changes(where, before, now, remedy):
-    """InputError that names each setting in `now` that is another in `before`."""
-    if differing := [name for name in now if before.get(name) != now[name]]:
-        raise InputError(f"{where} another {' and another '.join(differing)}; {remedy}")
+    """InputError that names each setting of `now` whose value in `before` differs."""
+    if unknown := [name for name in now if name not in before]:
+        raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
+    if changed := [name for name in now if before[name] != now[name]]:
+        raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: finite numbers from `low` to `high`."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+
+    return parse
+
+
+positive = number(int, 1)
+natural = number(int, 0)
+amount = number(float, 0.0)
+
+
+def one_line(text, width=160):
+    """Text on one line, cut to `width` characters."""
+    text = " ".join((text or "").split())
+    return text if len(text) <= width else text[:width - 3] + "..."
+
+
+def print_table(rows):
+    """Print rows of cells in aligned columns."""
+    rows = [[f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row] for row in rows]
+    widths = [0] * max(map(len, rows))
+    for row in rows:
+        for i, cell in enumerate(row):
+            widths[i] = max(widths[i], len(cell))
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -1,20 +1,22 @@
-"""Records to text and token ids: byte for byte what the models' own chat templates give, without a template engine.
+"""Records to text and token ids: byte for byte the text of the models' own chat templates, without a template engine.
 
-Two families are known. Both write ChatML turns, `<|im_start|>role\\n ... <|im_end|>\\n`, list the tools in the system
-turn and group tool results into one user turn. They differ in this:
+Two families are supported. Both write ChatML turns, `<|im_start|>role\\n ... <|im_end|>\\n`, list the tools in the
+system turn and put consecutive tool results into one user turn. They differ in this:
 
                           qwen2.5                                  qwen3
-    no system message     a default prompt, from the template      no system text
+    no system message     the template's default prompt            no system text
     example call          {"name": ...} or {{"name": ...}}         {"name": ...}
     string arguments      quoted as JSON                           inserted raw
-    reasoning             knows none                               shown after the last user query only
+    reasoning             never written                            written after the last user query only
 
-`Chat.from_pretrained(folder)` tells the family from the text of the folder's own template. Training and sampling use
-the same two methods: `prompt` (what the model is given) and `answer` (what it should write).
+`Chat.from_pretrained(folder)` recognises the family by the text of the folder's template. Training and sampling use the
+same two methods: `prompt` (the model's input) and `answer` (its target).
 
-Departures from the templates: (1) content that is null renders as ''; the Qwen2.5 template and the older of Qwen3's
-two revisions fail on it, or print a null tool result as "None". (2) With think "on" the prompt ends in "<think>", as
-in the released STAR runs; Qwen3's template leaves that token to the model.
+Departures from the templates:
+1. Content that is null renders as ''. The Qwen2.5 template and the older of Qwen3's two revisions fail on it, or print
+   a null tool result as "None".
+2. With think "on" the prompt ends in "<think>", as in the released STAR runs. Qwen3's template leaves this token to
+   the model.
 """
 import json
 import re
@@ -22,37 +24,55 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data import WHOLE_FOLDER, InputError, read_json
+from data import MODEL_FOLDER, InputError, read_json
 
-# What ends the prompt and opens the answer. One meaning everywhere: `--think on|off|none`.
+# The end of the prompt, which opens the answer: `--think on|off|none`.
 THINK = {"on": "<think>", "off": "<think>\n\n</think>\n\n", "none": ""}
 
 TOOLS_INTRO = "You may call one or more functions to assist with the user query."
-CALLS_INTRO = ("For each function call, return a json object with function name and arguments within "
-               "<tool_call></tool_call> XML tags:")
+CALLS_INTRO = (
+    "For each function call, return a json object with function name and arguments "
+    "within <tool_call></tool_call> XML tags:"
+)
 EXAMPLE_CALL = '{"name": <function-name>, "arguments": <args-json-object>}'
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
-class Chat:
-    """A model folder's tokenizer and the way its chat template writes a conversation. See `from_pretrained`.
+def add_prompt_flags(parser, tools="--tools"):
+    """Add --think and the flag named `tools`: how records are rendered as prompts."""
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--think", choices=("on", "off", "none"),
+        help="on: the prompt ends in an opened <think>; off: in an empty think block; "
+        "none: no think tags; default: as in the model's chat template",
+    )
+    group.add_argument(
+        tools, choices=("flat", "wrapped"), default="flat",
+        help="flat: tools as in the released data; wrapped: as in OpenAI's API",
+    )
 
-    tokenizer, think, tools   as given or found
-    family                    "qwen2.5" or "qwen3"
-    default_system            Qwen2.5's system prompt for a conversation that brings none; None for Qwen3
-    stop_ids, end_id          ids that end a response, sorted; the id of <|im_end|>, which is one of them
-    think_end_id              id of </think>, or None when that is not one token
-    vocab_size                number of ids the tokenizer can produce (the model's embedding is usually padded wider)
+
+class Chat:
+    """A model folder's tokenizer and chat format. Create it with `from_pretrained`.
+
+    tokenizer: a tokenizers.Tokenizer
+    think, tools: as in `from_pretrained`
+    family: "qwen2.5" or "qwen3"
+    default_system: Qwen2.5's system prompt for conversations without one; None for Qwen3
+    example_call: the example in the tools section
+    end_id: id of <|im_end|>
+    stop_ids: sorted ids that end a response, end_id among them
+    think_end_id: id of </think>, or None if that is not one token
+    vocab_size: number of ids the tokenizer can produce (the model's embedding is usually padded to more)
     """
 
     @classmethod
     def from_pretrained(cls, folder, think=None, tools="flat"):
-        """Reads tokenizer.json, the chat template and the stop tokens of a model folder.
+        """Read the tokenizer, the chat template and the stop tokens of a Hugging Face model folder, without weights.
 
-        folder: a Hugging Face model folder (weights are not read).
-        think: "on" opens a think block in every prompt, "off" gives the empty block, "none" no block at all;
-            None takes `default_think` of tokenizer_config.json (only data/tiny has it), else what the template knows:
-            "on" for Qwen3, "none" for Qwen2.5.
+        think: "on" opens a think block at the end of every prompt, "off" writes an empty block, "none" writes none.
+            None takes `default_think` of tokenizer_config.json (only data/tiny has it), else "on" for Qwen3 and
+            "none" for Qwen2.5.
         tools: "flat" writes each tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
             {"type": "function", "function": {...}}.
         Raises InputError for a missing or broken file, and for a template of another family.
@@ -60,41 +80,44 @@ class Chat:
         folder = Path(folder)
         chat = cls()
         chat.family, chat.default_system, chat.example_call = read_flavour(folder)
-        path = folder / "tokenizer_config.json"
-        known = read_json(path).get("default_think") if path.exists() else None
-        chat.think = think or known or ("on" if chat.family == "qwen3" else "none")
+        config = read_optional(folder / "tokenizer_config.json")
+        family_think = "on" if chat.family == "qwen3" else "none"
+        chat.think = think or config.get("default_think") or family_think
         chat.tools = tools
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
-            raise InputError(f"think={think!r}, tools={tools!r}: think is on, off or none; tools is flat or wrapped")
+            rule = "think is on, off or none; tools is flat or wrapped"
+            raise InputError(f"think={think!r}, tools={tools!r}: {rule}")
 
         path = folder / "tokenizer.json"
         chat.tokenizer = read_tokenizer(folder)
-        chat.tokenizer.no_truncation()  # either may have been saved into the file by an earlier training run
-        chat.tokenizer.no_padding()
-        chat.vocab_size = max(chat.tokenizer.get_vocab(with_added_tokens=True).values()) + 1  # ids may have gaps
-
-        chat.end_id = chat.tokenizer.token_to_id("<|im_end|>")
+        vocabulary = chat.tokenizer.get_vocab(with_added_tokens=True)
+        chat.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        chat.end_id = vocabulary.get("<|im_end|>")
+        chat.think_end_id = vocabulary.get("</think>")
         if chat.end_id is None:
-            raise InputError(f"{path}: no token <|im_end|>, the end of a turn; use the tokenizer of Qwen2.5 or Qwen3")
-        chat.think_end_id = chat.tokenizer.token_to_id("</think>")
+            remedy = "use the tokenizer of Qwen2.5 or Qwen3"
+            raise InputError(f"{path}: no token <|im_end|>, the end of a turn; {remedy}")
         if chat.think != "none" and chat.think_end_id is None:
-            raise InputError(f"{path}: has no token </think>, so --think {chat.think} cannot work; use --think none")
-        stops = {chat.end_id}
+            why = f"has no token </think>, so --think {chat.think} cannot work"
+            raise InputError(f"{path}: {why}; use --think none")
+        stop_ids = {chat.end_id}
         for name in ("generation_config.json", "config.json"):
-            eos = read_json(folder / name).get("eos_token_id") if (folder / name).exists() else None
-            stops.update(eos if isinstance(eos, list) else [] if eos is None else [eos])
-        chat.stop_ids = sorted(stops)
+            eos = read_optional(folder / name).get("eos_token_id")
+            if eos is not None:
+                stop_ids.update(eos if isinstance(eos, list) else [eos])
+        chat.stop_ids = sorted(stop_ids)
         return chat
 
     def prompt(self, record):
-        """Everything before the response: the record's tools and messages, the assistant header, the think opening."""
+        """The text before the response: tools, messages, the assistant header, the think opening."""
         tools = record["tools"]
         if self.tools == "wrapped":
             tools = [{"type": "function", "function": tool} for tool in tools]
-        return self.render(record["messages"], tools, generation_prompt=True) + THINK[self.think]
+        text = self.render(record["messages"], tools, generation_prompt=True)
+        return text + THINK[self.think]
 
     def answer(self, record):
-        """The gold response that continues `prompt`, ending in <|im_end|>; its reasoning is used with think "on" only.
+        """The gold response that continues `prompt`, up to <|im_end|>. Its reasoning is written with think "on" only.
 
         prompt + answer + "\\n" is the template's rendering of the finished conversation (except for Qwen3 with think
         "none", where the template would write a think block).
@@ -102,9 +125,10 @@ class Chat:
         """
         gold = record.get("answer")
         if not gold:
-            raise InputError(f"record {record.get('id')}: has no gold answer; add one, or train on responses")
-        thought = {"on": gold.get("reasoning") or "", "off": "", "none": None}[self.think]
-        text = self._assistant(text_of(gold), gold.get("tool_calls") or [], thought)
+            why = "has no gold answer; add one, or train on responses"
+            raise InputError(f"record {record.get('id')}: {why}")
+        reasoning = {"on": gold.get("reasoning") or "", "off": "", "none": None}
+        text = self._assistant(text_of(gold), gold.get("tool_calls"), reasoning[self.think])
         return text.removeprefix(THINK[self.think]) + "<|im_end|>"
 
     def render(self, messages, tools, generation_prompt=False):
@@ -112,56 +136,68 @@ class Chat:
 
         Equal to transformers' `tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
         add_generation_prompt=generation_prompt)`.
-        messages: in the record format (see data/sources.py). tools: a list of dicts, written as they stand.
+
+        messages: a list in the record format (see data/records.py).
+        tools: a list of dicts, written unchanged.
         """
-        system = text_of(messages[0]) if messages[0]["role"] == "system" else self.default_system
+        system = self.default_system
+        if messages[0]["role"] == "system":
+            system = text_of(messages[0])
         parts = [] if system is None else [system]
         if tools:
-            signatures = "".join("\n" + json.dumps(tool, ensure_ascii=False) for tool in tools)
-            parts.append(f"# Tools\n\n{TOOLS_INTRO}\n\nYou are provided with function signatures within "
-                         f"<tools></tools> XML tags:\n<tools>{signatures}\n</tools>\n\n"
-                         f"{CALLS_INTRO}\n<tool_call>\n{self.example_call}\n</tool_call>")
-        out = [turn("system", "\n\n".join(parts))] if parts else []
+            signatures = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+            parts.append("\n".join([
+                f"# Tools\n\n{TOOLS_INTRO}\n",
+                "You are provided with function signatures within <tools></tools> XML tags:",
+                "<tools>", *signatures, "</tools>\n",
+                CALLS_INTRO,
+                f"<tool_call>\n{self.example_call}\n</tool_call>",
+            ]))
+        turns = [turn("system", "\n\n".join(parts))] if parts else []
 
-        # Qwen3 drops the reasoning that led to earlier answers and keeps what came since the user last asked something.
-        # A user message that is nothing but a tool result as text asks nothing.
         last = len(messages) - 1
-        last_query = max((i for i, message in enumerate(messages) if message["role"] == "user" and
-                          not re.fullmatch("<tool_response>.*</tool_response>", text_of(message), re.S)), default=last)
+        last_query = find_last_query(messages)
         for i, message in enumerate(messages):
             role = message["role"]
+            text = text_of(message)
             if role == "assistant":
-                content, thought = text_of(message), None
+                reasoning = None
                 if self.family == "qwen3":
-                    content, thought = split_reasoning(message)
-                    if i <= last_query or (i < last and not thought):
-                        thought = None
-                out.append(turn(role, self._assistant(content, message.get("tool_calls") or [], thought)))
-            elif role == "tool":  # neighbouring results share one user turn
+                    text, reasoning = split_reasoning(message)
+                    if i <= last_query or (i < last and not reasoning):
+                        reasoning = None
+                text = self._assistant(text, message.get("tool_calls"), reasoning)
+                turns.append(turn(role, text))
+            elif role == "tool":  # consecutive results share one user turn
                 if i == 0 or messages[i - 1]["role"] != "tool":
-                    out.append("<|im_start|>user")
-                out.append(f"\n<tool_response>\n{text_of(message)}\n</tool_response>")
+                    turns.append("<|im_start|>user")
+                turns.append(f"\n<tool_response>\n{text}\n</tool_response>")
                 if i == last or messages[i + 1]["role"] != "tool":
-                    out.append("<|im_end|>\n")
-            elif role == "user" or i > 0:  # a system message in first place is written already
-                out.append(turn(role, text_of(message)))
-        return "".join(out) + ("<|im_start|>assistant\n" if generation_prompt else "")
+                    turns.append("<|im_end|>\n")
+            elif role == "user" or i > 0:  # a system message at 0 is written already
+                turns.append(turn(role, text))
+        if generation_prompt:
+            turns.append("<|im_start|>assistant\n")
+        return "".join(turns)
 
-    def _assistant(self, content, tool_calls, thought):
-        """An assistant turn's inside: think block unless thought is None, content, one <tool_call> block a call."""
-        opening, lines = "", [content] if content else []
-        if thought is not None:
-            opening = "<think>\n" + thought.strip("\n") + "\n</think>\n\n"
+    def _assistant(self, content, tool_calls, reasoning):
+        """The text of an assistant turn: a think block unless reasoning is None, the content, the calls."""
+        opening = ""
+        lines = [content] if content else []
+        if reasoning is not None:
+            reasoning = reasoning.strip("\n")
+            opening = f"<think>\n{reasoning}\n</think>\n\n"
             lines = [line.lstrip("\n") for line in lines]
-        for call in tool_calls:
+        for call in tool_calls or []:
             arguments = call["arguments"]
             if not (isinstance(arguments, str) and self.family == "qwen3"):
                 arguments = json.dumps(arguments, ensure_ascii=False)
-            lines.append(f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>')
+            call = f'{{"name": "{call["name"]}", "arguments": {arguments}}}'
+            lines.append(f"<tool_call>\n{call}\n</tool_call>")
         return opening + "\n".join(lines)
 
     def encode(self, text):
-        """Text to a list of ids; <|im_end|> and the like become their own ids, and nothing is added at either end."""
+        """Text to a list of ids. Special tokens such as <|im_end|> are recognised; none is added."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
@@ -177,63 +213,81 @@ def text_of(message):
     return message.get("content") or ""
 
 
+def find_last_query(messages):
+    """Index of the last user message that is not a tool result as text; without one, of the last message."""
+    for i in reversed(range(len(messages))):
+        result = re.fullmatch("<tool_response>.*</tool_response>", text_of(messages[i]), re.S)
+        if messages[i]["role"] == "user" and not result:
+            return i
+    return len(messages) - 1
+
+
 def split_reasoning(message):
-    """(content, reasoning) of an assistant message, the reasoning given apart or as a think block in the content."""
-    content, reasoning = text_of(message), message.get("reasoning_content")
+    """(content, reasoning) of an assistant message; the reasoning may be a think block in the content."""
+    content = text_of(message)
+    reasoning = message.get("reasoning_content")
     if reasoning is None and "</think>" in content:
-        reasoning = content.split("</think>")[0].rstrip("\n").split("<think>")[-1].lstrip("\n")
+        reasoning = content.split("</think>")[0].rstrip("\n")
+        reasoning = reasoning.split("<think>")[-1].lstrip("\n")
         content = content.split("</think>")[-1].lstrip("\n")
     return content, reasoning or ""
 
 
+def read_optional(path):
+    return read_json(path) if path.exists() else {}
+
+
 def read_tokenizer(folder):
-    """The tokenizer of a model folder; InputError where its file is missing or broken."""
+    """The tokenizer of a model folder, without the truncation and padding that a training run may have saved."""
     path = Path(folder) / "tokenizer.json"
-    if "model" not in read_json(path, WHOLE_FOLDER):
+    if "model" not in read_json(path, MODEL_FOLDER):
         raise InputError(f'{path}: has no "model"; download or copy it again')
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as e:
-        if type(e) is not Exception:  # tokenizers raises plain Exception and nothing narrower
-            raise
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as e:  # tokenizers raises nothing narrower
         raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_flavour(folder):
-    """(family, default system prompt or None, example call) of the chat template in a model folder.
+    """(family, default system prompt or None, example call) of a model folder.
 
-    Told from the template's text; a folder without a template is judged by the model_type of its config.json.
-    Raises InputError for a template that is not one of the two families'.
+    The text of the chat template tells the family; without a template, `model_type` in config.json does.
+    Raises InputError for a template of another family.
     """
-    source = folder / "chat_template.jinja"  # newer folders; it overrides tokenizer_config.json there too
-    if source.exists():
-        template = source.read_text(encoding="utf-8")
+    path = folder / "chat_template.jinja"  # newer folders; it overrides tokenizer_config.json
+    if path.exists():
+        template = path.read_text(encoding="utf-8")
     else:
-        source = folder / "tokenizer_config.json"
-        template = read_json(source).get("chat_template") if source.exists() else None
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
+        path = folder / "tokenizer_config.json"
+        template = read_optional(path).get("chat_template")
     if template is None:
-        source = folder / "config.json"
-        model_type = read_json(source, WHOLE_FOLDER).get("model_type")
-        if model_type not in ("qwen2", "qwen3"):
-            raise InputError(f"{source}: no chat template in this folder, and model_type {model_type!r} tells none; "
-                             "use a Qwen2.5 or Qwen3 folder, or add its chat_template.jinja")
-        return ("qwen3", None, EXAMPLE_CALL) if model_type == "qwen3" else ("qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL)
+        path = folder / "config.json"
+        model_type = read_json(path, MODEL_FOLDER).get("model_type")
+        if model_type == "qwen3":
+            return "qwen3", None, EXAMPLE_CALL
+        if model_type == "qwen2":
+            return "qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL
+        why = f"no chat template here, and none is known for model_type {model_type!r}"
+        remedy = "use a Qwen2.5 or Qwen3 folder, or add its chat_template.jinja"
+        raise InputError(f"{path}: {why}; {remedy}")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default", "")
 
-    def refuse(why):
-        return InputError(f"{source}: {why}; use a folder with Qwen2.5's or Qwen3's (hybrid) chat template")
-
-    if TOOLS_INTRO not in template or CALLS_INTRO not in template:
-        raise refuse("the chat template has no tools section of the kind Qwen2.5 and Qwen3 share")
-    if "<think>" in template or "enable_thinking" in template:
-        # Thinking-only relatives write "<think>" into the header itself; others keep all the reasoning.
-        if "enable_thinking" not in template or "last_query_index" not in template:
-            raise refuse("the chat template is a relative of Qwen3's that treats reasoning in another way")
+    tools = TOOLS_INTRO in template and CALLS_INTRO in template
+    thinking = "enable_thinking" in template and "last_query_index" in template
+    if tools and thinking:
         return "qwen3", None, EXAMPLE_CALL
-    default = re.search(r"'<\|im_start\|>system(?:\\n|\n)([^']+)<\|im_end\|>", template)
-    if default is None:
-        raise refuse("the chat template has tools but neither think tags nor a default system prompt")
-    default = default[1].encode("ascii", "backslashreplace").decode("unicode-escape")  # as the template engine does
-    doubled = re.search(r'\{\{\\?"name\\?": <function-name>', template)  # inside a string, so the model does see both
-    return "qwen2.5", default, "{" + EXAMPLE_CALL + "}" if doubled else EXAMPLE_CALL
+    system = re.search(r"'<\|im_start\|>system(?:\\n|\n)([^']+)<\|im_end\|>", template)
+    relative = "<think>" in template or "enable_thinking" in template  # thinks otherwise
+    if not tools or relative or system is None:
+        why = "the chat template is neither Qwen2.5's nor (hybrid) Qwen3's"
+        raise InputError(f"{path}: {why}; use a folder with one of these")
+    # Evaluate escapes as the template engine does.
+    system = system[1].encode("ascii", "backslashreplace").decode("unicode-escape")
+    # In some templates the example stands inside a string, so its doubled braces reach the model.
+    doubled = re.search(r'\{\{\\?"name\\?": <function-name>', template)
+    return "qwen2.5", system, "{" + EXAMPLE_CALL + "}" if doubled else EXAMPLE_CALL

@@ -1,239 +1,320 @@
 """Groups: one prompt with several responses, the shape in which everything here is trained.
 
-A group is packed as one run of tokens `prompt r1 r2 … rn`, so the prompt is computed once for all its responses:
+A group is packed as one run of tokens `prompt r1 r2 ... rn`, so the prompt is computed once for all its responses:
 
     token      p p p p | a a a | b b | c c c c
     segment    0 0 0 0 | 1 1 1 | 2 2 | 3 3 3 3
     position   0 1 2 3 | 4 5 6 | 4 5 | 4 5 6 7      each response continues at len(prompt)
 
-A token sees the prompt and the earlier tokens of its own response. That is exact: hidden states and gradients equal
-those of n separate rows. The logit of a response's first token comes from the last prompt token, which all n share.
+A token attends to the prompt and to the earlier tokens of its own response. This is exact: hidden states and
+gradients equal those of n separate rows. The last prompt token predicts the first token of all n responses.
 
 Departures from the released code:
 1. The released trainer pads n separate rows; here a prompt is computed once.
 2. An optimiser batch is made of whole groups (128 sequences = 16 prompts x 8), not of trajectories of many prompts.
-3. A prompt over the cap is left out and counted (released: cut on the right, which loses the generation header); so is
-   a response over the cap (released: cut and given an end token, which teaches to stop mid-way).
+3. A prompt over the cap is skipped, never truncated (released: cut on the right, which loses the generation header),
+   and so is a response over the cap (released: cut and given an end token, which teaches to stop mid-way).
 """
 import random
+from dataclasses import dataclass, field, replace
 from os.path import commonprefix
 
 import numpy as np
 import torch
 
 from data import InputError
-from data.sources import read_records
+from data.records import read_records
 
 
-def read_groups(data, valid, chat, caps, limit=None, valid_limit=None, hold_out=32, seed=42, branches=1, say=print):
-    """The groups of record or rollout files: (those to train on, those to validate on).
+@dataclass
+class Response:
+    """One response to a prompt: sampled, read from a rollout file, or the gold answer."""
 
-    data: the file to train on · valid: the file to validate on; None holds out up to `hold_out` groups of `data`, a
-    quarter at most, drawn by `seed` · caps: what follows chat in `make_groups` · limit, valid_limit: only the first so
-    many records of each · branches: see `join` · say: prints what of `data` is left out. InputError when nothing is left
-    to train on.
-    """
-    groups, left_out = make_groups(read_records(data, True, chat.vocab_size)[:limit], chat, *caps)
-    for reason in filter(left_out.get, left_out):
-        say(f"left out of {data}: {left_out[reason]} {reason}")
-    if valid:
-        held, _ = make_groups(read_records(valid, True, chat.vocab_size)[:valid_limit], chat, *caps)
-    else:
-        drawn = set(random.Random(seed).sample(range(len(groups)), min(hold_out, len(groups) // 4)))
-        held, groups = ([g for i, g in enumerate(groups) if (i in drawn) == wanted] for wanted in (True, False))
-    if not groups:
-        raise InputError(f"{data}: no record is left to train on; see above, and change --max-*-tokens or --mask")
-    return join(groups, branches), held
+    ids: list  # token ids, the stop token included
+    span: tuple  # the part [start, end) of ids that the loss counts
+    text: str = ""
+    log_probs: list = None  # the sampler's log-prob of each id
+    finish_reason: str = ""  # "stop" or "length"
+    reward: float = None  # in [-1, 1]; -1 is a format failure
+    answer_score: float = None  # in [0, 1]; the filter of Sim-RL uses it
+    advantage: float = None
+    details: dict = field(default_factory=dict)  # other results of the reward function, for samples.jsonl
+    row: int = 0  # the first of its rows in a teacher cache (data/cache.py)
 
-
-def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):
-    """Turn records into groups of ids.
-
-    A record with `responses` (a rollout file) gives one response for each, by its own token ids where it has them; any
-    other record trains along its gold answer. A response given as text only gets the end token it lacks. `mask` says
-    which response tokens count (paper.md 1.2): all · think, up to and including the last `</think>` · answer, what
-    follows it · alter, think and answer in turn by response. A response without `</think>` is all think where the
-    prompt opened a think block, and all answer where it did not.
-
-    Returns (groups, left_out): a group is a dict of `record`, `prompt` (ids) and `responses`, each a dict of `ids` and
-    `span`, the part [start, end) that counts; left_out says what was not taken and why, {reason: number}.
-    """
-    if mask != "all" and chat.think_end_id is None:
-        raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
-    groups, seen = [], 0
-    left_out = {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}
-    rendered = {"think": chat.think, "tools": chat.tools}
-    for record in records:
-        if record.get("rendered", rendered) != rendered:
-            raise InputError(f"record {record['id']}: was sampled with --think {record['rendered']['think']} --tools "
-                             f"{record['rendered']['tools']}; give the same to this command")
-        prompt = chat.encode(chat.prompt(record))
-        if len(prompt) > max_prompt_tokens:
-            left_out["prompts too long"] += 1
-            continue
-        if record.get("responses"):
-            texts = [r.get("ids") or chat.encode(r["text"]) for r in record["responses"]]
-            texts = [ids if r.get("ids") or ids and ids[-1] in chat.stop_ids else ids + [chat.end_id]
-                     for ids, r in zip(texts, record["responses"])]
-        else:
-            texts = [chat.encode(chat.answer(record))]
-        group = {"record": record, "prompt": prompt, "responses": []}
-        for ids in texts:
-            part = ("think", "answer")[seen % 2] if mask == "alter" else mask
-            seen += 1
-            if len(ids) > max_response_tokens:
-                left_out["responses too long"] += 1
-                continue
-            cut = len(ids) if chat.think == "on" else 0
-            if chat.think_end_id in ids:
-                cut = len(ids) - ids[::-1].index(chat.think_end_id)
-            start, end = {"all": (0, len(ids)), "think": (0, cut), "answer": (cut, len(ids))}[part]
-            if start == end:
-                left_out["responses with nothing to learn"] += 1
-                continue
-            group["responses"].append({"ids": ids, "span": (start, end)})
-        if group["responses"]:
-            groups.append(group)
-    return groups, left_out
+    @property
+    def counted_tokens(self):
+        """Number of tokens in the loss."""
+        return self.span[1] - self.span[0]
 
 
-def join(groups, branches):
-    """Let up to `branches` neighbouring groups with the same tools be one, whose prompt is what their prompts share.
+@dataclass
+class Group:
+    """A record, its prompt as token ids, and the responses to it."""
 
-    The rest of each prompt (the question) stands before its responses, outside their spans. Every token sees what it
-    saw before, at the position it had before; what is shared is computed once.
-    """
-    joined = []
-    for group in groups:
-        last = joined[-1] if joined else []
-        if last and len(last) < branches and last[0]["record"]["tools"] == group["record"]["tools"]:
-            last.append(group)
-        else:
-            joined.append([group])
-    for i, members in enumerate(joined):
-        prompts = [group["prompt"] for group in members]
-        cut, responses = len(commonprefix(prompts)), []
-        for group, prompt in zip(members, prompts):
-            rest = prompt[cut:]
-            responses += [r | {"ids": rest + r["ids"], "span": (len(rest) + r["span"][0], len(rest) + r["span"][1])}
-                          for r in group["responses"]]
-        joined[i] = members[0] | {"prompt": prompts[0][:cut], "responses": responses}
-    return joined
+    record: dict
+    prompt: list
+    responses: list
 
+    @property
+    def length(self):
+        """Tokens of the packed group: the prompt once and every response."""
+        return len(self.prompt) + sum(len(r.ids) for r in self.responses)
 
-def length(group):
-    """Tokens of a packed group: the prompt once and every response."""
-    return len(group["prompt"]) + sum(len(response["ids"]) for response in group["responses"])
+    @property
+    def counted_tokens(self):
+        """Number of response tokens in the loss."""
+        return sum(r.counted_tokens for r in self.responses)
 
 
 def counted_tokens(groups):
-    """How many response tokens of these groups count in the loss."""
-    return sum(end - start for group in groups for start, end in (r["span"] for r in group["responses"]))
+    """Number of response tokens of these groups in the loss."""
+    return sum(group.counted_tokens for group in groups)
 
 
-def optimiser_batches(groups, batch, seed, epoch):
-    """Whole groups in a shuffled order that depends on (seed, epoch) alone, cut wherever `batch` sequences are full.
+# ---------------------------------------------------------------------------------------------------------------------
+# From records to groups
+
+def read_groups(args, chat):
+    """Read the training and validation groups of `ckd` and `sft`.
+
+    args: parsed flags: data, valid, limit, valid_limit, hold_out, seed, share_prefix and the caps and mask below
+    chat: the student's Chat
+
+    Without --valid, up to `hold_out` groups of the data (at most a quarter) are drawn by the seed and held out.
+    Returns (groups, valid, skipped), skipped as in `make_groups`. InputError if no training group is left.
+    """
+    limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
+    records = read_records(args.data, True, chat.vocab_size)[:args.limit]
+    groups, skipped = make_groups(records, chat, *limits)
+    if args.valid:
+        records = read_records(args.valid, True, chat.vocab_size)[:args.valid_limit]
+        valid, _ = make_groups(records, chat, *limits)
+    else:
+        count = min(args.hold_out, len(groups) // 4)
+        held_out = set(random.Random(args.seed).sample(range(len(groups)), count))
+        valid = [g for i, g in enumerate(groups) if i in held_out]
+        groups = [g for i, g in enumerate(groups) if i not in held_out]
+    if not groups:
+        counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
+        raise InputError(f"{args.data}: no record is left to train on (skipped: {counts or 'none'}); "
+                         "change --max-prompt-tokens, --max-response-tokens or --mask")
+    return share_prefixes(groups, args.share_prefix), valid, skipped
+
+
+def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):
+    """Turn records into groups.
+
+    records: those of a rollout file train on their `responses`, by the stored token ids if there are any (a response
+        with text alone gets a missing end token); all others train on their gold answer
+    chat: the Chat of the model to train
+    max_prompt_tokens, max_response_tokens: caps; longer ones are skipped
+    mask: the response tokens in the loss (paper.md 1.2): all; think, up to and including the last `</think>`;
+        answer, the rest; alter, think and answer alternately. A response without `</think>` is all think if the
+        prompt opened a think block, else all answer
+
+    Returns (groups, skipped), skipped as {reason: count}.
+    """
+    if mask != "all" and chat.think_end_id is None:
+        raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
+    skipped = {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}
+    groups = []
+    number = 0  # of the response, over all records: decides what --mask alter counts
+    for record in records:
+        refuse_other_rendering(record, chat)
+        prompt = chat.encode(chat.prompt(record))
+        if len(prompt) > max_prompt_tokens:
+            skipped["prompts too long"] += 1
+            continue
+        group = Group(record, prompt, [])
+        for ids in response_ids(record, chat):
+            part = ("think", "answer")[number % 2] if mask == "alter" else mask
+            number += 1
+            start, end = counted_span(ids, chat, part)
+            if len(ids) > max_response_tokens:
+                skipped["responses too long"] += 1
+            elif start == end:
+                skipped["responses with nothing to learn"] += 1
+            else:
+                group.responses.append(Response(ids, (start, end)))
+        if group.responses:
+            groups.append(group)
+    return groups, skipped
+
+
+def refuse_other_rendering(record, chat):
+    """InputError if a rollout was sampled with another --think or --tools than this run renders."""
+    rendered = record.get("rendered")
+    if rendered not in (None, {"think": chat.think, "tools": chat.tools}):
+        raise InputError(f"record {record['id']}: was sampled with --think {rendered['think']} --tools "
+                         f"{rendered['tools']}; give the same flags to this command")
+
+
+def response_ids(record, chat):
+    """The token ids of each response of a record, or of its gold answer."""
+    if not record.get("responses"):
+        return [chat.encode(chat.answer(record))]
+    all_ids = []
+    for response in record["responses"]:
+        ids = response.get("ids")
+        if not ids:
+            ids = chat.encode(response["text"])
+            if not ids or ids[-1] not in chat.stop_ids:
+                ids.append(chat.end_id)
+        all_ids.append(ids)
+    return all_ids
+
+
+def counted_span(ids, chat, part):
+    """(start, end) of the part of a response in the loss: "all", "think" or "answer"."""
+    cut = len(ids) if chat.think == "on" else 0
+    if chat.think_end_id in ids:
+        cut = len(ids) - ids[::-1].index(chat.think_end_id)  # behind the last </think>
+    return {"all": (0, len(ids)), "think": (0, cut), "answer": (cut, len(ids))}[part]
+
+
+def share_prefixes(groups, records_per_row):
+    """Merge up to `records_per_row` consecutive groups with the same tools into one with their common prompt prefix.
+
+    The rest of each prompt (the question) is moved in front of its responses, outside their spans. Every token keeps
+    its position and what it attends to; the common prefix is computed once.
+    """
+    runs = []
+    for group in groups:
+        last = runs[-1] if runs else []
+        if 0 < len(last) < records_per_row and last[0].record["tools"] == group.record["tools"]:
+            last.append(group)
+        else:
+            runs.append([group])
+    merged = []
+    for members in runs:
+        prefix = commonprefix([group.prompt for group in members])
+        responses = []
+        for group in members:
+            question = group.prompt[len(prefix):]
+            for r in group.responses:
+                span = (len(question) + r.span[0], len(question) + r.span[1])
+                responses.append(replace(r, ids=question + r.ids, span=span))
+        merged.append(Group(members[0].record, prefix, responses))
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From groups to batches
+
+def optimiser_batches(groups, batch_size, seed, epoch):
+    """Whole groups in an order shuffled by (seed, epoch), cut as soon as a batch has `batch_size` sequences.
 
     The last batch may be smaller, so fewer sequences than a batch still make one step.
 
-    >>> groups = [{"id": str(i), "prompt": [1], "responses": [{"ids": [2]}] * 4} for i in range(3)]
-    >>> [[g["id"] for g in b] for b in optimiser_batches(groups, batch=8, seed=0, epoch=0)]
-    [['0', '2'], ['1']]
+    >>> groups = [Group({"id": i}, [1], [Response([2], (0, 1))] * 4) for i in range(3)]
+    >>> [[g.record["id"] for g in batch] for batch in optimiser_batches(groups, batch_size=8, seed=0, epoch=0)]
+    [[0, 2], [1]]
     """
     order = list(range(len(groups)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    batches, sequences = [[]], 0
+    batches = [[]]
+    sequences = 0
     for i in order:
-        if sequences >= batch:
+        if sequences >= batch_size:
             batches.append([])
             sequences = 0
         batches[-1].append(groups[i])
-        sequences += len(groups[i]["responses"])
+        sequences += len(groups[i].responses)
     return batches
 
 
 def micro_batches(groups, token_budget):
     """Split groups into lists that each pack into at most `token_budget` tokens, padding included.
 
-    Longest first, so that rows of a micro-batch are alike. A group over the budget is cut between its responses, each
-    part with the prompt again; a single response over the budget stands alone.
+    Longest first, so that the rows of a micro-batch have similar lengths. A group over the budget is cut between its
+    responses, each part with the prompt again; a single response over the budget is a part of its own.
     """
     parts = []
     for group in groups:
-        part = group | {"responses": []}
-        for response in group["responses"]:
-            if part["responses"] and length(part) + len(response["ids"]) > token_budget:
+        part = replace(group, responses=[])
+        for response in group.responses:
+            if part.responses and part.length + len(response.ids) > token_budget:
                 parts.append(part)
-                part = group | {"responses": []}
-            part["responses"].append(response)
+                part = replace(group, responses=[])
+            part.responses.append(response)
         parts.append(part)
-    parts.sort(key=length, reverse=True)
-    split = []
+    parts.sort(key=lambda part: part.length, reverse=True)
+    batches = []
     for part in parts:
-        if not split or (len(split[-1]) + 1) * length(split[-1][0]) > token_budget:  # rows as wide as the longest
-            split.append([])
-        split[-1].append(part)
-    return split
+        if not batches or (len(batches[-1]) + 1) * batches[-1][0].length > token_budget:
+            batches.append([])
+        batches[-1].append(part)
+    return batches
 
 
 def pack(groups, device="cpu", width=None):
-    """Pack groups into rows as wide as the longest of them (or `width`), several groups to a row where they fit.
+    """Pack groups into rows as wide as the longest group (or `width`), several groups to a row if they fit.
 
-    Returns a dict of tensors:
-      input_ids, positions, group, segment   [B, T] int64; padding has group -1
-      predictors  [N] index into the flattened B x T of the token that predicts each counted response token
-      targets     [N] that token's id
-      response    [N] the response it belongs to, counted through the groups in order
+    Returns a dict of int64 tensors:
+      input_ids, positions, group, segment   [B, T]; padding has group -1
+      logit_positions   [N] index into the flattened B x T of the token that predicts each counted response token
+      targets           [N] that token's id
+      response          [N] the response it belongs to, numbered through the groups in order
+      rows              [N] its row in a teacher cache
     """
-    width = width or max(map(length, groups))
-    rows, ends = [], []
-    for index, group in enumerate(groups):  # first fit
-        row = next((i for i, end in enumerate(ends) if end + length(group) <= width), len(rows))
-        if row == len(rows):
-            rows.append([])
+    width = width or max(group.length for group in groups)
+    places = first_fit([group.length for group in groups], width)
+    shape = (1 + max(b for b, _ in places), width)
+    input_ids = np.zeros(shape, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    segment = np.zeros(shape, dtype=np.int64)
+    group_index = np.full(shape, -1, dtype=np.int64)
+    counted = {"logit_positions": [], "targets": [], "response": [], "rows": []}
+    number = 0  # of the response
+    for index, (group, (b, start)) in enumerate(zip(groups, places)):
+        prompt = len(group.prompt)
+        at = start + prompt
+        input_ids[b, start:at] = group.prompt
+        positions[b, start:at] = np.arange(prompt)
+        group_index[b, start:start + group.length] = index
+        for j, response in enumerate(group.responses, start=1):
+            end = at + len(response.ids)
+            input_ids[b, at:end] = response.ids
+            positions[b, at:end] = np.arange(prompt, prompt + end - at)
+            segment[b, at:end] = j
+            predictors = np.arange(at - 1, end - 1)
+            predictors[0] = start + prompt - 1  # the last prompt token predicts every response's first token
+            low, high = response.span
+            counted["logit_positions"].append(b * width + predictors[low:high])
+            counted["targets"].append(np.array(response.ids[low:high], dtype=np.int64))
+            counted["response"].append(np.full(high - low, number))
+            counted["rows"].append(np.arange(response.row, response.row + high - low))
+            number += 1
+            at = end
+    arrays = {"input_ids": input_ids, "positions": positions, "group": group_index, "segment": segment}
+    arrays |= {name: np.concatenate(parts) for name, parts in counted.items()}
+    return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+
+
+def first_fit(lengths, width):
+    """(row, start) of each length, placed into the first row of `width` tokens that has room."""
+    ends = []  # of what each row holds
+    places = []
+    for length in lengths:
+        row = next((i for i, end in enumerate(ends) if end + length <= width), len(ends))
+        if row == len(ends):
             ends.append(0)
-        rows[row].append((index, ends[row]))
-        ends[row] += length(group)
-
-    ids, positions, segment = (np.zeros((len(rows), width), dtype=np.int64) for _ in range(3))
-    which = np.full((len(rows), width), -1, dtype=np.int64)
-    first_response = np.cumsum([0] + [len(g["responses"]) for g in groups])
-    places = []  # for each counted stretch: group, response, predictors, targets
-    for b, members in enumerate(rows):
-        for index, start in members:
-            group = groups[index]
-            prompt = len(group["prompt"])
-            at = start + prompt
-            ids[b, start:at] = group["prompt"]
-            positions[b, start:at] = np.arange(prompt)
-            which[b, start:start + length(group)] = index
-            for r, response in enumerate(group["responses"]):
-                end, (low, high) = at + len(response["ids"]), response["span"]
-                ids[b, at:end] = response["ids"]
-                positions[b, at:end] = np.arange(prompt, prompt + end - at)
-                segment[b, at:end] = r + 1
-                before = np.arange(at - 1, end - 1)
-                before[0] = start + prompt - 1  # the last prompt token predicts every response's first token
-                places.append((first_response[index] + r, b * width + before[low:high], response["ids"][low:high]))
-                at = end
-    places.sort(key=lambda place: place[0])
-    tensors = {"input_ids": ids, "positions": positions, "group": which, "segment": segment,
-               "predictors": np.concatenate([p for _, p, _ in places]),
-               "targets": np.concatenate([np.array(t, dtype=np.int64) for _, _, t in places]),
-               "response": np.concatenate([np.full(len(p), r) for r, p, _ in places])}
-    return {name: torch.from_numpy(array).to(device) for name, array in tensors.items()}
+        places.append((row, ends[row]))
+        ends[row] += length
+    return places
 
 
-def visible(batch):
-    """The attention mask [B, 1, T, T] of a packed batch: True where query q may see key k.
+def attention_mask(packed):
+    """The mask [B, 1, T, T] of a packed batch, bool: True where query q attends to key k.
 
-    k <= q, in the same group, and k in the prompt (segment 0) or in q's own response. Padding sees padding: a row of
-    the softmax must not be empty.
+    k <= q, in the same group, and k in the prompt (segment 0) or in q's own response. Padding attends to padding,
+    because a row of the softmax must not be empty.
     """
-    T = batch["segment"].shape[1]
-    t = torch.arange(T, device=batch["segment"].device)
-    earlier = t[:, None] >= t[None, :]  # [T, T]
-    group, segment = batch["group"], batch["segment"]
-    together = group[:, :, None] == group[:, None, :]  # [B, T, T]
-    own = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])  # [B, T, T]
-    return (earlier & together & own)[:, None]  # [B, 1, T, T]
+    group = packed["group"]  # [B, T]
+    segment = packed["segment"]  # [B, T]
+    t = torch.arange(segment.shape[1], device=segment.device)
+    causal = t[:, None] >= t[None, :]  # [T, T]
+    same_group = group[:, :, None] == group[:, None, :]  # [B, T, T]
+    in_prompt = segment[:, None, :] == 0  # [B, 1, T]
+    same_response = segment[:, None, :] == segment[:, :, None]  # [B, T, T]
+    return (causal & same_group & (in_prompt | same_response))[:, None]  # [B, 1, T, T]

@@ -9,8 +9,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from apps.make_tiny import make_model  # noqa: E402
 from data.chat import CALLS_INTRO, TOOLS_INTRO  # noqa: E402
-from data.tiny.make import make_model  # noqa: E402
 
 torch.set_num_threads(1)  # as the subprocesses of test_cli.py: sums in the same order
 
@@ -72,5 +72,5 @@ def world(tmp_path_factory):
     (folder / "train.jsonl").write_text("".join(lines))
     tokenizer = make_tokenizer([*lines, TOOLS_INTRO, CALLS_INTRO] * 3, vocab_size=600)
     for seed, name in enumerate(("teacher", "student")):
-        make_model(folder / name, tokenizer, seed, hidden=32, layers=2)
+        make_model(folder / name, tokenizer, seed, hidden=32, layers=2, heads=(2, 1))
     return folder

@@ -1,15 +1,15 @@
-"""A seeded generator of function-calling records (the format of data/sources.py) in a small world of made-up names.
+"""A seeded generator of function-calling records (the format of data/records.py) in a small world of made-up names.
 
     python -m data.tiny.world --n 10 --seed 7 --show
 
-A record offers a few of the tools of tools.py and asks for one call, for two, or for what no offered tool does. What
-could be learnt by heart changes from record to record, so that the tools have to be read: half the tools carry a random
-name, parameter names are drawn from synonyms, and most strings are made up of syllables. Four splits:
+A record offers a few of the tools of tools.py. Its request asks for one call, for two, or for something that no offered
+tool does. Whatever a model could memorise changes from record to record, so it has to read the tools: half of them have
+a random name, parameter names are drawn from synonyms, and most strings are made up of syllables. Four splits:
 
     train      known tools, known phrasings, known values
-    values     every string value is one that training never shows (`held_out`); integers and enums are the same
-    phrasings  every request for a call uses a phrasing that training never shows
-    tools      asks for tools that training never shows, offered beside known ones; their phrasings are new with them
+    values     string values that training never shows (`held_out`); integers and enums are the same
+    phrasings  requests for calls in phrasings that training never shows
+    tools      requests for tools that training never shows, offered with known ones; their phrasings are new too
 """
 import argparse
 import json
@@ -23,15 +23,27 @@ from data.tiny.phrases import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, POOLS, REFUSA
 from data.tiny.tools import TOOLS
 
 SPLITS = ("train", "values", "phrasings", "tools")
+SETTINGS = {
+    "offered": (1, 2),    # numbers of tools in a list, all equally likely
+    "two": 0.06,          # share of requests for two calls
+    "none": 0.15,         # share of requests that no offered tool fits, a quarter of them small talk and the like
+    "random_names": 0.5,  # share of tools with a made-up name
+    "optional": 0.4,      # chance of an optional argument for which the phrasing has words
+    "casual": 0.2,        # share of requests without capital and full stop
+    "real": 0.05,         # share of strings that are real words
+    "two_words": 0.1,     # share of titles and topics of two words
+    "reasoning": 0.0,     # share of answers with a think line
+    "sloppy": 0.0,        # share of answers as a careless annotator writes them, see `sloppy_calls`
+}
+EVERY_TOOL = TOOLS | UNSEEN
 SYLLABLES = [c + v for c in "bcdfgklmnprstvz" for v in "aeiou"]  # 75
 CHOICE = r"\((\w+):([^)]*)\)"  # (parameter:text|text), see tools.py
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Values
+# ---- Values ------------------------------------------------------------------------------------------------------
 
 def held_out(word):
-    """Whether a word is kept from the training values: one in eight, told by its hash, so no list is needed.
+    """Whether a word is kept out of the training values: one in eight, chosen by its hash.
 
     >>> held_out("lomari"), held_out("banana")
     (False, False)
@@ -41,205 +53,293 @@ def held_out(word):
 
 @cache
 def known_words():
-    """Every word of the world's own text in lower case; a made-up value is never one of them ("play time to maria")."""
-    text = str([TOOLS, UNSEEN, ORDERS, JOINS, TALK, OUTSIDE, REFUSALS, THOUGHTS, NO_THOUGHTS, TALK_THOUGHTS])
-    return set(re.findall("[a-z]+", text.lower().replace("\\n", " ")))
+    """The words of the world's own text in lower case. No made-up value is one of them ("play time to maria")."""
+    lists = [TOOLS, UNSEEN, ORDERS, JOINS, TALK, OUTSIDE, REFUSALS, THOUGHTS, NO_THOUGHTS, TALK_THOUGHTS]
+    text = str(lists).lower().replace("\\n", " ")
+    return set(re.findall("[a-z]+", text))
 
 
 def make_word(r, pool=(), split="train", real=0.0):
-    """A word of the right side of the hash: with chance `real` one of `pool`, else two or three random syllables."""
+    """One of `pool` with probability `real`, else two or three random syllables; a held-out word in split "values"."""
     while True:
-        word = r.choice(pool) if pool and r.random() < real else "".join(r.choices(SYLLABLES, k=r.choice((2, 3))))
+        if pool and r.random() < real:
+            word = r.choice(pool)
+        else:
+            word = "".join(r.choices(SYLLABLES, k=r.choice((2, 3))))
         if held_out(word) == (split == "values") and word not in known_words():
             return word
 
 
-def make_value(r, values, split, real, two_words):
-    """A value of a parameter, from what tools.py says of it: str, int (an enum's word is a str) or bool."""
-    if values is bool:
+def make_value(r, kind, split, settings):
+    """A value of a parameter. kind: what tools.py says of it; an enum's word is a str, too."""
+    if kind is bool:
         return r.random() < 0.5
-    if not isinstance(values, str):
-        return r.choice(values)
-    pool = POOLS[values].split()
-    words = [make_word(r, pool, split, real)]
-    if values in ("title", "topic") and r.random() < two_words:  # made up, as two real ones rarely go together
-        words = [make_word(r, split=split), make_word(r, split=split)]
-    return " ".join(words)
+    if not isinstance(kind, str):  # a range or an enum
+        return r.choice(kind)
+    word = make_word(r, POOLS[kind].split(), split, settings["real"])
+    if kind in ("title", "topic") and r.random() < settings["two_words"]:
+        # both made up, as two real words rarely go together
+        return make_word(r, split=split) + " " + make_word(r, split=split)
+    return word
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Requests
+# ---- Requests ----------------------------------------------------------------------------------------------------
 
 def phrasings(key, split):
-    """The phrasings of a tool in a split. A tool that is itself unseen has only unseen ones."""
-    lines = [line.strip() for line in (TOOLS | UNSEEN)[key][3].strip().splitlines()]
+    """The phrasings of a tool in a split. All phrasings of an unseen tool are unseen."""
+    text = EVERY_TOOL[key][3].strip()
+    lines = [line.strip() for line in text.splitlines()]
     if key in UNSEEN:
         return lines
     cut = lines.index("--")
     return lines[cut + 1:] if split == "phrasings" else lines[:cut]
 
 
-def make_arguments(r, key, phrasing, split, optional, real, two_words):
-    """{parameter: value} for what this phrasing can say: all that is required, the optional with chance `optional`."""
-    sides = {name: text.count("|") + 1 for name, text in re.findall(CHOICE, phrasing)}
+def make_arguments(r, key, phrasing, split, settings):
+    """{parameter: value} of what this phrasing can say: all required parameters, some of the optional ones."""
+    texts = {name: options.split("|") for name, options in re.findall(CHOICE, phrasing)}
     arguments = {}
-    for name, (_, values) in (TOOLS | UNSEEN)[key][2].items():
-        name, required = name.rstrip("?"), name[-1] != "?"
-        if required or f"{{{name}}}" in phrasing.replace("?", "") or name in sides:
-            if required or r.random() < optional:
-                value = None
-                while value is None or value in arguments.values() and not isinstance(value, (bool, int)):
-                    value = make_value(r, values, split, real, two_words)  # no two strings of a request are equal
-                arguments[name] = True if value is False and sides[name] == 1 else value
+    for name, (_, kind) in EVERY_TOOL[key][2].items():
+        required = name[-1] != "?"
+        name = name.rstrip("?")
+        in_phrasing = name in texts or f"{{{name}}}" in phrasing.replace("?", "")
+        if not required and not (in_phrasing and r.random() < settings["optional"]):
+            continue
+        value = make_value(r, kind, split, settings)
+        while isinstance(value, str) and value in arguments.values():  # strings of a request differ
+            value = make_value(r, kind, split, settings)
+        if value is False and len(texts[name]) == 1:  # the phrasing has no words for it
+            value = True
+        arguments[name] = value
     return arguments
 
 
 def fill(phrasing, arguments, parameters):
-    """The request in words. An order comes back bare, anything else as a sentence with its capital.
+    """A phrasing with its arguments. Orders stay without a capital and a full stop; others become sentences.
 
     >>> fill("play {song}[ at volume {volume}](loud:, loudly)", {"song": "lomari", "loud": True}, {"loud?": ("", bool)})
     'play lomari, loudly'
     """
-    def choose(match):
-        name, texts = match[1], match[2].split("|")
+    def fill_clause(match):
+        names = re.findall(r"\{(\w+)\}", match[1])
+        return match[1] if set(names) <= arguments.keys() else ""
+
+    def fill_choice(match):
+        name = match[1]
+        texts = match[2].split("|")
         if name not in arguments:
             return ""
-        values = parameters.get(name, parameters.get(f"{name}?"))[1]
-        return texts[0 if arguments[name] is True else 1 if arguments[name] is False else
-                     values.index(arguments[name])]
+        if isinstance(arguments[name], bool):
+            return texts[0 if arguments[name] else 1]
+        _, enum = parameters.get(name) or parameters[f"{name}?"]
+        return texts[enum.index(arguments[name])]
 
-    def clause(match):
-        return match[1] if set(re.findall(r"\{(\w+)\}", match[1])) <= arguments.keys() else ""
+    text = re.sub(r"\[([^]]*)\]", fill_clause, phrasing)
+    text = re.sub(CHOICE, fill_choice, text).format(**arguments)
+    if text[-1] in ".?" and phrasing[0] != "{":  # values keep their case
+        text = capitalise(text)
+    return text
 
-    text = re.sub(r"\[([^]]*)\]", clause, phrasing)
-    text = re.sub(CHOICE, choose, text).format(**arguments)
-    return text if text[-1] not in ".?" or phrasing[0] == "{" else capital(text)  # a value is said as it is
 
-
-def capital(text):
+def capitalise(text):
     return text[0].upper() + text[1:]
 
 
-def small(text):
+def uncapitalise(text):
     return text if text.startswith("I ") else text[0].lower() + text[1:]
 
 
-def say(r, texts, casual):
-    """One request of one or two filled phrasings; with chance `casual` typed without capital and full stop."""
-    sentences = [text if text[-1] in ".?" else r.choice(ORDERS).format(a=text, A=capital(text)) for text in texts]
+def make_request(r, texts, casual):
+    """A request made of one or two filled phrasings, with probability `casual` without capital and full stop."""
+    sentences = []
+    for text in texts:
+        if text[-1] not in ".?":
+            text = r.choice(ORDERS).format(a=text, A=capitalise(text))
+        sentences.append(text)
     request = sentences[0]
     if len(texts) == 2:
         orders = all(text[-1] not in ".?" for text in texts)
-        a, b = texts if orders else sentences
         form = r.choice(JOINS["oo" if orders else "other"])
-        request = form.format(a=a, A=capital(a) if orders else a, b=small(b), B=b)
-    return small(request).rstrip(".?") if r.random() < casual else request
+        a, b = texts if orders else sentences
+        first = capitalise(a) if orders else a
+        request = form.format(a=a, A=first, b=uncapitalise(b), B=b)
+    if r.random() < casual:
+        request = uncapitalise(request).rstrip(".?")
+    return request
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Records
+# ---- Tools and answers -------------------------------------------------------------------------------------------
 
-def offer(r, key, random_names):
-    """(tool as offered, {parameter: the name it goes by}) with a name, a description and synonyms drawn for it."""
-    names, descriptions, parameters, _ = (TOOLS | UNSEEN)[key]
-    name = "".join(r.choices(SYLLABLES, k=3)) if r.random() < random_names else r.choice(names.split())
-    properties, called = {}, {}
-    for parameter, (synonyms, values) in parameters.items():
-        synonym = r.choice([s for s in synonyms.split() if s not in properties])
-        kind = "boolean" if values is bool else "integer" if isinstance(values, range) else "string"
-        properties[synonym] = {"type": kind} | ({"enum": list(values)} if isinstance(values, tuple) else {})
-        called[parameter.rstrip("?")] = synonym
-    required = [called[parameter] for parameter in parameters if parameter[-1] != "?"]
-    return {"name": name, "description": r.choice(descriptions.split(" / ")),
-            "parameters": {"type": "object", "properties": properties, "required": required}}, called
+def make_tool(r, key, random_names):
+    """(tool, {parameter: its name in this tool}); the names and the description are drawn for each record."""
+    names, descriptions, parameters, _ = EVERY_TOOL[key]
+    if r.random() < random_names:
+        name = "".join(r.choices(SYLLABLES, k=3))
+    else:
+        name = r.choice(names.split())
+    properties = {}
+    parameter_names = {}
+    for parameter, (synonyms, kind) in parameters.items():
+        synonym = r.choice([word for word in synonyms.split() if word not in properties])
+        parameter_names[parameter.rstrip("?")] = synonym
+        if kind is bool:
+            properties[synonym] = {"type": "boolean"}
+        elif isinstance(kind, range):
+            properties[synonym] = {"type": "integer"}
+        elif isinstance(kind, tuple):
+            properties[synonym] = {"type": "string", "enum": list(kind)}
+        else:
+            properties[synonym] = {"type": "string"}
+    required = [parameter_names[parameter] for parameter in parameters if parameter[-1] != "?"]
+    schema = {"type": "object", "properties": properties, "required": required}
+    description = r.choice(descriptions.split(" / "))
+    return {"name": name, "description": description, "parameters": schema}, parameter_names
 
 
-def think(r, tools, calls):
-    """A short line of reasoning, in one of several wordings."""
+def make_tools(r, split, settings):
+    """Draw the tools that records share.
+
+    Returns {key: (tool, parameter names)} in the order in which they are offered, and the keys that requests are for.
+    """
+    pool = list(UNSEEN if split == "tools" else TOOLS)
+    count = r.choice(settings["offered"])
+    targets = r.sample(pool, (count + 1) // 2 if split == "tools" else count)
+    keys = targets + r.sample(list(TOOLS), count - len(targets))
+    r.shuffle(keys)
+    offered = {}
+    for key in keys:
+        names = [tool["name"] for tool, _ in offered.values()]
+        tool, parameter_names = make_tool(r, key, settings["random_names"])
+        while tool["name"] in names:
+            tool, parameter_names = make_tool(r, key, settings["random_names"])
+        offered[key] = (tool, parameter_names)
+    return offered, targets
+
+
+def make_reasoning(r, tools, calls):
+    """A short line of reasoning per call, in one of several wordings."""
     if not calls:
-        return r.choice(NO_THOUGHTS).format(names=", ".join(tool["name"] for tool in tools))
+        names = ", ".join(tool["name"] for tool in tools)
+        return r.choice(NO_THOUGHTS).format(names=names)
     wording, argument, glue = r.choice(THOUGHTS)
+    descriptions = {tool["name"]: uncapitalise(tool["description"]) for tool in tools}
     lines = []
     for call in calls:
-        description = next(tool["description"] for tool in tools if tool["name"] == call["name"])
-        said = [argument.format(key=key, value=json.dumps(value).strip('"'))
-                for key, value in call["arguments"].items()]
-        lines.append(wording.format(name=call["name"], description=small(description), arguments=glue.join(said)))
+        arguments = []
+        for key, value in call["arguments"].items():
+            arguments.append(argument.format(key=key, value=json.dumps(value).strip('"')))
+        lines.append(wording.format(
+            name=call["name"], description=descriptions[call["name"]], arguments=glue.join(arguments)
+        ))
     return "\n".join(lines)
 
 
 def sloppy_calls(calls, tools):
-    """The calls as a careless annotator writes them: the first only, numbers as text, nothing that is optional.
+    """The calls as a careless annotator writes them: the first only, numbers as text, no optional arguments.
 
     >>> tool = {"name": "set_timer", "parameters": {"required": ["minutes"]}}
     >>> sloppy_calls([{"name": "set_timer", "arguments": {"minutes": 5, "label": "pasta"}}], [tool])
     [{'name': 'set_timer', 'arguments': {'minutes': '5'}}]
     """
     required = {tool["name"]: tool["parameters"]["required"] for tool in tools}
-    return [{"name": call["name"], "arguments": {
-        name: str(value) if type(value) is int else value  # a bool is an int too
-        for name, value in call["arguments"].items() if name in required[call["name"]]}} for call in calls[:1]]
+    result = []
+    for call in calls[:1]:
+        arguments = {}
+        for name in call["arguments"]:
+            if name in required[call["name"]]:
+                value = call["arguments"][name]
+                arguments[name] = str(value) if type(value) is int else value  # a bool is an int too
+        result.append({"name": call["name"], "arguments": arguments})
+    return result
 
 
-def make_records(r, n=1, split="train", offered=(1, 2), two=0.06, none=0.15, random_names=0.5, optional=0.4, casual=0.2,
-                 real=0.05, two_words=0.1, reasoning=0.0, sloppy=0.0):
-    """n records that share one list of tools, drawn by the random.Random `r`: equal states give equal records.
+# ---- Records -----------------------------------------------------------------------------------------------------
 
-    split: see above · offered: numbers of tools in the list, all equally likely · two: share of requests for two
-    calls · none: share for which no offered tool fits, a quarter of them small talk or things no tool does ·
-    random_names: share of tools with a made-up name · optional: chance of an optional argument that the phrasing has
-    words for · casual: share of requests without capital and full stop · real: share of strings that are real words ·
-    two_words: share of titles and topics of two words · reasoning: share of answers with a think line · sloppy: share
-    of answers as a careless annotator gives them (`sloppy_calls`).
+def make_records(r, n=1, split="train", **settings):
+    """n records that share one list of tools.
+
+    r: a random.Random; equal states give equal records.
+    split: one of SPLITS.
+    settings: those that differ from SETTINGS.
     """
-    pool = list(UNSEEN if split == "tools" else TOOLS)
-    count = r.choice(offered)
-    asked = r.sample(pool, (count + 1) // 2 if split == "tools" else count)  # those that requests are about
-    keys = asked + r.sample(list(TOOLS), count - len(asked))
-    r.shuffle(keys)
-    tools, called = [], {}
-    for key in keys:
-        tool, called[key] = offer(r, key, random_names)
-        while tool["name"] in [other["name"] for other in tools]:
-            tool, called[key] = offer(r, key, random_names)
-        tools.append(tool)
-    names = {key: tool["name"] for key, tool in zip(keys, tools)}
-
+    if unknown := settings.keys() - SETTINGS.keys():
+        raise TypeError(f"unknown settings: {', '.join(unknown)}")
+    settings = SETTINGS | settings
+    offered, targets = make_tools(r, split, settings)
+    tools = [tool for tool, _ in offered.values()]
     records = []
     for _ in range(n):
-        calls, reply, thought = [], None, None
         kind = r.random()
-        if kind < none / 4:
-            fill_in = {pool: make_word(r, POOLS[pool].split(), split, real) for pool in ("person", "topic")}
-            if r.random() < 0.5:
-                request, reply = (text.format(**fill_in) for text in r.choice(TALK))
-                thought = r.choice(TALK_THOUGHTS)
-            else:
-                request, reply = r.choice(OUTSIDE).format(**fill_in), r.choice(REFUSALS)
-            request = say(r, [request], casual) if request[-1] in ".?" else request
+        if kind < settings["none"] / 4:
+            request, answer, reasoning = make_small_talk(r, split, settings)
         else:
-            wanted = [r.choice(asked)]
-            if kind < none:
-                wanted, reply = [r.choice([key for key in pool if key not in keys])], r.choice(REFUSALS)
-            elif kind < none + two:  # now and then the same tool twice
-                wanted = r.sample(asked, 2) if len(asked) > 1 and r.random() < 0.8 else wanted * 2
-            texts, said = [], []
-            for key in wanted:
-                phrasing = r.choice([line for line in phrasings(key, split) if line not in said])
-                said.append(phrasing)
-                arguments = make_arguments(r, key, phrasing, split, optional, real, two_words)
-                texts.append(fill(phrasing, arguments, (TOOLS | UNSEEN)[key][2]))
-                if not reply:
-                    calls.append({"name": names[key],
-                                  "arguments": {called[key][name]: value for name, value in arguments.items()}})
-            request = say(r, texts, casual)
-            calls = sloppy_calls(calls, tools) if r.random() < sloppy else calls
-        answer = {"tool_calls": calls, "content": reply}
-        if r.random() < reasoning:
-            answer["reasoning"] = thought or think(r, tools, calls)
-        records.append({"id": f"tiny-{split}-{r.getrandbits(40):010x}", "source": f"tiny-{split}", "tools": tools,
-                        "messages": [{"role": "user", "content": request}], "answer": answer})
+            keys, refusal = choose_tools(r, kind, offered, targets, split, settings)
+            request, calls = make_calls(r, keys, offered, split, settings)
+            if r.random() < settings["sloppy"]:
+                calls = sloppy_calls(calls, tools)
+            answer = {"tool_calls": calls, "content": refusal}
+            reasoning = None
+        if r.random() < settings["reasoning"]:
+            answer["reasoning"] = reasoning or make_reasoning(r, tools, answer["tool_calls"])
+        records.append({
+            "id": f"tiny-{split}-{r.getrandbits(40):010x}",
+            "source": f"tiny-{split}",
+            "tools": tools,
+            "messages": [{"role": "user", "content": request}],
+            "answer": answer,
+        })
     return records
+
+
+def make_small_talk(r, split, settings):
+    """(request, answer, reasoning or None): talk, or something that no tool of this world does."""
+    words = {}
+    for pool in ("person", "topic"):
+        words[pool] = make_word(r, POOLS[pool].split(), split, settings["real"])
+    reasoning = None
+    if r.random() < 0.5:
+        request, reply = r.choice(TALK)
+        reply = reply.format(**words)
+        reasoning = r.choice(TALK_THOUGHTS)
+    else:
+        request = r.choice(OUTSIDE)
+        reply = r.choice(REFUSALS)
+    request = request.format(**words)
+    if request[-1] in ".?":
+        request = make_request(r, [request], settings["casual"])
+    return request, {"tool_calls": [], "content": reply}, reasoning
+
+
+def choose_tools(r, kind, offered, targets, split, settings):
+    """(keys of the tools to ask for, refusal or None). kind: in [0, 1), chooses between none, two calls and one."""
+    keys = [r.choice(targets)]
+    if kind < settings["none"]:
+        pool = UNSEEN if split == "tools" else TOOLS
+        keys = [r.choice([key for key in pool if key not in offered])]
+        return keys, r.choice(REFUSALS)
+    if kind < settings["none"] + settings["two"]:
+        if len(targets) > 1 and r.random() < 0.8:
+            keys = r.sample(targets, 2)
+        else:
+            keys = keys * 2  # the same tool twice
+    return keys, None
+
+
+def make_calls(r, keys, offered, split, settings):
+    """(request, calls) for one or two tools; without a call if the tool is not offered."""
+    lines = []
+    texts = []
+    calls = []
+    for key in keys:
+        line = r.choice([line for line in phrasings(key, split) if line not in lines])
+        lines.append(line)
+        arguments = make_arguments(r, key, line, split, settings)
+        texts.append(fill(line, arguments, EVERY_TOOL[key][2]))
+        if key in offered:
+            tool, parameter_names = offered[key]
+            named = {parameter_names[name]: value for name, value in arguments.items()}
+            calls.append({"name": tool["name"], "arguments": named})
+    return make_request(r, texts, settings["casual"]), calls
 
 
 def make_record(r, split="train", **settings):
@@ -247,33 +347,41 @@ def make_record(r, split="train", **settings):
     return make_records(r, 1, split, **settings)[0]
 
 
-def show(record):
+# ---- Command line ------------------------------------------------------------------------------------------------
+
+def format_record(record):
     """A record for reading: its request, its tools as signatures, its answer."""
     lines = [f"request  {record['messages'][-1]['content']}"]
     for tool in record["tools"]:
         schema = tool["parameters"]
-        parameters = ", ".join(name + ("" if name in schema["required"] else "?") + ": " + "|".join(
-            kind.get("enum", [kind["type"]])) for name, kind in schema["properties"].items())
-        lines.append(f"tool     {tool['name']}({parameters})  {tool['description']}")
+        parameters = []
+        for name, kind in schema["properties"].items():
+            mark = "" if name in schema["required"] else "?"
+            values = "|".join(kind.get("enum", [kind["type"]]))
+            parameters.append(f"{name}{mark}: {values}")
+        lines.append(f"tool     {tool['name']}({', '.join(parameters)})  {tool['description']}")
     answer = record["answer"]
-    if answer.get("reasoning"):
-        lines += [f"think    {line}" for line in answer["reasoning"].splitlines()]
-    lines += [f"answer   {json.dumps(call)}" for call in answer["tool_calls"]] or [f"answer   {answer['content']}"]
+    for line in answer.get("reasoning", "").splitlines():
+        lines.append(f"think    {line}")
+    for call in answer["tool_calls"]:
+        lines.append(f"answer   {json.dumps(call)}")
+    if not answer["tool_calls"]:
+        lines.append(f"answer   {answer['content']}")
     return "\n".join(lines)
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print records of the embedded world, one JSON object a line.")
-    parser.add_argument("--n", type=int, default=1000, help="records, each with a tool list of its own")
+    parser = argparse.ArgumentParser(description="Print records of the embedded world, one JSON object per line.")
+    parser.add_argument("--n", type=int, default=1000, help="number of records, each with its own tools")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which of the four splits")
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal records")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     parser.add_argument("--reasoning", type=float, default=0.0, help="share of answers with a think line")
-    parser.add_argument("--show", action="store_true", help="for reading instead of JSON")
+    parser.add_argument("--show", action="store_true", help="print text for reading instead of JSON")
     args = parser.parse_args()
     r = random.Random(args.seed)
     for _ in range(args.n):
         record = make_record(r, args.split, reasoning=args.reasoning)
-        print(show(record) + "\n" if args.show else json.dumps(record))
+        print(format_record(record) + "\n" if args.show else json.dumps(record))
 
 
 if __name__ == "__main__":

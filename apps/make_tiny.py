@@ -1,0 +1,145 @@
+"""Rebuild the embedded world's teacher and student from random weights: `python -m apps.make_tiny --out runs/tiny`.
+
+It writes records and two random models, then prints and runs the commands of PLAN: 37 minutes on two idle CPU cores.
+The same command resumes an interrupted rebuild. data/tiny holds copies of its results: runs/tiny/teacher/model,
+runs/tiny/student/model and the record files that PLAN does not train on.
+
+The teacher learns easy records (two tools offered, one call requested), then records a little harder than the
+world's, then the world's own. The student should write the right form but often the wrong call, so seven in ten of
+its later records have a careless annotator's answer (`sloppy_calls`): it learns to read tools, and bad habits.
+"""
+import argparse
+import json
+import random
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import write_json, write_lines
+from data.tiny.tokenizer import make_tokenizer
+from data.tiny.world import SPLITS, make_record, make_records
+from model import Transformer
+
+EASY = {"offered": (2,), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
+FULL = {"offered": (1, 2, 2), "two": 0.1, "real": 0.1}
+SLOPPY = {"offered": (2,), "sloppy": 0.7}
+STAR = Path(__file__).parents[1] / "star.py"
+PLAN = """\
+sft --model $OUT/teacher-init --data $OUT/easy.jsonl.gz --steps 400 --lr 2e-3 --out $OUT/teacher-easy
+sft --model $OUT/teacher-easy/model --data $OUT/full.jsonl.gz --steps 1600 --lr 2e-3 --out $OUT/teacher-full
+sft --model $OUT/teacher-full/model --data $OUT/world.jsonl.gz --steps 300 --lr 1e-3 --out $OUT/teacher
+eval --model $OUT/teacher/model --data $OUT/$SPLIT.jsonl.gz --out $OUT/teacher-on-$SPLIT
+sft --model $OUT/student-init --data $OUT/easy.jsonl.gz --steps 400 --lr 2e-3 --out $OUT/student-easy
+sft --model $OUT/student-easy/model --data $OUT/sloppy.jsonl.gz --steps 1100 --lr 2e-3 --out $OUT/student
+eval --model $OUT/student/model --data $OUT/$SPLIT.jsonl.gz --out $OUT/student-on-$SPLIT
+sft --model $OUT/student-easy/model --data $OUT/full.jsonl.gz --steps 1600 --lr 2e-3 --out $OUT/ceiling-full
+sft --model $OUT/ceiling-full/model --data $OUT/world.jsonl.gz --steps 300 --lr 1e-3 --out $OUT/ceiling
+eval --model $OUT/ceiling/model --data $OUT/$SPLIT.jsonl.gz --out $OUT/ceiling-on-$SPLIT
+"""
+FLAGS = {
+    "sft": "--valid $OUT/values.jsonl.gz --valid-limit 128 --valid-every 250"
+           " --save-every 100 --optimiser muon --share-prefix 8"
+           " --batch-size 96 --micro-batch-tokens 2048",
+    "eval": "--max-concurrent 256 --max-new-tokens 128",
+}
+COMMON = "--think off --dtype float32 --device cpu"
+
+
+def make_model(folder, tokenizer, seed, hidden, layers, heads, think="on"):
+    """Write a random Qwen3-shaped model folder. heads: (query, key/value); think: its default for --think."""
+    end_id = tokenizer.token_to_id("<|im_end|>")
+    config = {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+        "hidden_size": hidden, "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers, "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1], "head_dim": hidden // heads[0],
+        "hidden_act": "silu", "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "eos_token_id": end_id, "tie_word_embeddings": True,
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "default_think": think,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end_id}))
+    model = Transformer(config)
+    # A standard deviation of 0.02 suits models a thousand wide.
+    model.init_weights(seed, std=0.5 * hidden ** -0.5)
+    model.folder = folder  # `save_pretrained` copies the tokenizer
+    model.save_pretrained(folder)
+
+
+def write_records(path, lists, seed, split="train", shared=8, **settings):
+    """Write `shared` records for each of `lists` random tool lists; settings: see `make_records`."""
+    if path.exists():
+        return
+    r = random.Random(f"{seed} {path.name}")
+    lines = []
+    for _ in tqdm(range(lists), path.name):
+        for record in make_records(r, shared, split, **settings):
+            lines.append(json.dumps(record) + "\n")
+    write_lines(path, lines)
+
+
+def write_inputs(out, seed):
+    """Write the record files and the two random models."""
+    write_records(out / "easy.jsonl.gz", 4_800, seed, **EASY)
+    write_records(out / "full.jsonl.gz", 9_600, seed, **FULL)
+    write_records(out / "world.jsonl.gz", 3_600, seed)
+    write_records(out / "sloppy.jsonl.gz", 6_600, seed, **SLOPPY)
+    write_records(out / "train.jsonl.gz", 800, seed)  # to distil and refine with
+    for split in SPLITS[1:]:
+        write_records(out / f"{split}.jsonl.gz", 640, seed, split, shared=1)
+    chat = make_record(random.Random(7), random_names=0, offered=(2,))
+    write_json(out / "chat_tools.json", chat["tools"])
+    tiny = {"tokenizer": make_tokenizer(), "layers": 4, "think": "off"}
+    make_model(out / "teacher-init", seed=1, hidden=128, heads=(4, 2), **tiny)
+    make_model(out / "student-init", seed=2, hidden=96, heads=(4, 4), **tiny)
+
+
+def command_lines(out, seed, ceiling):
+    """The arguments of star.py for each command of PLAN, as text; one `eval` for each test split."""
+    lines = []
+    for line in PLAN.splitlines():
+        if ceiling or "ceiling" not in line:
+            flags = FLAGS[line.split()[0]]
+            line = f"{line} {flags} {COMMON} --seed {seed}"
+            line = line.replace("$OUT", shlex.quote(str(out)))
+            splits = SPLITS[1:] if "$SPLIT" in line else [""]
+            lines += [line.replace("$SPLIT", split) for split in splits]
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="runs/tiny", help="folder for everything")
+    parser.add_argument("--ceiling", action="store_true", help="also train the ceiling of README.md")
+    parser.add_argument("--seed", type=int, default=42, help="random seed")
+    args = parser.parse_args()
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_inputs(out, args.seed)
+    # Ctrl-C reaches the running command too, which saves a checkpoint; wait for that.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for line in command_lines(out, args.seed, args.ceiling):
+        words = shlex.split(line)
+        folder = Path(words[words.index("--out") + 1])
+        if not (folder / "summary.json").exists():
+            words += ["--resume"] * folder.exists()
+            print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
+            code = subprocess.call([sys.executable, str(STAR), *words])
+            if code:
+                return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

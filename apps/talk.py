@@ -1,0 +1,71 @@
+"""`star.py chat`: a conversation with a model in the terminal. You play the user and the tools."""
+from functools import partial
+
+import torch
+
+from data.chat import Chat, add_prompt_flags
+from data.records import read_tools
+from model import Transformer
+from sampler import add_sampling_flags, generate
+from train import add_machine_flags, pick_device, torch_dtype
+
+
+def chat_flags(parser):
+    add = parser.add_argument
+    add("--model", required=True, help="model folder")
+    add("--tools", metavar="FILE", help="JSON list of tools")
+    add("--system", help="system message; default: the model's own")
+    add_prompt_flags(parser, "--tools-form")
+    add_sampling_flags(parser, temperature=0.0)
+    add_machine_flags(parser, "weights and compute")
+
+
+def run_chat(args):
+    """Talk to a model. If it calls a tool, type the tool's result."""
+    chat = Chat.from_pretrained(args.model, args.think, args.tools_form)
+    tools = read_tools(args.tools) if args.tools else []
+    device = pick_device(args.device)
+    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    generator = torch.Generator().manual_seed(args.seed)
+    print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
+    messages = []
+    if args.system:
+        messages.append({"role": "system", "content": args.system})
+    role = "user"
+    while text := read_input("tool result> " if role == "tool" else "you> "):
+        messages.append({"role": role, "content": text})
+        prompt = chat.prompt({"messages": messages, "tools": tools})
+        ids = []
+        generate(
+            model, [chat.encode(prompt)], 1, args.max_new_tokens,
+            chat.stop_ids, generator, args.temperature, args.top_p,
+            chat.vocab_size, on_token=partial(print_tokens, chat, ids),
+        )
+        print()
+        reply = decode_reply(chat, ids)
+        role = "tool" if "<tool_call>" in reply else "user"
+        if chat.think == "on":  # the prompt ends in the opening tag
+            reply = "<think>" + reply
+        messages.append({"role": "assistant", "content": reply})
+    print()
+
+
+def read_input(prompt):
+    """A line from the terminal; "" for Ctrl-D or Ctrl-C."""
+    try:
+        return input(prompt)
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def print_tokens(chat, ids, new_ids):
+    """Append new tokens to `ids` and print the text that they add. Half a character waits for the rest."""
+    printed = decode_reply(chat, ids).rstrip("\ufffd")
+    ids.extend(new_ids.values())
+    text = decode_reply(chat, ids).rstrip("\ufffd")
+    print(text[len(printed):], end="", flush=True)
+
+
+def decode_reply(chat, ids):
+    """The text of a reply, without the token that ends it."""
+    return chat.decode([i for i in ids if i not in chat.stop_ids])

@@ -1,0 +1,364 @@
+"""Read record files: JSON lines of three shapes become records of one format, which everything else reads.
+
+    {"id": str, "source": str,
+     "tools": [{"name", "description", "parameters": JSON schema}],
+     "messages": [ everything before the answer:
+                  {"role": "system"|"user"|"assistant"|"tool", "content": str or None,
+                   optionally "tool_calls": [{"name", "arguments": dict}], "reasoning_content": str}, ...],
+     "answer": {"tool_calls": [{"name", "arguments"}], "content": str or None, optionally "reasoning": str},
+     optionally "responses": [...]}                                            written by `rollout`, kept unchanged
+
+The keys of a line tell its shape: this format (it has "answer" or "responses"); the STAR authors' (`messages` and
+`tools`, the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].function` with arguments as a JSON
+string, wrapped tools, the older `functions` and `function_call`). Types written as in xLAM ("List[int], optional")
+become JSON schema.
+
+Departures from the released code:
+1. Nothing is repaired. A gold call to a tool that is not offered is an error that names the line; the authors match
+   similar tool names by substring. `star.py prepare` drops such records.
+2. Think blocks and <tool_call> blocks in the text of an assistant message are split into reasoning, content and calls.
+"""
+import gzip
+import json
+import re
+import zlib
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data import InputError, positive, read_json
+from reward import score
+
+ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
+ROLES |= {"developer": "system", "function": "tool"}
+TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean",
+    "list": "array", "tuple": "array", "set": "array", "sequence": "array", "iterable": "array",
+    "dict": "object", "mapping": "object", "none": "null", "nonetype": "null",
+}
+TYPES |= {name: name for name in TYPES.values()}
+
+
+def add_data_flags(parser, what):
+    """Add --data, --limit and --max-prompt-tokens. what: the contents of the file, for --help."""
+    parser.add_argument("--data", required=True, help=f"{what}, .jsonl or .jsonl.gz")
+    parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N records")
+    parser.add_argument(
+        "--max-prompt-tokens", type=positive, default=5120, metavar="N",
+        help="skip records with longer prompts",
+    )
+
+
+def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
+    """All records of a .jsonl, .jsonl.gz or .json file with one JSON object per line. Empty lines are skipped.
+
+    need_answer: False also accepts prompts: records without an answer whose last message is a user's or a tool's.
+    vocab_size: ids of responses must be smaller.
+    check_answer: False also accepts answers that call tools which are not offered. Calls that cannot be parsed are
+        kept as text; `self_check` gives them no reward.
+    Raises InputError with the file and the line.
+    """
+    path = Path(path)
+    stem = Path(path.name.removesuffix(".gz")).stem
+    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False)
+    records = []
+    for number, line in lines:
+        try:
+            record = read_record(line, f"{stem}:{number}", check_answer)
+            check_record(record, need_answer, vocab_size, check_answer)
+        except InputError as e:
+            raise InputError(f"{path}:{number}: {e}") from e
+        records.append(record)
+    if not records:
+        raise InputError(f"{path}: holds no records; give a file with one JSON object a line")
+    return records
+
+
+def read_tools(path):
+    """The tools of a JSON file that holds one tool or a list of them, flat or wrapped."""
+    remedy = "give a JSON list of tools, each with a name, a description and parameters"
+    tools = read_json(path, remedy, kind=(list, dict))
+    try:
+        return [read_tool(tool) for tool in as_list(tools)]
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from e
+
+
+def read_lines(path):
+    """Yield (line number, bytes) for each line that is not empty. The file may be gzipped."""
+    number = 0
+    open_file = gzip.open if path.suffix == ".gz" else open
+    try:
+        with open_file(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        where = f"{path}:{number + 1}"
+        raise InputError(f"{where}: broken gzip stream ({e}); copy the file again") from e
+    except OSError as e:
+        remedy = "give a .jsonl or .jsonl.gz file"
+        raise InputError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
+
+
+# ---- From a line to a record (the callers above add the file and the line to an InputError) ----------------------
+
+def read_record(line, default_id, check_answer):
+    """A line (bytes) of any shape as a record."""
+    item = read_object(line)
+    tools = item.get("tools") or item.get("functions") or []
+    if isinstance(tools, str):
+        tools = parse(tools, "tools")
+    tools = [read_tool(tool) for tool in as_list(tools)]
+    *history, last = item["messages"]
+    messages = [read_message(message) for message in history]
+    messages.append(read_message(last, check_answer))
+
+    record = {"id": default_id, "source": default_id.rpartition(":")[0]}
+    our_format = "answer" in item or "responses" in item
+    if not our_format:
+        item = {key: str(item[key]) for key in record if item.get(key) is not None}
+    record |= item | {"tools": tools, "messages": messages}
+    answer = item.get("answer")
+    if not our_format and messages[-1]["role"] == "assistant":
+        last = messages.pop()
+        calls = last.get("tool_calls", [])
+        record["answer"] = {"tool_calls": calls, "content": last["content"] or None}
+        if "reasoning_content" in last:
+            record["answer"]["reasoning"] = last["reasoning_content"]
+    elif isinstance(answer, dict):
+        calls = read_calls(answer.get("tool_calls") or [], check_answer)
+        content = read_text(answer.get("content"))
+        record["answer"] = answer | {"tool_calls": calls, "content": content}
+    elif answer is not None:
+        remedy = 'write {"tool_calls": [...]}, each with name and arguments, or {"content": text}'
+        raise InputError(f"answer is {type(answer).__name__}; {remedy}")
+    return record
+
+
+def read_object(line):
+    """The JSON object in a line, which must have messages."""
+    try:
+        item = json.loads(line.decode("utf-8-sig"))
+        if b"\\u" in line:  # half a surrogate pair must fail here, not in the tokenizer
+            json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeError as e:
+        raise InputError(f"not UTF-8 text ({e.reason}); save the file as UTF-8") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"not JSON ({e}); each line must be one whole JSON object") from e
+    if not isinstance(item, dict):
+        kind = type(item).__name__
+        raise InputError(f"is {kind}, not an object; write one JSON object a line")
+    if not isinstance(item.get("messages"), list) or not item["messages"]:
+        raise InputError('no messages; add "messages", a list that ends with the user\'s')
+    return item
+
+
+def read_message(message, check=True):
+    """A message of any shape in the record format, without ids and other keys. check: as in `read_calls`."""
+    role = str(message.get("role") if isinstance(message, dict) else message)
+    if role not in ROLES or not isinstance(message, dict):
+        raise InputError(f"unknown role {role!r}; roles are system, user, assistant and tool")
+    content = read_text(message.get("content"))
+    result = {"role": ROLES[role], "content": content}
+    if result["role"] != "assistant":
+        return result
+    calls = message.get("tool_calls") or message.get("function_call") or []
+    reasoning = message.get("reasoning_content")
+    if block := re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S):
+        reasoning = reasoning or block[1].strip("\n")
+        content = content[block.end():]
+    if not calls and "<tool_call>" in (content or ""):
+        # pieces: text, inside of a block, text, inside of a block, ...
+        pieces = re.split(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content, flags=re.S)
+        calls = [parse(piece, "<tool_call>", check) for piece in pieces[1::2]]
+        content = "".join(pieces[::2]).strip() or None
+    result["content"] = content
+    if calls:
+        result["tool_calls"] = read_calls(calls, check)
+    if reasoning:
+        result["reasoning_content"] = reasoning
+    return result
+
+
+def read_text(content):
+    """The content of a message as a string or None. OpenAI's list of text parts is joined."""
+    if isinstance(content, list):
+        if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+            content = "".join(str(part.get("text")) for part in content)
+    if content is not None and not isinstance(content, str):
+        kind = type(content).__name__
+        raise InputError(f"content is {kind}; write it as a string (a result as JSON text)")
+    return content
+
+
+def read_calls(calls, check=True):
+    """[{"name", "arguments"}] from plain or OpenAI tool calls. check: False keeps anything else as text."""
+    result = []
+    for item in as_list(calls):
+        call = item.get("function", item) if isinstance(item, dict) else {}
+        arguments = call.get("arguments") if isinstance(call, dict) else None
+        if isinstance(arguments, str):
+            arguments = parse(arguments, "arguments", check)
+        if isinstance(arguments, dict) and isinstance(call.get("name"), str):
+            result.append({"name": call["name"], "arguments": arguments})
+        elif check:
+            why = "a call lacks its name or its arguments object"
+            raise InputError(f'{why}; write {{"name", "arguments"}}')
+        else:
+            result.append(json.dumps(item))
+    return result
+
+
+def parse(string, what, check=True):
+    """The value of a JSON string. check: False returns a string that is not JSON unchanged."""
+    try:
+        return json.loads(string)
+    except (ValueError, RecursionError) as e:
+        if not check:
+            return string
+        raise InputError(f"{what} is not JSON ({e}); correct it or remove the record") from e
+
+
+def as_list(value):
+    return value if isinstance(value, list) else [value]
+
+
+def read_tool(tool):
+    """{"name", "description", "parameters"} from a flat or wrapped tool."""
+    tool = tool.get("function", tool) if isinstance(tool, dict) else {}
+    if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
+        raise InputError('a tool has no name; tools are {"name", "description", "parameters"}')
+    description = tool.get("description") or ""
+    schema = to_json_schema(tool.get("parameters") or {})
+    return {"name": tool["name"], "description": description, "parameters": schema}
+
+
+def to_json_schema(parameters):
+    """A tool's parameters as a JSON schema. A JSON schema is returned unchanged.
+
+    parameters: {"city": {"type": "str, optional", "description": ..., "default": ...}} or {"city": "str"}. A
+        parameter is required unless its type says optional or it has a default. A boolean "required" overrides both.
+
+    >>> to_json_schema({"n": {"type": "List[int], optional"}})["properties"]
+    {'n': {'type': 'array', 'items': {'type': 'integer'}}}
+    """
+    specs = parameters if isinstance(parameters, dict) else {"": None}
+    if isinstance(specs.get("type"), str):
+        if isinstance(specs.get("properties"), dict):
+            return parameters
+        if TYPES.get(specs["type"]) == "object":  # no properties: a tool without parameters
+            specs = {}
+    if not all(isinstance(spec, (dict, str)) for spec in specs.values()):
+        raise InputError("parameters must be a JSON schema of type object, or a type for each name")
+    properties = {}
+    required = []
+    for name, spec in specs.items():
+        spec = {"type": spec} if isinstance(spec, str) else dict(spec)
+        schema, optional = type_schema(spec.pop("type", "any"))
+        optional = optional or "default" in spec
+        if isinstance(spec.get("required"), bool):
+            optional = not spec.pop("required")
+        properties[name] = schema | spec
+        if not optional:
+            required.append(name)
+    return {"type": "object", "properties": properties, "required": required}
+
+
+def type_schema(kind):
+    """(JSON schema, whether it is optional) of a Python type written as text. A type that JSON lacks becomes {}.
+
+    >>> type_schema("Optional[Union[int, Dict[str, Any]]]")
+    ({'anyOf': [{'type': 'integer'}, {'type': 'object'}]}, True)
+    """
+    if not isinstance(kind, str):
+        return {"type": kind}, False
+    kind, *notes = split(kind, ",") or [""]
+    optional = any(note.lower().startswith("optional") for note in notes)
+    base, _, inner = kind.removesuffix("]").partition("[")
+    base = base.strip().lower().removeprefix("typing.")
+    inner = split(inner, ",")
+    alternatives = split(kind, "|")
+    schema = {"type": TYPES[base]} if base in TYPES else {}
+    if base in ("optional", "union") or len(alternatives) > 1:
+        parts = alternatives if len(alternatives) > 1 else inner
+        schemas = [type_schema(part)[0] for part in parts]
+        others = [part for part in schemas if part != {"type": "null"}]
+        optional = optional or base == "optional" or len(others) < len(schemas)
+        schema = {"anyOf": others} if others and {} not in others else {}
+        if len(others) == 1:
+            schema = others[0]
+    elif schema == {"type": "array"}:
+        items = [type_schema(item)[0] for item in inner if item != "..."]
+        if items and items[0] and items.count(items[0]) == len(items):  # one type only
+            schema["items"] = items[0]
+    return schema, optional
+
+
+def split(string, separator):
+    """Split at separators outside brackets: "Dict[str, Any], optional" has two pieces at ","."""
+    pieces = [""]
+    depth = 0
+    for character in string:
+        depth += (character == "[") - (character == "]")
+        if character == separator and depth == 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+# ---- Checks ------------------------------------------------------------------------------------------------------
+
+def check_record(record, need_answer, vocab_size, check_answer):
+    """Raise InputError for a record that cannot be used. Parameters as in `read_records`."""
+    responses = record.get("responses") or []
+    if not isinstance(responses, list) or not all(isinstance(r, dict) for r in responses):
+        remedy = "run rollout again or remove the record"
+        raise InputError(f"responses is not a list of objects; {remedy}")
+    for response in responses:
+        check_response(response, vocab_size)
+    if not record["messages"] or record["messages"][-1]["role"] not in ("user", "tool"):
+        remedy = "before the answer must come a user's or a tool's"
+        raise InputError(f"no message to answer; {remedy}")
+    if need_answer and not (has_answer(record) or responses):
+        remedy = 'give a last assistant turn or an "answer" with calls or content'
+        raise InputError(f"no answer; {remedy}, or run rollout first")
+    if check_answer and record.get("answer"):
+        names = [tool["name"] for tool in record["tools"]]
+        for call in record["answer"]["tool_calls"]:
+            if call["name"] not in names:
+                why = f"the answer calls {call['name']!r}, which is not among the tools"
+                raise InputError(f"{why}; add the tool or remove the record")
+
+
+def check_response(response, vocab_size):
+    """Raise InputError for a response that cannot be trained on. It needs "text", "ids" or both."""
+    ids = response.get("ids") or []
+    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+        raise InputError("ids of responses must be whole numbers from 0 up; run rollout again")
+    if vocab_size is not None and max(ids, default=0) >= vocab_size:
+        why = f"responses have id {max(ids)}, the tokenizer only {vocab_size:,} ids"
+        remedy = "run rollout again with a model that shares it, or remove the ids"
+        raise InputError(f"{why}; {remedy} to train on the text")
+    if not ids and not isinstance(response.get("text"), str):
+        raise InputError("one of the responses has neither ids nor text; run rollout again")
+
+
+def has_answer(record):
+    """Whether the record has a gold answer: calls or text."""
+    answer = record.get("answer") or {}
+    return bool(answer.get("tool_calls") or answer.get("content"))
+
+
+def self_check(record):
+    """`reward.score` of the gold answer against itself. `star.py prepare` keeps records with a reward over 0.99.
+
+    The reward is lower if no response can earn the full reward: the gold answer has a call that cannot be parsed,
+    an unknown tool or argument, or think tags or <tool_call> inside its text.
+    """
+    answer = record["answer"]
+    parts = [answer["content"] or ""]
+    parts += [f"<tool_call>{json.dumps(call)}</tool_call>" for call in answer["tool_calls"]]
+    text = "<think></think>" + "\n".join(parts)
+    return score(text, text, record["tools"])

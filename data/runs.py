@@ -1,0 +1,194 @@
+"""Run folders: what a command writes under --out, how it resumes, and when an earlier run may be deleted.
+
+    OUT/arguments.json    the settings; a resumed run must have the same
+    OUT/metrics.jsonl     a line per step
+    OUT/samples.jsonl     a line per group of Sim-RL
+    OUT/checkpoints/      step-000100, ...: weights, optimiser moments, progress.json; safetensors and JSON, no pickle
+    OUT/model, OUT/summary.json    when the run is finished
+"""
+import json
+import math
+import shutil
+import statistics
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from data import InputError, atomic_folder, read_json, refuse_changes, save_tensors, write_json, write_lines
+
+# A resumed run may change these: they affect memory, speed, or the filters at the end of a rollout.
+FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "save_every",
+              "micro_batch_tokens", "gradient_checkpointing"}
+
+
+def add_output_flags(parser, what):
+    """Flags that say where to write, and what to do with an earlier run there."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", required=True, help=what)
+    group = group.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue a stopped run")
+    group.add_argument("--overwrite", action="store_true", help="delete an earlier run and start again")
+
+
+def settings(args):
+    """{flag: value} of the flags that a resumed run must not change."""
+    free = FREE_FLAGS | {"max_concurrent"} if args.command == "simrl" else FREE_FLAGS
+    return {name: value for name, value in vars(args).items() if name not in free}
+
+
+def prepare_folder(args, inputs):
+    """Check --out, clear or resume it, and write arguments.json. Returns the step to resume after, 0 for a new run.
+
+    inputs: the files and folders that the run reads; --overwrite must not delete them
+    """
+    out = Path(args.out)
+    saved = out / "arguments.json"
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; --out names a folder")
+    if out.exists() and any(out.iterdir()):
+        if not (args.resume or args.overwrite):
+            raise InputError(f"{out}: exists already; use --resume to continue it or --overwrite to start again")
+        if not saved.exists():  # --overwrite deletes runs and nothing else
+            raise InputError(f"{out}: has no arguments.json, so it is not a run; remove it or use another --out")
+    if args.overwrite:
+        for path in inputs:
+            if out.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
+                raise InputError(f"{out}: --overwrite would delete what this run reads; use another --out")
+        command = read_json(saved).get("command") if saved.exists() else args.command
+        if command != args.command:
+            raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
+        shutil.rmtree(out, ignore_errors=True)
+    step = 0
+    if saved.exists():
+        refuse_changes(f"{out}: was started with", read_json(saved), settings(args),
+                       "resume with the settings in its arguments.json, or start again with --overwrite")
+        step = latest_checkpoint(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(saved, settings(args))
+    for log in (out / "metrics.jsonl", out / "samples.jsonl"):
+        if log.exists():
+            drop_lines_after(log, step)
+    return step
+
+
+def latest_checkpoint(out):
+    """The step of the last checkpoint of a run, 0 if it has none."""
+    folders = (Path(out) / "checkpoints").glob("step-??????")
+    return max((int(folder.name.removeprefix("step-")) for folder in folders), default=0)
+
+
+def drop_lines_after(log, step):
+    """Keep a log's lines up to a step: later ones are logged again. A kill may have left half a line."""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        whole = (line for line in file if step and line.endswith("\n"))
+        write_lines(log, (line for line in whole if json.loads(line)["step"] <= step))
+
+
+def log_metrics(out, *rows, name="metrics.jsonl"):
+    """Append rows, one line each, to metrics.jsonl or another file of the run."""
+    with open(Path(out) / name, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def read_metrics(out):
+    """The rows of metrics.jsonl."""
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def summarise_training(out):
+    """The figures of a whole run of `ckd` or `sft`, from its metrics.jsonl; valid_before and valid_after are dicts or None."""
+    rows = read_metrics(out)
+    trained = [row for row in rows if "loss" in row]
+    valid = []
+    for row in rows:
+        if "valid_nll" in row:
+            valid.append({name: value for name, value in row.items() if name.startswith("valid_")})
+    total = {name: sum(row[name] for row in trained)
+             for name in ("sequences", "tokens", "packed_tokens", "seconds")}
+    return {"steps": len(trained), "sequences": total["sequences"], "response_tokens": total["tokens"],
+            "packed_tokens": total["packed_tokens"], "seconds": round(total["seconds"], 1),
+            "tokens_per_s": round(total["packed_tokens"] / total["seconds"], 1),
+            "valid_before": valid[0] if valid else None, "valid_after": valid[-1] if valid else None}
+
+
+def summarise_refinement(out):
+    """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
+    rows = read_metrics(out)
+    fifth = max(1, len(rows) // 5)
+    sampled = sum(row["groups_drawn"] for row in rows)
+    kept = sum(row["groups_kept"] for row in rows)
+    rewards = [row["reward"] for row in rows]
+    summary = {"steps": len(rows), "updates": rows[-1]["updates"], "prompts_drawn": sampled,
+               "share_kept": round(kept / sampled, 4),
+               "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
+               "reward_last": round(statistics.fmean(rewards[-fifth:]), 4)}
+    for name in ("seconds_sampling", "seconds_scoring", "seconds_training"):
+        summary[name] = round(sum(row[name] for row in rows), 1)
+    return summary
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
+
+
+def sum_of_weights(model):
+    """The sum of all weights in float64: finite if each of them is."""
+    return sum(p.detach().sum(dtype=torch.float64).item() for p in model.parameters())
+
+
+def check_finite(out, step, name, value):
+    """Stop a run whose training has diverged, before anything is saved: InputError if `value` is not finite."""
+    if math.isfinite(value):
+        return
+    good = latest_checkpoint(out)
+    state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}" if good else "there is no checkpoint yet"
+    raise InputError(f"{out}: step {step}: {name} is {value}, training has diverged; {state}; start again with "
+                     "--overwrite and a lower --lr, or with --dtype float32")
+
+
+def save_checkpoint(out, step, model, optimisers, progress, keep=2):
+    """Write checkpoints/step-... atomically (weights, optimiser moments, progress.json) and keep the last `keep`.
+
+    progress: the counts that `load_checkpoint` returns, among them "updates", the number of optimiser steps
+    """
+    check_finite(out, step, "a weight", sum_of_weights(model))
+    folder = Path(out) / "checkpoints"
+    state = {}  # of each parameter; empty before the first update
+    for optimiser in optimisers:
+        state |= optimiser.state
+    with atomic_folder(folder / f"step-{step:06d}") as new:
+        weights = {name: p.detach() for name, p in model.named_parameters()}
+        save_tensors(weights, new / "weights.safetensors")
+        for moment in MOMENTS:  # a file each, because writing one takes a copy of it in memory
+            tensors = {name: state[p][moment] for name, p in model.named_parameters() if moment in state.get(p, ())}
+            save_tensors(tensors, new / f"{moment}.safetensors")
+        write_json(new / "progress.json", progress)
+    kept = sorted(folder.glob("step-??????"))[-keep:]
+    for old in folder.iterdir():  # earlier ones, and a half-written one of a killed run
+        if old not in kept:
+            shutil.rmtree(old)
+
+
+@torch.no_grad()
+def load_checkpoint(out, step, model, optimisers):
+    """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
+    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    progress = read_json(folder / "progress.json")
+    weights = safe_open(folder / "weights.safetensors", "pt")
+    moments = {moment: safe_open(folder / f"{moment}.safetensors", "pt") for moment in MOMENTS}
+    state = {}  # of each parameter, in its optimiser
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            state |= {p: optimiser.state[p] for p in group["params"]}
+    for name, p in model.named_parameters():
+        p.copy_(weights.get_tensor(name))
+        for moment, file in moments.items():
+            if name in file.keys():
+                state[p][moment] = file.get_tensor(name).to(p.device, copy=True)
+        if "exp_avg" in state[p]:
+            state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
+    return progress

@@ -1,0 +1,190 @@
+"""The sampler: prompts in, sampled responses out, with the model that trains.
+
+It mirrors the group layout of data/groups.py. A prompt is prefilled once, and its n samples share one cache row: a
+decoding step feeds one token per sample, and a mask lets that token attend to the prompt and to the earlier tokens
+of its own sample. The prompt's keys and values are stored once and read once a step instead of n times.
+
+    generate    prefill -> (draw a token per sample -> retire finished samples -> decode) until all are finished
+    next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
+
+Departures from the released code:
+1. No vLLM: the released run hands its weights to another engine and recomputes the log-probs.
+2. Ids beyond the tokenizer (padding rows of the embedding) are never sampled.
+3. The stop token is the last id of a response, and may be its first (released: at least one token precedes it).
+   Nothing is appended to a response that reached the length limit (released: an end token).
+"""
+import torch
+
+from data import amount, number, positive
+from data.groups import Response
+from model import KVCache
+
+FINISHED = -2  # in `slots`: no sample decodes here
+
+
+def add_sampling_flags(parser, temperature, top_p=True):
+    """Flags that say how responses are sampled."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=amount, default=temperature, help="0 is greedy")
+    if top_p:
+        group.add_argument("--top-p", type=number(float, 1e-6, 1.0), default=1.0,
+                           help="sample from the most likely tokens with this total probability")
+    add_length_flag(group)
+
+
+def add_length_flag(parser):
+    """The flag that limits the length of a sampled response."""
+    parser.add_argument("--max-new-tokens", type=positive, default=512,
+                        help="stop a response at this length")
+
+
+def next_token(logits, uniform, temperature, top_p):
+    """Draw one token per row of logits with one uniform number per row.
+
+    logits: [R, V]
+    uniform: [R], in [0, 1)
+    temperature: 0 takes the most likely token
+    top_p: below 1, keep the fewest tokens whose total probability reaches it
+
+    Returns ids [R] and log-probs [R] under the distribution sampled from; for temperature 0, under the softmax.
+
+    >>> logits = torch.tensor([[0., 2., 1.]]).log()
+    >>> [next_token(logits, torch.tensor([u]), 1.0, 1.0)[0].item() for u in (0.1, 0.6, 0.7)]
+    [1, 1, 2]
+    >>> next_token(logits, torch.tensor([0.9]), 1.0, 0.6)  # token 1 alone reaches 0.6
+    (tensor([1]), tensor([0.]))
+    """
+    logits = logits.float()
+    if temperature == 0:
+        log_probs = logits.log_softmax(-1)  # [R, V]
+        ids = log_probs.argmax(-1, keepdim=True)  # [R, 1]
+        return ids.squeeze(-1), log_probs.gather(-1, ids).squeeze(-1)
+    log_probs = (logits / temperature).log_softmax(-1)  # [R, V]
+    if top_p < 1:
+        ordered, order = log_probs.sort(-1, descending=True)  # [R, V]
+        mass_before = ordered.exp().cumsum(-1) - ordered.exp()  # [R, V], of the more likely tokens
+        excluded = torch.empty_like(mass_before, dtype=torch.bool)
+        excluded.scatter_(-1, order, mass_before >= top_p)
+        log_probs = log_probs.masked_fill(excluded, -torch.inf).log_softmax(-1)
+    # Inverse transform: the first token whose cumulative mass exceeds the uniform number.
+    high = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
+    mass = log_probs.exp().cumsum(-1, dtype=high)  # [R, V]
+    threshold = uniform[:, None].to(high) * mass[:, -1:]  # [R, 1]
+    ids = torch.searchsorted(mass, threshold, right=True)  # [R, 1]
+    ids = ids.clamp(max=logits.shape[-1] - 1)  # in float32 the threshold may round up to the whole mass
+    return ids.squeeze(-1), log_probs.gather(-1, ids).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature=1.0, top_p=1.0,
+             vocab_size=None, on_token=None):
+    """Sample n responses to each prompt, all of them concurrently.
+
+    model: a Transformer, in the precision to sample with
+    prompts: lists of ids, of any lengths
+    stop_ids: tokens that end a response
+    generator: a CPU torch.Generator, or a list of one per prompt; the only source of randomness
+    temperature, top_p: as in `next_token`
+    vocab_size: sample from the first `vocab_size` ids only
+    on_token: called after every step with {(prompt, sample): id}
+
+    Returns a list of n `Response` for each prompt, its finish_reason "stop" (the stop token is the last id) or
+    "length". A (prompt, sample, step) gets the same uniform number no matter which others are still running.
+    The samples of a prompt share a cache row of len(prompt) + n x steps keys, so n should be some tens at most.
+    """
+    generators = generator if isinstance(generator, list) else [generator] * len(prompts)
+    head = model.head_weight[:vocab_size]  # [V, H]
+    samples = [[Response([], (0, 0), log_probs=[]) for _ in range(n)] for _ in prompts]
+    cache = KVCache(len(model.model.layers))
+    hidden, segment = prefill(model, prompts, cache)  # [P, H], [P, S]
+    hidden = hidden[:, None].expand(-1, n, -1)  # [P, n, H]
+    # Cache row r decodes prompt rows[r]; its slots hold the numbers of the samples that are still running.
+    rows = torch.arange(len(prompts))
+    slots = torch.arange(n).expand(len(prompts), n)  # [rows, slots]
+    for step in range(max_new_tokens):
+        # 1. Draw a token for every slot.
+        logits = hidden.flatten(0, 1) @ head.T  # [rows * slots, V]
+        uniform = torch.stack([torch.rand(n, generator=g) for g in generators])  # [P, n]
+        uniform = uniform[rows[:, None], slots].flatten().to(logits.device)  # [rows * slots]
+        ids, log_probs = next_token(logits, uniform, temperature, top_p)
+        ids = ids.cpu().view_as(slots)  # [rows, slots]
+        log_probs = log_probs.cpu().view_as(slots)  # [rows, slots]
+        # 2. Append it to the samples; retire those that end.
+        slots, new_ids = append_tokens(samples, rows, slots, ids, log_probs, stop_ids)
+        if on_token is not None:
+            on_token(new_ids)
+        running = (slots >= 0).sum(1)  # [rows]
+        if step + 1 == max_new_tokens or not running.any():
+            break
+        # 3. A prompt without running samples leaves the cache; the others close their gaps.
+        keep = running.nonzero().squeeze(1)
+        if len(keep) < len(rows):
+            cache.keep_rows(keep.to(logits.device))
+            rows, slots, ids, segment = rows[keep], slots[keep], ids[keep], segment[keep]
+        order = (slots < 0).sort(dim=1, stable=True).indices[:, :running.max()]  # [rows, slots]
+        slots = slots.gather(1, order)  # [rows, slots]
+        ids = ids.gather(1, order)  # [rows, slots]
+        # 4. Decode: one new key per slot. Sample j is segment j + 1, as in a packed group.
+        segment = torch.cat((segment, slots + 1), dim=1)  # [rows, S]
+        in_prompt = segment[:, None] == 0  # [rows, 1, S]
+        same_sample = segment[:, None] == slots[:, :, None] + 1  # [rows, slots, S]
+        mask = (in_prompt | same_sample)[:, None]  # [rows, 1, slots, S]
+        lengths = torch.tensor([len(prompts[p]) for p in rows.tolist()])  # [rows]
+        positions = (lengths + step)[:, None].expand_as(slots)  # [rows, slots]
+        inputs = [t.to(logits.device) for t in (ids, positions, mask)]
+        hidden = model.hidden_states(*inputs, cache)  # [rows, slots, H]
+    return samples
+
+
+def prefill(model, prompts, cache):
+    """Run all prompts through the model, filling the cache.
+
+    Returns the hidden states [P, H] of the last tokens, and the segment of each cached key [P, S]: 0 for a prompt
+    token, -1 for padding, which no sample attends to.
+    """
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [P]
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # [P, S]
+    segment = torch.zeros_like(ids)  # [P, S]
+    for i, prompt in enumerate(prompts):
+        ids[i, :len(prompt)] = torch.tensor(prompt)
+        segment[i, len(prompt):] = -1
+    hidden = model.hidden_states(ids.to(model.head_weight.device), cache=cache)  # [P, S, H]
+    return hidden[torch.arange(len(prompts)), lengths - 1], segment
+
+
+def append_tokens(samples, rows, slots, ids, log_probs, stop_ids):
+    """Append the tokens just drawn, [rows, slots], to the samples they belong to.
+
+    Returns the slots with finished samples marked, and the new tokens as {(prompt, sample): id}.
+    """
+    remaining = slots.clone()
+    new_ids = {}
+    for row, slot in (slots >= 0).nonzero().tolist():
+        prompt = rows[row].item()
+        number = slots[row, slot].item()
+        token = ids[row, slot].item()
+        response = samples[prompt][number]
+        response.ids.append(token)
+        response.log_probs.append(log_probs[row, slot].item())
+        response.span = (0, len(response.ids))
+        response.finish_reason = "length"
+        new_ids[prompt, number] = token
+        if token in stop_ids:
+            response.finish_reason = "stop"
+            remaining[row, slot] = FINISHED
+    return remaining, new_ids
+
+
+def greedy_answers(model, chat, groups, dtype, name):
+    """Greedy answers to a few groups' prompts: [{"request", "gold" or None, name: text}]."""
+    if not groups:
+        return []
+    model = model if model.head_weight.dtype == dtype else model.copy(dtype)
+    prompts = [group.prompt for group in groups]
+    samples = generate(model, prompts, 1, 128, chat.stop_ids, torch.Generator(), 0.0, vocab_size=chat.vocab_size)
+    answers = []
+    for group, (response,) in zip(groups, samples):
+        gold = chat.answer(group.record) if group.record.get("answer") else None
+        request = group.record["messages"][-1]["content"]
+        answers.append({"request": request, "gold": gold, name: chat.decode(response.ids)})
+    return answers

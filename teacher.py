@@ -1,0 +1,128 @@
+"""The teacher of CKD: its top-k log-probs at the positions of a packed batch, live from a model or from a cache.
+
+    check_pair, cache_key   before anything is written: refuse a pair, or a cache, that does not fit
+    load_teacher            before training: load the model, or write its cache (data/cache.py) if it is missing
+    Teacher                 during training: packed batch -> ids [N, k], log-probs [N, k]
+"""
+import hashlib
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train
+from data import MODEL_FOLDER, InputError, read_json
+from data.cache import fingerprint, number_rows, open_cache, write_cache
+from data.chat import read_tokenizer
+from model import Transformer
+
+
+class Teacher:
+    """A teacher as a function of a packed batch: (ids [N, k], log-probs [N, k]) of its counted positions.
+
+    model: a Transformer, or None with a cache
+    vocab_size: the softmax is over the first `vocab_size` ids
+    seed: draw k tokens at random instead of the top-k (rskd)
+    cache: the two arrays of `open_cache`; packed["rows"] are their rows
+    """
+
+    def __init__(self, model, k, vocab_size, seed=None, cache=None):
+        self.model = model
+        self.k = k
+        self.vocab_size = vocab_size
+        self.seed = seed
+        self.cache = cache
+
+    def __call__(self, packed, *draw):
+        """draw: numbers, (step, micro-batch), that seed the draws of rskd."""
+        device = packed["targets"].device
+        if self.cache is not None:
+            rows = packed["rows"].cpu().numpy()
+            ids, log_p = (array[rows] for array in self.cache)  # [N, k] each
+            ids = torch.from_numpy(ids.astype(np.int64))
+            log_p = torch.from_numpy(log_p.astype(np.float32))
+            return ids.to(device), log_p.to(device)
+        return self.view(packed, self.generator(device, *draw))
+
+    @torch.no_grad()
+    def view(self, packed, generator=None):
+        """The model's top-k, or the generator's draws, in the precision of its weights (no autocast)."""
+        hidden = train.hidden_states(self.model, packed, torch.float32)  # [N, H]
+        head = self.model.head_weight[:self.vocab_size]  # [V, H]
+        return train.topk_log_probs(hidden, head, self.k, generator)
+
+    def generator(self, device, *draw):
+        """A torch.Generator seeded by the seed and `draw`; None without a seed."""
+        if self.seed is None:
+            return None
+        digest = hashlib.sha256(repr((self.seed, *draw)).encode()).digest()
+        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+
+
+def check_pair(teacher_folder, student_folder):
+    """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
+
+    Returns the number of ids of both, cut to the tokenizer if their embeddings are padded differently.
+    """
+    teacher_vocab, _ = vocabulary(teacher_folder)
+    student_vocab, _ = vocabulary(student_folder)
+    if vocabulary(teacher_folder) != vocabulary(student_folder):
+        raise InputError(f"{teacher_folder} ({len(teacher_vocab):,} tokens) and {student_folder} "
+                         f"({len(student_vocab):,}) have different tokenizers; CKD needs two models that share one")
+    widths = set()
+    for folder in (teacher_folder, student_folder):
+        widths.add(read_json(Path(folder) / "config.json", MODEL_FOLDER).get("vocab_size"))
+    last_id = teacher_vocab[-1][1]
+    return widths.pop() if len(widths) == 1 else last_id + 1
+
+
+def vocabulary(folder):
+    """What decides the ids of a text: a tokenizer's (token, id) pairs in the order of ids, and its merges."""
+    tokenizer = read_tokenizer(folder)
+    tokens = tokenizer.get_vocab(with_added_tokens=True).items()
+    merges = json.loads(tokenizer.to_str())["model"].get("merges")
+    return [sorted(tokens, key=lambda item: item[1]), merges]
+
+
+def clamp_to_vocab(name, value, vocab_size):
+    """k or m, at most the vocabulary, with a notice."""
+    if value > vocab_size:
+        train.note(f"--{name} {value} is more than the vocabulary: using all {vocab_size} ids")
+    return min(value, vocab_size)
+
+
+def cache_key(args, groups, vocab_size):
+    """Everything that the cache of a run depends on, also numbering its rows; None without --cache.
+
+    InputError if --cache holds something else, or if several processes would have to write it.
+    """
+    if not args.cache:
+        return None
+    view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
+    digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
+    key = {"teacher": fingerprint(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}
+    key |= number_rows(groups) | {"view": view, "width": vocab_size, "k": args.k}
+    if open_cache(args.cache, key) is None and train.world_size() > 1:
+        raise InputError(f"{args.cache}: no cache there yet; write it with one process first (without torchrun)")
+    return key
+
+
+def load_teacher(args, groups, vocab_size, key, device):
+    """The teacher of a run: the model, or the cache of its log-probs, which is written now if it is missing.
+
+    groups: all that the teacher will be asked about
+    key: from `cache_key`
+    """
+    cache = open_cache(args.cache, key) if args.cache else None
+    if cache is None:
+        model = Transformer.from_pretrained(args.teacher, train.torch_dtype(args.dtype), device)
+        seed = args.seed if args.objective == "rskd" else None
+        teacher = Teacher(model, args.k, vocab_size, seed)
+        if not args.cache:
+            return teacher
+        view = partial(teacher.view, generator=teacher.generator(device))
+        write_cache(args.cache, groups, key, view, device, args.micro_batch_tokens)
+        cache = open_cache(args.cache, key)
+    return Teacher(None, args.k, vocab_size, cache=cache)
