@@ -18,7 +18,6 @@ Departures from the released code:
 3. rskd is computed on the drawn tokens, not on a dense target. It has no tail penalty, as released.
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -27,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import amount, natural, number, one_line, positive, print_table, read_json, write_json
+from data import amount, natural, number, positive, read_json, runs, write_json
 from data.chat import Chat, add_prompt_flags
-from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, read_groups
+from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
+from data.groups import read_groups
 from data.records import add_data_flags
-from data.runs import check_finite, load_checkpoint, log_metrics, save_checkpoint, summarise_training
 from model import Transformer
 from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
@@ -90,8 +89,9 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
 
 
 # ce trains on cross-entropy alone; its forward KL is logged, to compare its curves with the others.
-DIVERGENCES = {"ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl,
-               "rskd": sampled_kl, "ce": forward_kl}
+DIVERGENCES = {
+    "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl,
+    "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
 
 
 def ckd_loss(logits, target, teacher_ids, teacher_log_p,
@@ -127,8 +127,9 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p,
     if divergence is sampled_kl:  # a token drawn c times is c times among the ids: count it once
         captured = torch.ones_like(kl)
         inside = (on_topk - log_p).exp().mean(-1)
-    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail}
-    return losses, stats | {"captured": captured, "inside": inside}
+    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl}
+    stats |= {"tail": tail, "captured": captured, "inside": inside}
+    return losses, stats
 
 
 def cross_entropy(logits, target):
@@ -146,9 +147,8 @@ def entropy(log_q):
 
 def objective_loss(objective, args):
     """The loss function that `--objective` names, with the settings of its flags."""
-    tail_weight = args.tail_weight
-    if tail_weight is None:
-        tail_weight = 10.0 if args.objective == "ckd" else 0.0
+    default = 10.0 if args.objective == "ckd" else 0.0
+    tail_weight = default if args.tail_weight is None else args.tail_weight
     if args.objective == "rskd":  # as released
         tail_weight = 0.0
     kd_ratio = 0.0 if objective == "ce" else args.kd_ratio
@@ -172,50 +172,49 @@ def distill(student, teacher, groups, valid, args, start=0):
     """
     loss = objective_loss(args.objective, args) if teacher else cross_entropy
     batches = plan_batches(groups, args)
-    optimisers = train.make_optimisers(args.optimiser, student, args.lr, args.weight_decay)
+    optimisers = train.make_optimisers(args.optimiser, student, args)
     if start:
-        load_checkpoint(args.out, start, student, optimisers)
+        runs.load_checkpoint(args.out, start, student, optimisers)
     elif valid:
-        log_step(args.out, {"step": 0} | validate(student, teacher, valid, args))
-    bar = tqdm(total=len(batches), initial=start, desc=args.command, unit="step", disable=train.rank() > 0)
-    with bar, train.Interrupt() as interrupt:
-        for step, batch in enumerate(batches[start:], start=start + 1):
-            clock = time.perf_counter()
-            # 1. Teacher's view, student's loss and gradients, one micro-batch at a time.
-            means = loss_over_batch(student, teacher, batch, loss, args, step)
+        row = validate(student, teacher, valid, args)
+        if train.rank() == 0:
+            runs.log_step(args.out, {"step": 0} | row)
+    run = train.Steps(start, len(batches), args.command)
+    for step in run:
+        batch = batches[step - 1]
+        clock = time.perf_counter()
+        # 1. The teacher's view, the student's loss, and its gradients, one micro-batch at a time.
+        row = loss_over_batch(student, teacher, batch, loss, args, step)
 
-            # 2. Update.
-            norm = train.clip_gradients(student)
-            check_finite(args.out, step, "the gradient norm", norm)
-            rate = train.learning_rate(step, len(batches), args.lr)
-            train.optimiser_step(optimisers, rate)
-            seconds = time.perf_counter() - clock
+        # 2. Update.
+        norm = train.clip_gradients(student)
+        runs.check_finite(args.out, step, "the gradient norm", norm)
+        rate = train.learning_rate(step, len(batches), args.lr)
+        train.optimiser_step(optimisers, rate)
+        row |= {"lr": rate, "grad_norm": norm}
+        row |= runs.describe_batch(batch, time.perf_counter() - clock)
 
-            # 3. Validate.
-            last = step == len(batches)
-            scores = {}
-            if valid and (step % args.valid_every == 0 or last):
-                scores = validate(student, teacher, valid, args)
-                check_finite(args.out, step, "the validation nll", scores["valid_nll"])
+        # 3. Validate.
+        if valid and (step % args.valid_every == 0 or step == len(batches)):
+            row |= validate(student, teacher, valid, args)
+            runs.check_finite(args.out, step, "the validation nll", row["valid_nll"])
 
-            # 4. Log, save, stop.
-            stop = interrupt.on_any_rank(student.head_weight.device)
-            row = {"step": step} | means | {"lr": rate, "grad_norm": norm}
-            row |= batch_sizes(batch, seconds) | scores
-            log_step(args.out, row)
-            if train.rank() == 0 and (step % args.save_every == 0 or last or stop):
-                save_checkpoint(args.out, step, student, optimisers, {"updates": step})
-            train.show_metrics(bar, row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
-            if stop and not last:
-                return False
-    return True
+        # 4. Log, save, stop.
+        ends = run.ends_at(step, student.head_weight.device)
+        if train.rank() == 0:
+            runs.log_step(args.out, {"step": step} | row)
+            if ends or step % args.save_every == 0:
+                progress = {"updates": step}
+                runs.save_checkpoint(args.out, step, student, optimisers, progress)
+        run.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
+    return not run.stopped
 
 
 def plan_batches(groups, args):
     """The optimiser batches of the whole run: --steps of them, or --epochs passes over the groups."""
     batches = []
     epoch = 0
-    while epoch < args.epochs if args.steps is None else len(batches) < args.steps:
+    while len(batches) < args.steps if args.steps else epoch < args.epochs:
         batches += optimiser_batches(groups, args.batch_size, args.seed, epoch)
         epoch += 1
     return batches[:args.steps]
@@ -227,21 +226,27 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     Every token has the weight 1 / tokens of the batch: any micro-batches and ranks give the same gradient.
     """
     device = student.head_weight.device
-    dtype = train.torch_dtype(args.dtype)
+    dtype = getattr(torch, args.dtype)
     high = torch.promote_types(dtype, torch.float32)
-    names = ("nll", "entropy", "kl", "tail", "captured", "inside") if teacher else ("nll", "entropy")
-    sums = dict.fromkeys(("loss", *names), 0.0)  # on all ranks, also on one without a micro-batch
+    names = ["loss", "nll", "entropy"]
+    if teacher:
+        names += ["kl", "tail", "captured", "inside"]
+    sums = dict.fromkeys(names, 0.0)  # the same on a rank without a micro-batch
     total = counted_tokens(batch)
     parts = list(enumerate(micro_batches(batch, args.micro_batch_tokens)))
     parts = parts[train.rank()::train.world_size()]
-    for i, micro in tqdm(parts, "micro-batches", delay=2, leave=False, disable=train.rank() > 0):
+    for i, micro in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
-        draw = () if step is None else (step, i)
-        view = teacher(packed, *draw) if teacher else ()  # ids, log-probs [N, k]
-        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H]
+        head = student.head_weight  # [V, H]
+        view = ()
+        if teacher:
+            head = head[:teacher.vocab_size]
+            draw = (step, i) if step else ()
+            view = teacher(packed, *draw)  # ids [N, k], log-probs [N, k]
         hidden = train.hidden_states(student, packed, dtype)  # [N, H]
-        weights = torch.full((len(hidden),), 1 / total, device=device, dtype=high)  # [N]
-        value, stats = train.head_loss(hidden, head, weights, loss, packed["targets"], *view, dtype=dtype)
+        weights = torch.full((len(hidden),), 1 / total, device=device, dtype=high)
+        value, stats = train.head_loss(
+            hidden, head, weights, loss, packed["targets"], *view, dtype=dtype)
         if value.requires_grad:
             value.backward()
         sums["loss"] += value.detach()
@@ -260,26 +265,8 @@ def validate(student, teacher, valid, args):
     if teacher:
         loss = objective_loss("rskd" if args.objective == "rskd" else "fkl", args)
     means = loss_over_batch(student, teacher, valid, loss, args)
-    return {f"valid_{name}": value for name, value in means.items() if name != "loss"}
-
-
-def batch_sizes(batch, seconds):
-    """Sizes and speed for the log; packed tokens are prompts and responses, once each, through the student."""
-    packed = sum(group.length for group in batch)
-    sequences = sum(len(group.responses) for group in batch)
-    return {"tokens": counted_tokens(batch), "packed_tokens": packed, "sequences": sequences,
-            "seconds": seconds, "tokens_per_s": packed / seconds}
-
-
-def log_step(out, row):
-    """Log a step, and print its validation figures on stderr."""
-    if train.rank() > 0:
-        return
-    log_metrics(out, row)
-    valid = {name[6:]: value for name, value in row.items() if name.startswith("valid_")}
-    if valid:
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in valid.items())
-        tqdm.write(f"step {row['step']:5d}, held out:  {figures}", file=sys.stderr)
+    del means["loss"]
+    return {f"valid_{name}": value for name, value in means.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,12 +278,16 @@ def ckd_flags(parser):
     add = parser.add_argument_group("objective").add_argument
     add("--objective", choices=tuple(DIVERGENCES), default="ckd",
         help="ckd is fkl with the tail penalty")
-    add("--k", type=positive, default=100, help="teacher's most likely tokens (rskd: draws)")
-    add("--m", type=positive, default=100, help="student's most likely tokens")
-    add("--tail-weight", type=amount, help="lambda; default: 10 for ckd, 0 for the others")
+    add("--k", type=positive, default=100,
+        help="teacher's most likely tokens (rskd: draws)")
+    add("--m", type=positive, default=100,
+        help="student's most likely tokens")
+    add("--tail-weight", type=amount,
+        help="lambda; default: 10 for ckd, 0 for the others")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
         help="share of distillation; the rest is cross-entropy")
-    add("--cache", metavar="DIR", help="store the teacher's log-probs: written once, then read")
+    add("--cache", metavar="DIR",
+        help="store the teacher's log-probs: written once, then read")
     add_supervised_flags(parser, 3e-6, 1e-4)
 
 
@@ -309,21 +300,28 @@ def add_supervised_flags(parser, lr, weight_decay):
     """The flags of both commands."""
     add_data_flags(parser, "records or rollouts")
     add = parser.add_argument_group("training data").add_argument
-    add("--valid", help="records or rollouts to validate on; default: some of --data, held out")
-    add("--valid-limit", type=positive, help="validate on the first N records only")
-    add("--hold-out", type=natural, default=32,
-        help="without --valid: records to hold out of --data, at most a quarter")
-    add("--max-response-tokens", type=positive, default=512, help="skip longer responses")
+    add("--valid", metavar="FILE",
+        help="records or rollouts to validate on; default: hold out some of --data")
+    add("--valid-limit", type=positive, metavar="N",
+        help="validate on the first N records only")
+    add("--hold-out", type=natural, default=32, metavar="N",
+        help="records to hold out of --data, at most a quarter")
+    add("--valid-every", type=positive, default=100, metavar="N",
+        help="steps between validations")
+    add("--max-response-tokens", type=positive, default=512, metavar="N",
+        help="skip longer responses")
     add("--mask", choices=("all", "think", "answer", "alter"), default="all",
-        help="response tokens in the loss: all, up to </think>, after it, or these two alternately")
+        help="response tokens in the loss: all, up to </think>, after it, "
+        "or these two alternately")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps; overrides --epochs")
     add("--share-prefix", type=positive, default=1, metavar="N",
-        help="pack up to N consecutive records with the same tools into one shared-prefix row")
-    add("--valid-every", type=positive, default=100, help="steps between validations")
-    add("--samples", type=natural, default=3, help="held-out prompts to answer before and after")
+        help="pack up to N consecutive records with the same tools "
+        "into one shared-prefix row")
+    add("--samples", type=natural, default=3, metavar="N",
+        help="held-out prompts to answer before and after")
     add("--optimiser", choices=("adamw", "muon"), default="adamw",
-        help="muon: for very small models; matrices of the layers at 5 times --lr")
+        help="muon: for very small models; the layers' matrices at 5 times --lr")
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, 100)
 
@@ -364,23 +362,23 @@ def run_training(args, student_folder, teacher_folder=None):
     describe_run(args, student, groups, valid, start)
 
     # 3. Train, with a few held-out answers before and after.
-    dtype = train.torch_dtype(args.dtype)
-    examples = Path(args.out) / "samples.json"
+    path = Path(args.out) / "samples.json"
+    shown = valid[:args.samples]
+    dtype = getattr(torch, args.dtype)
     if train.rank() == 0 and not start:
-        write_json(examples, greedy_answers(student, chat, valid[:args.samples], dtype, "before"))
+        write_json(path, greedy_answers(student, chat, shown, dtype, "before"))
     if not distill(student, teacher, groups, valid, args, start):
         return train.stopped_run(args)
     if train.rank() > 0:
         return 0
 
     # 4. Write all results before anything is printed.
-    summary = summarise_training(args.out) | {"peak_memory_gb": round(train.peak_memory(device), 2)}
-    train.finish_run(args, student, summary)
-    before = read_json(examples, kind=list)
-    after = greedy_answers(student, chat, valid[:args.samples], dtype, "after")
-    samples = [b | a for b, a in zip(before, after)]
-    write_json(examples, samples)
-    show_run(args, samples, summary)
+    summary = runs.summarise_training(args.out) | train.peak_memory(device)
+    runs.finish_run(args, student, summary)
+    after = greedy_answers(student, chat, shown, dtype, "after")
+    samples = [b | a for b, a in zip(read_json(path, kind=list), after)]
+    write_json(path, samples)
+    runs.show_training(args.out, samples, summary)
     return 0
 
 
@@ -389,24 +387,13 @@ def describe_run(args, student, groups, valid, start):
     responses = sum(len(group.responses) for group in groups)
     steps = responses * args.epochs / args.batch_size
     resumed = f"; resuming after step {start}" if start else ""
-    train.note(f"{responses:,} responses to {len(groups):,} prompts, {len(valid)} prompts held out; "
-               f"{student.num_parameters() / 1e6:,.1f} M parameters, {args.dtype} over float32{resumed}")
+    train.note(
+        f"{responses:,} responses to {len(groups):,} prompts, "
+        f"{len(valid)} prompts held out; {args.dtype} over float32, "
+        f"{student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     if args.valid and not valid:
-        train.note(f"{args.valid}: no record is within the caps, so nothing is validated")
+        train.note(f"{args.valid}: every record is over a cap: no validation")
     if not args.steps and steps < 10:
-        train.note(f"This is {steps:.1f} batches of {args.batch_size}, a step each; to train longer use --steps, or "
-                   "--epochs and a smaller --batch-size, and perhaps a higher --lr")
-
-
-def show_run(args, samples, summary):
-    """Print three held-out answers and the figures of a run."""
-    for sample in samples[:3]:
-        print()
-        for name, text in sample.items():
-            print(f"{name:8s} {one_line(text)}")
-    figures = {name: value for name, value in summary.items() if not name.startswith("valid_")}
-    for name, value in (summary["valid_before"] or {}).items():
-        figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {summary['valid_after'][name]:.4f}"
-    print()
-    print_table(figures.items())
-    print(f"\nThe model is in {args.out}/model: python star.py chat --model {args.out}/model")
+        train.note(
+            f"This is {steps:.1f} batches of {args.batch_size}, a step each; to "
+            "train longer use --steps, or --epochs and a smaller --batch-size")

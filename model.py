@@ -1,17 +1,16 @@
-"""The Qwen2 / Qwen2.5 / Qwen3 dense decoder in plain PyTorch, its key/value cache, and model folders in and out.
+"""The Qwen2 / Qwen2.5 / Qwen3 dense decoder in plain PyTorch, its key/value cache, loading and saving.
 
 Read it from top to bottom: settings, normalisation, rotary positions, cache, attention, feed-forward, layer,
-decoder, transformer, safetensors files. Parameters have the names of the published safetensors files, so loading
-needs no mapping table, and a saved folder loads in `transformers` and vLLM.
+decoder, transformer, safetensors files. Parameters have the names of the published safetensors files, so
+loading needs no mapping table, and a saved folder loads in `transformers` and vLLM.
 
-Shapes: B rows, T new tokens, S keys (cached and new), H query heads, Hkv key/value heads, D head size, V vocabulary.
-`c` is the dict of settings that `read_config` returns.
+Shapes: B rows, T new tokens, S cached and new tokens, H query heads, Hkv key/value heads, D head size,
+V vocabulary size. `c` is the dict of settings that `read_config` returns.
 
 Departures from the released model code:
 1. `mask` is a boolean tensor over (query, key): packed groups and the sampler share one prompt through it.
 2. A tied output head is not a parameter: `head_weight` is the embedding matrix itself.
-3. Dense models only. Mixture of experts, sliding-window attention, rope scaling and quantised weights are refused
-   with an error that names the reason.
+3. Dense models only. Mixture of experts, sliding windows, rope scaling and quantisation are refused by name.
 """
 import os
 import shutil
@@ -28,13 +27,14 @@ from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-# Copied by `save_pretrained` from the folder that the model was loaded from.
-COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
+COPIED_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+)
 
 
 def read_config(config, where):
-    """Return the settings that this file computes with. Raise InputError for a model that it cannot compute.
+    """Return the settings that this file computes with. Raise InputError for a model that is not supported.
 
     config: the content of a config.json, older (rope_theta at top level) or newer (inside rope_parameters)
     where: its path, for error messages
@@ -44,10 +44,9 @@ def read_config(config, where):
     c = DEFAULTS | config
     qwen3 = c["model_type"] == "qwen3"
     bias = bool(c.get("attention_bias"))
-    heads = c["num_attention_heads"]
-    c.setdefault("num_key_value_heads", heads)
+    c.setdefault("num_key_value_heads", c["num_attention_heads"])
     if not c.get("head_dim"):
-        c["head_dim"] = 128 if qwen3 else c["hidden_size"] // heads
+        c["head_dim"] = 128 if qwen3 else c["hidden_size"] // c["num_attention_heads"]
     c["rope_theta"] = float(rope.get("rope_theta", c["rope_theta"]))
     c["qk_norm"] = qwen3
     c["qkv_bias"] = bias or not qwen3
@@ -56,28 +55,25 @@ def read_config(config, where):
 
 
 def refuse_unsupported(config, rope, where):
-    """Raise InputError, with reason and remedy, for a config.json of a model that this file cannot compute."""
+    """Raise InputError if config.json describes a model that this file cannot compute."""
     family = config.get("model_type")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     layer_types = config.get("layer_types") or ()
     missing = [name for name in SIZES if name not in config]
-    if "moe" in str(family) or config.get("num_experts"):
-        reason = f"mixture of experts ({family}) is not supported; use a dense model"
-    elif family not in ("qwen2", "qwen3"):
-        reason = f"unknown model_type {family!r}; use a Qwen2.5 or Qwen3 folder"
-    elif rope_type != "default":
-        reason = f"rope scaling ({rope_type}) is not supported; use the original config.json"
-    elif config.get("use_sliding_window") or "sliding_attention" in layer_types:
-        reason = "sliding-window attention is not supported; set use_sliding_window to false"
-    elif config.get("hidden_act", "silu") != "silu":
-        reason = f"hidden_act {config['hidden_act']!r} is not supported; use a model with silu"
-    elif config.get("quantization_config"):
-        reason = "quantised weights are not supported; use the bfloat16 release"
-    elif missing:
-        reason = f"{missing[0]} is missing; download or copy the folder again"
-    else:
-        return
-    raise InputError(f"{where}: {reason}")
+    activation = config.get("hidden_act", "silu")
+    unsupported = {
+        f"mixture of experts ({family})": "moe" in str(family) or config.get("num_experts"),
+        f"model_type {family!r}": family not in ("qwen2", "qwen3"),
+        f"rope scaling ({rope_type})": rope_type != "default",
+        "sliding-window attention": config.get("use_sliding_window") or "sliding_attention" in layer_types,
+        f"hidden_act {activation!r}": activation != "silu",
+        "a folder of quantised weights": config.get("quantization_config"),
+        f"a config.json without {' and '.join(missing)}": missing,
+    }
+    for feature, present in unsupported.items():
+        if present:
+            raise InputError(f"{where}: {feature} is not supported; "
+                             "use a dense Qwen2.5 or Qwen3 model as released")
 
 
 class RMSNorm(nn.Module):
@@ -95,7 +91,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary_angles(positions, head_dim, theta, dtype):
-    """Cosines and sines [B, 1, T, D] of the rotary angles at `positions` [B, T]. The two halves of D are equal."""
+    """Cosines and sines [B, 1, T, D] of the rotary angles at positions [B, T]; both halves of D are equal."""
     exact = torch.promote_types(dtype, torch.float32)
     dims = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
     frequencies = theta ** -(dims / head_dim)  # [D/2]
@@ -107,48 +103,41 @@ def rotary_angles(positions, head_dim, theta, dtype):
 def rotate(x, cos, sin):
     """Rotate each pair (x[i], x[i + D/2]) of x [B, H, T, D] by the angle of its position."""
     first, second = x.chunk(2, dim=-1)  # [B, H, T, D/2] each
-    quarter_turn = torch.cat((-second, first), dim=-1)  # [B, H, T, D]
-    return x * cos + quarter_turn * sin
+    return x * cos + torch.cat((-second, first), dim=-1) * sin  # [B, H, T, D]
 
 
 class KVCache:
-    """Keys and values of every layer, [B, Hkv, S, D] each, in buffers that grow by doubling.
+    """Keys and values, in one buffer [2, B, Hkv, capacity, D] per layer that grows by doubling.
 
     `length` is S, the number of cached positions. `Decoder.forward` advances it before the layers append.
     """
 
     def __init__(self, layers):
-        self.keys = [None] * layers
-        self.values = [None] * layers
+        self.buffers = [None] * layers
         self.length = 0
 
     def append(self, layer, k, v):
         """Append k, v [B, Hkv, T, D] to one layer. Return all its keys and values, [B, Hkv, S, D] each."""
-        keys = self.write(self.keys, layer, k)
-        values = self.write(self.values, layer, v)
-        return keys, values
-
-    def write(self, buffers, layer, new):
-        """Write `new` to the last T positions of a layer's buffer, in a larger one if that is full. Return all S."""
-        start = self.length - new.shape[2]
-        old = buffers[layer]
-        if old is None or old.shape[2] < self.length:
-            B, H, _, D = new.shape
-            capacity = max(64, 2 * self.length)
-            buffers[layer] = new.new_empty(B, H, capacity, D)
+        start = self.length - k.shape[2]
+        old = self.buffers[layer]
+        if old is None or old.shape[3] < self.length:
+            B, H, _, D = k.shape
+            larger = k.new_empty(2, B, H, max(64, 2 * self.length), D)
             if old is not None:
-                buffers[layer][:, :, :start] = old[:, :, :start]
-        buffers[layer][:, :, start:self.length] = new
-        return buffers[layer][:, :, :self.length]
+                larger[:, :, :, :start] = old[:, :, :, :start]
+            self.buffers[layer] = larger
+        kv = self.buffers[layer][:, :, :, :self.length]  # [2, B, Hkv, S, D]
+        kv[0, :, :, start:] = k
+        kv[1, :, :, start:] = v
+        return kv[0], kv[1]
 
     def keep_rows(self, rows):
         """Keep the batch rows whose numbers are in the tensor `rows`; drop the others."""
-        self.keys = [buffer[rows] for buffer in self.keys]
-        self.values = [buffer[rows] for buffer in self.values]
+        self.buffers = [buffer[:, rows] for buffer in self.buffers]
 
 
 class Attention(nn.Module):
-    """Grouped-query attention: H / Hkv query heads share a key/value head. Qwen2.x has biases, Qwen3 q/k norms."""
+    """Grouped-query attention: H / Hkv query heads share a key/value head. Qwen3 normalises q and k."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -171,7 +160,7 @@ class Attention(nn.Module):
         q = self.q_norm(self.q_proj(x).view(heads))  # [B, T, H, D]
         k = self.k_norm(self.k_proj(x).view(heads))  # [B, T, Hkv, D]
         v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, Hkv, T, D]
-        # Under autocast the norms and the rotation return float32, v is bfloat16.
+        # Under autocast v is bfloat16, but the norms and the rotation return float32.
         q = rotate(q.transpose(1, 2), cos, sin).to(v.dtype)  # [B, H, T, D]
         k = rotate(k.transpose(1, 2), cos, sin).to(v.dtype)  # [B, Hkv, T, D]
         if cache is not None:
@@ -189,7 +178,7 @@ class Attention(nn.Module):
 def decode_attention(q, k, v, mask):
     """Attention [B, H, T, D] of a few queries over a cache: q [B, H, T, D] over k, v [B, Hkv, S, D].
 
-    The query heads that share a key/value head are stacked in one matrix product (R = H / Hkv * T rows), so the
+    The queries that share a key/value head are stacked in one matrix product (R = H / Hkv * T rows), so the
     cache is read once and never repeated in memory. mask: bool [B or 1, 1, T, S].
     """
     B, H, T, D = q.shape
@@ -198,8 +187,8 @@ def decode_attention(q, k, v, mask):
     mask = mask.repeat(1, 1, shared, 1)  # [B, 1, R, S]
     scores = q @ k.transpose(2, 3) * D ** -0.5  # [B, Hkv, R, S]
     scores = scores.masked_fill(~mask, -torch.inf)
-    scores = scores.to(torch.promote_types(v.dtype, torch.float32))
-    weights = scores.softmax(-1).to(v.dtype)  # [B, Hkv, R, S]
+    exact = torch.promote_types(v.dtype, torch.float32)
+    weights = scores.to(exact).softmax(-1).to(v.dtype)  # [B, Hkv, R, S]
     return (weights @ v).view(B, H, T, D)
 
 
@@ -219,7 +208,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention, then feed-forward; each reads the normalised hidden states and adds its output to them."""
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(self, c, layer):
         super().__init__()
@@ -241,20 +230,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.c = c
         self.gradient_checkpointing = False
-        layers = [Layer(c, i) for i in range(c["num_hidden_layers"])]
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(c, i) for i in range(c["num_hidden_layers"]))
         self.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
     def forward(self, input_ids, positions, mask, cache):
-        B, T = input_ids.shape
-        device = input_ids.device
-        past = cache.length if cache else 0
+        T = input_ids.shape[1]
+        past = 0 if cache is None else cache.length
         if positions is None:
-            positions = torch.arange(past, past + T, device=device)
-            positions = positions.expand(B, T)
+            positions = torch.arange(past, past + T, device=input_ids.device)[None]  # [1, T]
         if mask is None and past:  # causal; every query sees the `past` cached keys
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=device)
+            mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device)
             mask = mask.tril(past)[None, None]  # [1, 1, T, S]
         if cache is not None:
             cache.length += T
@@ -269,7 +255,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A causal language model.
+    """A causal language model. config: the content of a config.json; folder: the model folder, if any.
 
     >>> tiny = {"model_type": "qwen3", "vocab_size": 11, "hidden_size": 8, "intermediate_size": 16,
     ...         "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
@@ -279,7 +265,6 @@ class Transformer(nn.Module):
     """
 
     def __init__(self, config, folder=None):
-        """config: the content of a config.json · folder: where it is, with the tokenizer files beside it."""
         super().__init__()
         self.config = config
         self.folder = folder
@@ -291,8 +276,7 @@ class Transformer(nn.Module):
     @property
     def head_weight(self):
         """The matrix [V, hidden] of the output head: the embedding matrix if the two are tied."""
-        head = getattr(self, "lm_head", self.model.embed_tokens)
-        return head.weight
+        return getattr(self, "lm_head", self.model.embed_tokens).weight
 
     def hidden_states(self, input_ids, positions=None, mask=None, cache=None):
         """Hidden states [B, T, hidden] after the last norm, before the output head.
@@ -328,8 +312,8 @@ class Transformer(nn.Module):
     def from_pretrained(folder, dtype=torch.float32, device="cpu"):
         """Load a model folder: config.json and one or several .safetensors files.
 
-        Tensors are read, cast and moved one at a time, so memory never holds two copies of the model. Raises
-        InputError for a file that is missing or cut short, for a wrong shape and for an unsupported model.
+        Tensors are read, cast and moved one at a time, so memory never holds two copies of the model.
+        InputError: a file is missing or cut short, a tensor has a wrong shape, the model is not supported.
         """
         folder = Path(folder)
         config = read_json(folder / "config.json", MODEL_FOLDER)
@@ -351,19 +335,11 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder, dtype=None):
-        """Write a model folder that `transformers` and vLLM load. Written atomically.
-
-        It holds the weights (as `dtype`, by default their own), config.json, and the tokenizer and generation
-        files of the folder that this model was loaded from.
-        """
+        """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically."""
         dtype = dtype or self.head_weight.dtype
-        config = dict(self.config)
-        for name in ("dtype", "torch_dtype"):  # the newer and the older name
-            config.pop(name, None)
-        config["torch_dtype"] = str(dtype).removeprefix("torch.")
-        state = {}
-        for name, p in self.named_parameters():
-            state[name] = p.detach().to("cpu", dtype).contiguous()
+        config = {**self.config, "torch_dtype": str(dtype).removeprefix("torch.")}
+        config.pop("dtype", None)  # the newer name of torch_dtype
+        state = {name: p.to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
         with atomic_folder(folder) as new:
             save_tensors(state, new / "model.safetensors")
             write_json(new / "config.json", config)
@@ -372,52 +348,48 @@ class Transformer(nn.Module):
                     shutil.copyfile(self.folder / file, new / file)
 
     def copy(self, dtype):
-        """A copy in another dtype: sampling from a bfloat16 copy does not cast the weights at every token."""
+        """A copy in another dtype. A bfloat16 copy for sampling avoids casting weights at every token."""
         with torch.device("meta"):
             model = Transformer(self.config)
-        state = {}
-        for name, p in self.named_parameters():
-            state[name] = p.detach().to(dtype, copy=True)
+        state = {name: p.to(dtype, copy=True) for name, p in self.state_dict().items()}
         model.load_state_dict(state, assign=True)
         return model
 
+    def in_dtype(self, dtype):
+        """This model if it has this dtype already, else a copy that has."""
+        return self if self.head_weight.dtype == dtype else self.copy(dtype)
+
 
 def read_tensors(folder, known):
-    """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: the names to expect."""
-    for path in weight_files(folder):
+    """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: expected names."""
+    index = folder / "model.safetensors.index.json"
+    paths = [folder / "model.safetensors"]
+    if index.exists():
+        shards = set(read_json(index).get("weight_map", {}).values())
+        paths = [folder / shard for shard in sorted(shards)]
+    elif not paths[0].exists():
+        raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: missing shard named by {index.name}; download or copy it again")
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
                     if name in known:
                         yield path, name, file.get_tensor(name)
-                    # Some folders also store a copy of the tied head or a table of rotary angles.
+                    # Some folders also store a copy of the tied head or a table of rotary frequencies.
                     elif name != "lm_head.weight" and not name.endswith("inv_freq"):
-                        raise InputError(f"{path}: the model in config.json has no tensor {name}; "
+                        raise InputError(f"{path}: tensor {name} does not fit config.json; "
                                          "download or copy the folder again")
         except SafetensorError as e:
             raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e
 
 
-def weight_files(folder):
-    """The paths of a folder's .safetensors files: those named by its index, or the single one."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.exists():
-        shards = set(read_json(index).get("weight_map", {}).values())
-        paths = [folder / shard for shard in sorted(shards)]
-        for path in paths:
-            if not path.exists():
-                raise InputError(f"{path}: missing shard named by {index.name}; download or copy it again")
-        return paths
-    if not single.exists():
-        raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")
-    return [single]
-
-
 def save_tensors(tensors, path):
     """Write {name: tensor} to a .safetensors file and flush it to disk. OSError if it cannot be written."""
     Path(path).touch()
-    mode = os.stat(path).st_mode  # as the umask sets it; save_file makes a file that only its owner can read
+    mode = os.stat(path).st_mode  # set by the umask, which save_file ignores
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         os.chmod(path, mode)

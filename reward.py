@@ -1,20 +1,19 @@
 """The Sim-RL reward (paper Eqs. 6-10; paper.md 1.5): how similar a response is to the gold answer.
 
-    R          = (R_format - 1) + R_format (R_fc + R_response)             in [-1, 1]                    Eq. 6
-    R_fc       = sum of sim over matched calls / (|P| + |G| - |P and G|)   P: predicted, G: gold calls   Eq. 7
-    sim        = sum of s over shared arguments / number of all arguments  of two calls                  Eq. 8
-    s          = ROUGE-L for strings, equality for everything else         of two values                 Eq. 9
-    R_response = ROUGE-L                                                   of two text replies           Eq. 10
+    R          = (R_format - 1) + R_format (R_fc + R_response)             in [-1, 1]                   Eq. 6
+    R_fc       = sum of sim over matched calls / (|P| + |G| - |P and G|)   P: predicted, G: gold calls  Eq. 7
+    sim        = sum of s over shared arguments / number of all arguments  of two calls                 Eq. 8
+    s          = ROUGE-L for strings, equality for everything else         of two values                Eq. 9
+    R_response = ROUGE-L                                                   of two text replies          Eq. 10
 
-R_format is 0 if the response does not contain exactly one think block, or if one of its calls cannot be parsed,
-names an unknown tool or has an unknown argument. Otherwise R_format is 1, and R is R_fc if response and gold answer
-are both calls, R_response if both are text, and 0 if one is calls and the other text. This file needs no tensors.
-Model output is parsed and never executed.
+R_format is 0 if the response does not contain exactly one think block, or if a call cannot be parsed, names
+an unknown tool or has an unknown argument. Otherwise it is 1, and R is R_fc if response and gold answer are
+both calls, R_response if both are text, and 0 if one is calls and the other text. Model output is never run.
 
 Where the paper is silent, this follows the released function; 3,000 of its values are tests:
 1. Matching is greedy. Calls are matched in the order in which they were written. Each takes the most similar
-   unmatched gold call of its name and uses it up, even at similarity 0. The order of the calls therefore changes
-   the reward, and the matching is not always the best assignment.
+   unmatched gold call of its name and uses it up, even at similarity 0. The order of the calls matters, and
+   the matching is not always the best assignment.
 2. |P and G| is the number of matched pairs.
 3. Numbers and booleans are compared with ==, so True equals 1 and 5.0 equals 5. Values of different types and
    nested values are compared as Python text, so "5" equals 5 and the order of a list matters.
@@ -22,9 +21,9 @@ Where the paper is silent, this follows the released function; 3,000 of its valu
 5. Required arguments, types and enums are not checked. An empty string or list stands for no arguments.
 
 Departures from the released code:
-1. Where it raises, this returns a value. Arguments that are a string or list of known argument names are a format
-   failure, and so is nesting too deep for Python. The answer of a label starts after its last </think> (released:
-   raises unless there is exactly one). If the calls of a label cannot be parsed, every response to it scores 0.
+1. Where that raises, this returns a value. Arguments that are a string or list of known argument names are a
+   format failure, and so is nesting too deep for Python. The answer of a label starts after its last </think>
+   (released: raises unless there is exactly one). If its calls cannot be parsed, every response scores 0.
 2. Tools in OpenAI's wrapped form are unwrapped (released: every call to such a tool is a format failure).
 3. There are three options, off by default: think="none", strip_eos and binary, see `score`.
 """
@@ -35,8 +34,8 @@ from functools import lru_cache
 HEADER = "<|im_start|>assistant\n"
 END_TOKEN = re.compile(r"<\|(?:im_end|endoftext)\|>")
 FORMAT_FAILURES = (
-    "not one think block", "call is not JSON", "call without name or arguments",
-    "arguments are not an object", "unknown tool", "unknown argument", "nested too deep",
+    "not one think block", "call is not JSON", "call without name or arguments", "unknown tool",
+    "unknown argument", "arguments are not an object", "nested too deep",
 )
 
 
@@ -45,7 +44,6 @@ class FormatError(Exception):
 
 
 # ---- Parse: from text to calls -----------------------------------------------------------------------------
-
 def blocks(text, opening, closing):
     """List the text between each opening tag and the next closing tag.
 
@@ -61,7 +59,7 @@ def blocks(text, opening, closing):
 def parse(answer):
     """Parse the text after the thinking. Returns (calls, None) or (None, reply). Raises FormatError.
 
-    If the answer contains `<tool_call>`, each closed block is one call and the text outside the blocks is ignored.
+    If the answer contains `<tool_call>`, each closed block is one call and all other text is ignored.
     A block that is never closed is not a call, so the list may be empty.
     """
     if "<tool_call>" not in answer:
@@ -95,7 +93,6 @@ def tools_in(prompt):
 
 
 # ---- Check: calls against the tools of the prompt ----------------------------------------------------------
-
 def tools_by_name(tools):
     """Return {name: tool}. Unwraps {"type": "function", "function": tool} and skips malformed tools."""
     named = {}
@@ -124,23 +121,21 @@ def known_arguments(tool):
 def check(calls, tools):
     """Raise FormatError if a call breaks a rule.
 
-    Add further rules here, for example that required arguments are present or that values have the right type:
-    an `if` and a `raise` at the end of the loop, and the new message in FORMAT_FAILURES.
+    Add further rules here, for example that required arguments are present or that types are right: an `if`
+    and a `raise` at the end of the loop, and the new message in FORMAT_FAILURES.
     """
     tools = tools_by_name(tools)
     for call in calls:
-        name = call["name"]
-        if not isinstance(name, str) or name not in tools:
+        if not isinstance(call["name"], str) or call["name"] not in tools:
             raise FormatError("unknown tool")
-        known = known_arguments(tools[name])
-        if not call["arguments"].keys() <= known.keys():
+        tool = tools[call["name"]]
+        if not call["arguments"].keys() <= known_arguments(tool).keys():
             raise FormatError("unknown argument")
 
 
 # ---- Similarity: of two texts, two values, two calls -------------------------------------------------------
-
 def words(text):
-    """List the words that ROUGE-L compares: lower case, ASCII letters and digits, stemmed if longer than three.
+    """List the words that ROUGE-L compares: lower-case ASCII letters and digits, the longer ones stemmed.
 
     >>> words("Flights to New-York!")
     ['flight', 'to', 'new', 'york']
@@ -152,8 +147,8 @@ def words(text):
 def lcs(a, b):
     """Return the length of the longest common subsequence of two lists.
 
-    Bit i of each integer stands for a[i], so one operation computes a whole row of the usual table. A 0 in `row`
-    marks a place in `a` where the length grows by one. The addition carries each match to the next free place.
+    Bit i of each integer stands for a[i], so one operation computes a whole row of the usual table. A 0 in
+    `row` marks a place in `a` where the length grows by one. Addition carries a match to the next free place.
     """
     positions = {}
     for i, word in enumerate(a):
@@ -176,11 +171,10 @@ def rouge_l(text, gold):
 
 
 def value_similarity(value, gold):
-    """s, Eq. 9: ROUGE-L for two strings, == for two numbers or booleans, equality of str() for everything else."""
+    """s, Eq. 9: ROUGE-L for two strings, == for two numbers or booleans, equality of str() otherwise."""
     if isinstance(value, str) and isinstance(gold, str):
         return rouge_l(value, gold)
-    numbers = (int, float)  # includes bool
-    if isinstance(value, numbers) and isinstance(gold, numbers):
+    if isinstance(value, (int, float)) and isinstance(gold, (int, float)):  # a bool is an int
         return float(value == gold)
     return float(str(value) == str(gold))
 
@@ -196,7 +190,6 @@ def similarity(arguments, gold):
 
 
 # ---- Match: which gold call each call is compared with -----------------------------------------------------
-
 def match(calls, gold):
     """Match each call, in order, with the most similar unmatched gold call of its name (Algorithm 2).
 
@@ -228,12 +221,8 @@ def exact(calls, gold):
 
 
 # ---- Reward ------------------------------------------------------------------------------------------------
-
 def compare(calls, reply, gold, gold_reply):
-    """Compare a response that passed all checks with the gold answer, both as returned by `parse`.
-
-    Returns the entries of the result of `score` that differ from their defaults.
-    """
+    """Compare a well-formed response with the gold answer. Returns a part of the result of `score`."""
     if calls == []:
         return {"case": "call never closed"}
     if calls is None and gold is not None:
@@ -255,12 +244,12 @@ def compare(calls, reply, gold, gold_reply):
 def score(text, label, tools, think="on", strip_eos=False, binary=False):
     """Score one generation. Never raises.
 
-    text: prompt and generation. The response starts after the last assistant header, so a <think> at the end of
-        the prompt belongs to it.
+    text: prompt and generation; the response starts after the last assistant header, so that a <think> with
+        which the prompt ends belongs to it
     label: the gold response; its reasoning, up to the last </think>, is ignored
     tools: list of the tools in the prompt
     think: "none" requires no think block (for models without think tags)
-    strip_eos: cut text replies at the end token, so that an empty reply to a short refusal scores 0 and not 0.5
+    strip_eos: cut text replies at the end token; an empty reply to a short refusal then scores 0, not 0.5
     binary: score 1 if `exact` and otherwise 0 (the paper's ablation)
 
     Returns a dictionary:
@@ -310,22 +299,20 @@ def explain(result):
     ]
     calls = result["calls"] or []
     gold = result["gold"] or []
-    pairs = result["pairs"]
-    left = result["left"]
-    for call, (i, sim) in zip(calls, pairs):
+    for call, (i, sim) in zip(calls, result["pairs"]):
         name = json.dumps(call["name"])
         if i is None:
             lines.append(f"\n{name}: no gold call of this name is left")
         else:
             lines.append(f"\n{name}: matches gold call {i + 1}, similarity {sim:.4g}")
             lines += explain_arguments(call["arguments"], gold[i]["arguments"])
-    for i in left:
+    for i in result["left"]:
         lines.append(f"\n{json.dumps(gold[i]['name'])}: gold call {i + 1} is unmatched")
-    if pairs:
-        total = sum(sim for _, sim in pairs)
-        ratio = total / (len(pairs) + len(left))
-        formula = f"{total:.6g} / ({len(pairs)} calls + {len(left)} unmatched gold calls)"
-        lines.append(f"\n{formula} = {ratio:.6g}")
+    if result["pairs"]:
+        total = sum(sim for _, sim in result["pairs"])
+        left = len(result["left"])
+        ratio = total / (len(calls) + left)
+        lines.append(f"\n{total:.6g} / ({len(calls)} calls + {left} unmatched gold calls) = {ratio:.6g}")
     return "\n".join(lines)
 
 
@@ -343,8 +330,8 @@ def explain_arguments(arguments, gold):
 
 # ---- The Porter stemmer: ROUGE-L counts "flights" and "flight" as the same word ----------------------------
 #
-# M. F. Porter, "An algorithm for suffix stripping", 1980, with the extensions that NLTK enables by default and
-# `rouge_score` therefore uses, marked (+). tests/test_reward.py compares 20,000 words with NLTK.
+# M. F. Porter, "An algorithm for suffix stripping", 1980, with the extensions (+) that NLTK and therefore
+# `rouge_score` use by default. tests/test_reward.py compares 20,000 words with NLTK.
 # A word is a string of consonants (c) and vowels (v); y is a vowel after a consonant. The measure m of a word
 # counts the places where a consonant follows a vowel: tree 0, trouble 1, troubles 2, private 2.
 
@@ -357,19 +344,17 @@ IRREGULAR = {  # (+)
 
 # In steps 2, 3 and 4 only the first suffix that fits counts, even if the rest of the word is then too short.
 STEP2 = {
-    "ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize",
-    "bli": "ble", "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous",
-    "ization": "ize", "ation": "ate", "ator": "ate", "alism": "al", "iveness": "ive",
-    "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble",
-    "fulli": "ful",
+    "ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble",
+    "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate",
+    "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful", "ousness": "ous",
+    "aliti": "al", "iviti": "ive", "biliti": "ble", "fulli": "ful",
 }
 STEP3 = {
     "icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": "",
 }
-STEP4 = dict.fromkeys((
-    "al", "ance", "ence", "er", "ic", "able", "ible", "ant", "ement", "ment", "ent",
-    "ion", "ou", "ism", "ate", "iti", "ous", "ive", "ize",
-), "")
+STEP4 = dict.fromkeys(
+    "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split(), "",
+)
 
 
 def shape(word):
@@ -414,7 +399,7 @@ def stem(word):
     """
     if word in IRREGULAR:
         return IRREGULAR[word]
-    if len(word) <= 2:
+    if len(word) <= 2 or word[-1] in "abfhjkopqvwxz0123456789":  # no suffix ends in these
         return word
     word = step1(word)
     word = step2(word)
@@ -448,12 +433,12 @@ def step1(word):
 
 
 def repair_ending(root):
-    """Repair the end of a word that lost -ed or -ing: conflat(ed), conflate; hopp(ing), hop; fil(ing), file."""
-    if root.endswith(("at", "bl", "iz")):
+    """Repair the end of a word that lost -ed or -ing."""
+    if root.endswith(("at", "bl", "iz")):  # conflat(ed), conflate
         return root + "e"
-    if root[-2:-1] == root[-1] and shape(root)[-1] == "c":
-        return root if root[-1] in "lsz" else root[:-1]  # fall(ing), fall
-    if measure(root) == 1 and ends_cvc(root):
+    if root[-2:-1] == root[-1] and shape(root)[-1] == "c":  # hopp(ing), hop; but fall(ing), fall
+        return root if root[-1] in "lsz" else root[:-1]
+    if measure(root) == 1 and ends_cvc(root):  # fil(ing), file
         return root + "e"
     return root
 

@@ -22,20 +22,27 @@ from model import KVCache
 FINISHED = -2  # in `slots`: no sample decodes here
 
 
-def add_sampling_flags(parser, temperature, top_p=True):
-    """Flags that say how responses are sampled."""
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=amount, default=temperature, help="0 is greedy")
-    if top_p:
-        group.add_argument("--top-p", type=number(float, 1e-6, 1.0), default=1.0,
-                           help="sample from the most likely tokens with this total probability")
-    add_length_flag(group)
+def add_count_flags(parser, n, least=1, help="responses per prompt"):
+    """Flags that say how many responses are sampled, and of what length."""
+    add = parser.add_argument_group("samples").add_argument
+    add("--n", type=number(int, least), default=n, help=help)
+    add("--max-concurrent", type=positive, default=64, metavar="N",
+        help="sequences generated concurrently")
+    add_length_flag(parser)
 
 
 def add_length_flag(parser):
-    """The flag that limits the length of a sampled response."""
+    """The flag that limits the length of a response."""
     parser.add_argument("--max-new-tokens", type=positive, default=512,
                         help="stop a response at this length")
+
+
+def add_sampling_flags(parser, temperature):
+    """Flags of the distribution that is sampled from."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=amount, default=temperature, help="0 is greedy")
+    add("--top-p", type=number(float, 1e-6, 1.0), default=1.0,
+        help="sample from the most likely tokens with this total probability")
 
 
 def next_token(logits, uniform, temperature, top_p):
@@ -120,20 +127,28 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
         keep = running.nonzero().squeeze(1)
         if len(keep) < len(rows):
             cache.keep_rows(keep.to(logits.device))
-            rows, slots, ids, segment = rows[keep], slots[keep], ids[keep], segment[keep]
+            rows = rows[keep]
+            slots = slots[keep]
+            ids = ids[keep]
+            segment = segment[keep]
         order = (slots < 0).sort(dim=1, stable=True).indices[:, :running.max()]  # [rows, slots]
         slots = slots.gather(1, order)  # [rows, slots]
         ids = ids.gather(1, order)  # [rows, slots]
         # 4. Decode: one new key per slot. Sample j is segment j + 1, as in a packed group.
         segment = torch.cat((segment, slots + 1), dim=1)  # [rows, S]
-        in_prompt = segment[:, None] == 0  # [rows, 1, S]
-        same_sample = segment[:, None] == slots[:, :, None] + 1  # [rows, slots, S]
-        mask = (in_prompt | same_sample)[:, None]  # [rows, 1, slots, S]
         lengths = torch.tensor([len(prompts[p]) for p in rows.tolist()])  # [rows]
         positions = (lengths + step)[:, None].expand_as(slots)  # [rows, slots]
-        inputs = [t.to(logits.device) for t in (ids, positions, mask)]
+        mask = sample_mask(segment, slots)  # [rows, 1, slots, S]
+        inputs = [tensor.to(logits.device) for tensor in (ids, positions, mask)]
         hidden = model.hidden_states(*inputs, cache)  # [rows, slots, H]
     return samples
+
+
+def sample_mask(segment, slots):
+    """A slot attends to its prompt and to its own sample: [rows, S], [rows, slots] -> [rows, 1, slots, S]."""
+    in_prompt = segment[:, None] == 0  # [rows, 1, S]
+    same_sample = segment[:, None] == slots[:, :, None] + 1  # [rows, slots, S]
+    return (in_prompt | same_sample)[:, None]
 
 
 def prefill(model, prompts, cache):
@@ -175,13 +190,32 @@ def append_tokens(samples, rows, slots, ids, log_probs, stop_ids):
     return remaining, new_ids
 
 
+def sample_groups(model, groups, seeds, chat, args):
+    """Sample the responses of groups, some prompts at a time, those of similar length together.
+
+    groups: a list of `Group`; their responses are replaced
+    seeds: one for each group
+    args: parsed flags n, max_new_tokens, max_concurrent, temperature
+    """
+    order = sorted(range(len(groups)), key=lambda i: len(groups[i].prompt))
+    concurrent = max(1, args.max_concurrent // args.n)  # prompts
+    for at in range(0, len(order), concurrent):
+        part = order[at:at + concurrent]
+        prompts = [groups[i].prompt for i in part]
+        generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
+        samples = generate(model, prompts, args.n, args.max_new_tokens, chat.stop_ids,
+                           generators, args.temperature, vocab_size=chat.vocab_size)
+        for i, responses in zip(part, samples):
+            groups[i].responses = responses
+
+
 def greedy_answers(model, chat, groups, dtype, name):
     """Greedy answers to a few groups' prompts: [{"request", "gold" or None, name: text}]."""
     if not groups:
         return []
-    model = model if model.head_weight.dtype == dtype else model.copy(dtype)
     prompts = [group.prompt for group in groups]
-    samples = generate(model, prompts, 1, 128, chat.stop_ids, torch.Generator(), 0.0, vocab_size=chat.vocab_size)
+    samples = generate(model.in_dtype(dtype), prompts, 1, 128, chat.stop_ids, torch.Generator(),
+                       temperature=0.0, vocab_size=chat.vocab_size)
     answers = []
     for group, (response,) in zip(groups, samples):
         gold = chat.answer(group.record) if group.record.get("answer") else None

@@ -1,11 +1,7 @@
 """STAR (arXiv 2602.03022) from the command line.
 
-    python star.py demo                                              STAR on the embedded models, in minutes
-    python star.py prepare --data FILE [FILE ...] --out FILE         self-check, labels, a mix by quotas
-    python star.py rollout --model DIR --data FILE --out FILE        a teacher's responses to the prompts
-    python star.py ckd     --teacher DIR --student DIR --data FILE --out DIR
-    python star.py simrl   --model DIR --data FILE --out DIR         GRPO with the similarity reward
-    python star.py eval    --model DIR --data FILE --out DIR         exact calls, reward, refusals, with intervals
+    python star.py demo
+    python star.py ckd --teacher DIR --student DIR --data FILE --out DIR
 
 `python star.py COMMAND --help` explains every flag. Bad input ends in one line and exit code 2.
 """

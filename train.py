@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from data import InputError, amount, number, positive, write_json
+from data import InputError, amount, number, positive
 from data.groups import attention_mask
-from data.runs import add_output_flags, check_finite, prepare_folder, sum_of_weights
+from data.runs import add_output_flags, prepare_folder
 from model import Transformer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,20 +193,20 @@ def adamw(parameters, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def make_optimisers(name, model, lr, weight_decay):
-    """The optimisers called "adamw" or "muon", as a list.
+def make_optimisers(name, model, args):
+    """The optimisers called "adamw" or "muon", as a list, with the rate and weight decay of `args`.
 
     muon, for very small models: Muon on the matrices of the layers at 5 times the rate; AdamW on the rest.
     """
     if name == "adamw":
-        return [adamw(model.parameters(), lr, weight_decay)]
+        return [adamw(model.parameters(), args.lr, args.weight_decay)]
     matrices = []
     rest = []
     for name, p in model.named_parameters():
         (matrices if ".layers." in name and p.dim() == 2 else rest).append(p)
     groups = [{"params": matrices, "scale": 5.0}]
-    muon = torch.optim.Muon(groups, lr=lr, weight_decay=weight_decay, momentum=0.95)
-    return [muon, adamw(rest, lr, weight_decay)]
+    muon = torch.optim.Muon(groups, lr=args.lr, weight_decay=args.weight_decay, momentum=0.95)
+    return [muon, adamw(rest, args.lr, args.weight_decay)]
 
 
 def learning_rate(step, steps, peak):
@@ -242,11 +243,6 @@ def optimiser_step(optimisers, lr):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices and ranks
-
-def torch_dtype(name):
-    """The torch dtype with this name."""
-    return getattr(torch, name)
-
 
 def pick_device(name):
     """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each."""
@@ -304,11 +300,12 @@ def gather_over_ranks(rows, device):
 
 
 def peak_memory(device):
-    """Peak memory in GB: the GPU's own count, or the resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+    """{"peak_memory_gb"}: the GPU's own count, or the resident size of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_allocated()
+    return {"peak_memory_gb": round(size / 1e9, 2)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -331,31 +328,12 @@ def open_run(args, device, models=(), files=()):
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 
-def finish_run(args, model, summary):
-    """Save a finished run's model and summary; rank 0 only."""
-    check_finite(args.out, summary["steps"], "a weight", sum_of_weights(model))
-    model.save_pretrained(Path(args.out) / "model", torch_dtype(args.save_dtype))
-    write_json(Path(args.out) / "summary.json", summary)
-
-
-class Stopwatch:
-    """Seconds by name: `with clock("sampling"):` adds to clock.seconds["sampling"]."""
-
-    def __init__(self, *names):
-        self.seconds = dict.fromkeys(names, 0.0)
-
-    @contextmanager
-    def __call__(self, name):
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-
-def show_metrics(bar, row, names):
-    """Show these metrics of a step beside the progress bar, and advance it."""
-    shown = [f"{name} {row[name]:.3g}" for name in names if name in row]
-    bar.set_postfix_str(" ".join(shown))
-    bar.update()
+@contextmanager
+def timed(seconds, name):
+    """Add the seconds that this context is open to seconds[name]."""
+    start = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - start
 
 
 def stopped_run(args):
@@ -364,22 +342,45 @@ def stopped_run(args):
     return 130
 
 
-class Interrupt:
-    """While this context is open, Ctrl-C asks to stop after the current step; a second Ctrl-C stops at once."""
+class Steps:
+    """The steps of a training run, `for step in steps`, with a progress bar. Ctrl-C ends the loop after the current
+    step; a second Ctrl-C stops at once.
 
-    def __enter__(self):
-        self.requested = False
-        self.previous = signal.signal(signal.SIGINT, self.handle)
-        return self
+    start: the step to resume after
+    last: the number of the last step
+    """
 
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.previous)
+    def __init__(self, start, last, name):
+        self.start = start
+        self.last = last
+        self.bar = tqdm(total=last, initial=start, desc=name, unit="step", disable=rank() > 0)
+        self.requested = False  # Ctrl-C on this rank
+        self.stopped = False  # on any rank, as agreed in `ends_at`
 
-    def handle(self, *_):
+    def __iter__(self):
+        previous = signal.signal(signal.SIGINT, self.request_stop)
+        try:
+            with self.bar:
+                for step in range(self.start + 1, self.last + 1):
+                    yield step
+                    if self.stopped:
+                        return
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def request_stop(self, *_):
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
 
-    def on_any_rank(self, device):
-        """Whether a stop was requested on any rank, so that all stop after the same step."""
-        return sum_over_ranks({"requested": self.requested}, device)["requested"] > 0
+    def ends_at(self, step, device):
+        """Whether this is the last step: of the run, or because a rank was asked to stop."""
+        requests = sum_over_ranks({"stop": self.requested}, device)["stop"]
+        self.stopped = requests > 0 and step < self.last
+        return requests > 0 or step == self.last
+
+    def show(self, row, names):
+        """Advance the bar, and show these metrics beside it."""
+        shown = [f"{name} {row[name]:.3g}" for name in names if name in row]
+        self.bar.set_postfix_str(" ".join(shown))
+        self.bar.update()

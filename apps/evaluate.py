@@ -1,18 +1,18 @@
-"""`star.py eval` and `star.py reward`: score a model on records, compare two models, score a file of generations.
+"""`star.py eval` scores a model on records and compares two models; `star.py reward` scores given generations.
 
-`eval` answers each record greedily, and with --n also n times at temperature 1. Its metrics, as means over the
-records they apply to:
+`eval` answers each record greedily, and with --n also n times at temperature 1. A metric is a mean over the
+records it applies to:
 
-    exact calls        of records with gold calls: the same calls in any order, every argument equal
-    valid calls        of the same records: calls that pass the reward's format check, right or wrong
-    correct refusals   of records with a gold text: a reply without a call, whatever its text
-    reward             of all records: the released reward of the greedy answer (reward.py)
-    pass@1, pass@n     of records with gold calls: exact calls, averaged over the samples; in any of them
-    reward at T = 1    of all records: the mean reward of the samples
-    entropy            of all records: -log p per sampled token, in nats, an estimate of the policy's entropy
+    exact calls        records with gold calls: the same calls in any order, every argument equal
+    valid calls        records with gold calls: calls that pass the reward's format check, right or wrong
+    correct refusals   records with a gold text: a reply without a call, whatever its text
+    reward             all records: the released reward of the greedy answer (reward.py)
+    pass@1, pass@n     records with gold calls: exact calls, averaged over the n samples; in any of them
+    reward at T = 1    all records: the mean reward of the n samples
+    entropy            all records: -log p per sampled token, in nats; it estimates the policy's entropy
 
-Intervals are 95 % percentile bootstraps over records. Two models are compared record by record: a bootstrap of
-the paired differences, and a permutation test that flips their signs.
+Intervals are 95 % percentile bootstraps over records. Two models are compared on the same records: a
+bootstrap of the paired differences, and a permutation test that flips their signs.
 """
 import json
 import sys
@@ -34,14 +34,14 @@ from data.rollouts import append_rollouts, batches_to_sample, finish_rollouts
 from data.rollouts import open_rollouts, read_prompts, response_row, score_response
 from data.runs import add_output_flags, settings
 from model import Transformer
-from sampler import add_length_flag, generate
-from train import add_machine_flags, open_run, pick_device, torch_dtype
+from sampler import add_count_flags, generate
+from train import add_machine_flags, open_run, pick_device
 
 RESAMPLES = 5_000
 LINE_KEYS = ("prompt", "generation", "label")  # of a line that `reward` scores
 
 
-# ---- eval ---------------------------------------------------------------------------------------------------
+# ---- eval --------------------------------------------------------------------------------------------------
 
 def eval_flags(parser):
     add = parser.add_argument
@@ -51,11 +51,8 @@ def eval_flags(parser):
     add("--compare", metavar="DIR",
         help="a second model folder, which is also evaluated (into OUT-compared), "
         "or the --out of an earlier eval on the same records")
-    add("--n", type=natural, default=0,
-        help="also sample N answers at temperature 1: pass@n, entropy")
-    add("--max-concurrent", type=positive, default=64, metavar="N",
-        help="sequences generated concurrently")
-    add_length_flag(parser)
+    add_count_flags(parser, 0, least=0,
+                    help="also sample N answers at temperature 1: pass@n, entropy")
     add_prompt_flags(parser)
     add_machine_flags(parser, "weights and compute")
 
@@ -64,60 +61,57 @@ def run_eval(args):
     """Score a model's answers to records with gold answers, with intervals; compare two models on them."""
     out = Path(args.out)
     device = pick_device(args.device)
-    folders = {args.model: out}
+    models = [(args.model, out)]
     files = [args.data]
     results = []
     if args.compare and (Path(args.compare) / "config.json").exists():
-        folders = {args.compare: Path(f"{out}-compared"), args.model: out}
+        models.insert(0, (args.compare, Path(f"{out}-compared")))
     elif args.compare:
         results.append(read_evaluation(Path(args.compare)))
         files.append(args.compare)
     runs = []
-    for model, folder in folders.items():  # refuse bad input before anything is written
-        chat = Chat.from_pretrained(model, args.think, args.tools)
-        records, prompts = read_prompts(args.data, chat, args.max_prompt_tokens, args.limit)
+    for model, folder in models:  # refuse bad input before anything is written
         flags = vars(args) | {"model": model, "out": folder, "compare": None}
-        runs.append((Namespace(**flags), chat, records, prompts))
-    for flags, *_ in runs:
-        open_run(flags, device, list(folders), files)
-    for run in runs:
-        results.append((settings(run[0]), answer_records(*run, device)))
-    report(out / "summary.json", *results[::-1])
+        chat = Chat.from_pretrained(model, args.think, args.tools)
+        prompts = read_prompts(args.data, chat, args.max_prompt_tokens, args.limit)
+        runs.append((Namespace(**flags), chat, *prompts))
+    for run, *_ in runs:
+        open_run(run, device, [model for model, _ in models], files)
+    for run, chat, records, prompts in runs:
+        rows = answer_records(run, device, chat, records, prompts)
+        results.append((settings(run), rows))
+    report(out / "summary.json", *reversed(results))
     print(f"\nThe generations with their scores are in {out}/generations.jsonl")
 
 
-def answer_records(args, chat, records, prompts, device):
-    """Answer the records, score the answers, and write both to OUT/generations.jsonl.
+def answer_records(args, device, chat, records, prompts):
+    """Answer the records and score the answers. Returns the records, as written to OUT/generations.jsonl.
 
-    Returns the written records. The first of the `responses` is greedy. Each has {"text", "ids", "finish_reason",
-    "logprob", "reward", "answer_score", "case", "exact"}.
+    The first of a record's `responses` is greedy. Each has the keys of a rollout and of `score_response`.
     """
     out = Path(args.out) / "generations.jsonl"
     finished, rows = open_rollouts(out, records, resume=True)
     if finished is not None:
         return finished
+    draws = [(1, 0.0), (args.n, 1.0)] if args.n else [(1, 0.0)]
     size = max(1, args.max_concurrent // max(1, args.n))
     batches = batches_to_sample(prompts, rows, size)
-    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     for start, batch in tqdm(batches, "eval", unit="batch"):
         generator = torch.Generator()
         generator.manual_seed(args.seed * 1_000_003 + start)
-        responses = [[] for _ in batch]
-        for n, temperature in ((1, 0.0), (args.n, 1.0)):
-            if n == 0:
-                continue
+        sampled = {i: records[i] | {"responses": []} for i in batch}
+        for n, temperature in draws:
             samples = generate(
                 model, [prompts[i] for i in batch], n,
                 args.max_new_tokens, chat.stop_ids, generator,
                 temperature, vocab_size=chat.vocab_size,
             )
-            responses = [a + b for a, b in zip(responses, samples)]
-        sampled = {}
-        for i, answers in zip(batch, responses):
-            answers = [response_row(chat, answer) for answer in answers]
-            for answer in answers:
-                answer |= score_response(chat, records[i], answer["text"])
-            sampled[i] = records[i] | {"responses": answers}
+            for i, responses in zip(batch, samples):
+                for response in responses:
+                    response = response_row(chat, response)
+                    response |= score_response(chat, records[i], response["text"])
+                    sampled[i]["responses"].append(response)
         append_rollouts(out, sampled)
         rows |= sampled
     rows = [rows[i] for i in sorted(rows)]
@@ -139,12 +133,12 @@ def read_evaluation(folder):
     return saved, rows
 
 
-# ---- Metrics ------------------------------------------------------------------------------------------------
+# ---- Metrics -----------------------------------------------------------------------------------------------
 
 def record_metrics(row):
     """{metric: value} of one record with scored responses, for the metrics that apply to it."""
     greedy, *samples = row["responses"]
-    calls = bool(row["answer"]["tool_calls"])
+    calls = row["answer"]["tool_calls"]
     metrics = {"reward": greedy["reward"]}
     if calls:
         metrics["exact calls"] = greedy["exact"]
@@ -152,8 +146,8 @@ def record_metrics(row):
     else:
         metrics["correct refusals"] = greedy["case"] == "text and text"
     if samples:
-        metrics["reward at T = 1"] = np.mean([r["reward"] for r in samples])
         tokens = sum(len(r["ids"]) for r in samples)
+        metrics["reward at T = 1"] = np.mean([r["reward"] for r in samples])
         metrics["entropy"] = -sum(r["logprob"] for r in samples) / tokens
     if samples and calls:
         exact = [r["exact"] for r in samples]
@@ -163,7 +157,7 @@ def record_metrics(row):
 
 
 def metric_values(rows):
-    """{metric: values over the records it applies to}."""
+    """{metric: its values} over the records it applies to."""
     values = {}
     for row in rows:
         for name, value in record_metrics(row).items():
@@ -174,18 +168,8 @@ def metric_values(rows):
 def kinds(row):
     """The kinds of a record: by its gold answer, and by its number of turns."""
     calls = len(row["answer"]["tool_calls"])
-    kind = "text" if calls == 0 else "one call" if calls == 1 else "several calls"
+    kind = ("text", "one call", "several calls")[min(calls, 2)]
     return [kind, "multi-turn" if turns(row) > 1 else "single-turn"]
-
-
-def group_rows(rows):
-    """{kind or source: its records}: kinds first, larger groups first."""
-    groups = {}
-    for names in ([kinds(row) for row in rows], [[row["source"]] for row in rows]):
-        counts = Counter(name for row_names in names for name in row_names)
-        for name, _ in counts.most_common():
-            groups[name] = [row for row, row_names in zip(rows, names) if name in row_names]
-    return groups
 
 
 def bootstrap_ci(values, seed=0):
@@ -217,25 +201,27 @@ def sign_flip_p(differences, seed=0):
 
 
 def summarise(rows):
-    """{"items", "metrics": {metric: {mean, low, high, items}}, "by": {kind or source: {"items", metric: mean}}}."""
+    """The metrics with intervals, and their means "by" kind and source."""
     metrics = {}
     for name, values in metric_values(rows).items():
         metrics[name] = bootstrap_ci(values) | {"items": len(values)}
     by = {}
-    for group, members in group_rows(rows).items():
-        by[group] = {"items": len(members)}
-        for name, values in metric_values(members).items():
-            by[group][name] = float(np.mean(values))
+    for names in (kinds, lambda row: [row["source"]]):
+        counts = Counter(name for row in rows for name in names(row))
+        for group, count in counts.most_common():
+            values = metric_values([row for row in rows if group in names(row)])
+            means = {name: float(np.mean(values[name])) for name in values}
+            by[group] = {"items": count} | means
     return {"items": len(rows), "metrics": metrics, "by": by}
 
 
 def record_key(row):
-    """A text that two rows share if they are the same record."""
+    """A string that is the same for the same record."""
     return json.dumps([row[name] for name in ("id", "messages", "tools", "answer")])
 
 
 def compare(rows, others):
-    """{metric: {"mean", "low", "high", "p", "items"}} of the differences rows - others, on the records of both."""
+    """{metric: {"mean", "low", "high", "p", "items"}} of the paired differences rows - others."""
     others = {record_key(row): record_metrics(row) for row in others}
     differences = {}
     for row in rows:
@@ -246,54 +232,50 @@ def compare(rows, others):
     if not differences:
         raise InputError("--compare: the two evaluations have no record in common; "
                          "run both on the same --data")
-    result = {}
     for name, values in differences.items():
-        result[name] = bootstrap_ci(values) | {"p": sign_flip_p(values), "items": len(values)}
-    return result
+        p = sign_flip_p(values)
+        differences[name] = bootstrap_ci(values) | {"p": p, "items": len(values)}
+    return differences
 
 
-# ---- The report ---------------------------------------------------------------------------------------------
+# ---- The report --------------------------------------------------------------------------------------------
 
 def report(path, result, other=None):
-    """Write the summary of an evaluation, and of its comparison with another one; then print it.
-
-    result, other: (settings, records)
-    """
+    """Write the summary of an evaluation, then print it. result, other to compare: (settings, records)."""
     flags, rows = result
     summary = {"model": str(flags["model"])} | summarise(rows)
     write_json(path, summary)
+    notes = []
     if other:
-        summary["compared_with"] = {"model": str(other[0]["model"])} | summarise(other[1])
-        summary["difference"] = compare(rows, other[1])
+        other_flags, other_rows = other
+        summary["compared_with"] = {"model": str(other_flags["model"])} | summarise(other_rows)
+        summary["difference"] = compare(rows, other_rows)
         write_json(path, summary)
-    print_answers(rows)
-    print_groups(summary)
-    if other:
-        items = summary["difference"]["reward"]["items"]
-        if items < max(len(rows), len(other[1])):
-            print(f"\nof {len(rows)} and {len(other[1])} records, {items} are in both; "
-                  "the differences are over these")
-        changed = [name for name in sorted(flags) if flags[name] != other[0].get(name)]
+        changed = [name for name in sorted(flags) if flags[name] != other_flags.get(name)]
         changed = [name for name in changed if name != "model"]
         if changed:
-            print(f"\nthe two evaluations differ in {', '.join(changed)}")
-    print_metrics(summary)
+            notes.append(f"The two evaluations differ in {', '.join(changed)}.")
+        items = summary["difference"]["reward"]["items"]
+        if items < max(len(rows), len(other_rows)):
+            notes.append(f"Differences are over the {items} records that both have.")
+    print_answers(rows)
+    print_means(summary)
+    print("\n".join(["", *notes]))
+    print_intervals(summary)
 
 
 def print_answers(rows):
-    """Print three requests for calls, with their answers and rewards."""
-    called = [row for row in rows if row["answer"]["tool_calls"]]
-    for row in called[:3]:
+    """Print three requests for calls, with their answers."""
+    for row in [row for row in rows if row["answer"]["tool_calls"]][:3]:
         calls = row["answer"]["tool_calls"]
         gold = " ".join(f"{call['name']}({call['arguments']})" for call in calls)
         answer = row["responses"][0]
         print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
-        print(f"gold     {one_line(gold)}")
-        print(f"answer   {one_line(answer['text'])}")
+        print(f"gold     {one_line(gold)}\nanswer   {one_line(answer['text'])}")
         print(f"reward   {answer['reward']:.3f}, {answer['case']}")
 
 
-def print_groups(summary):
+def print_means(summary):
     """Print the mean of each metric by kind and source."""
     names = list(summary["metrics"])
     table = [["by kind and source", "items", *names]]
@@ -304,36 +286,32 @@ def print_groups(summary):
     print_table(table)
 
 
-def print_metrics(summary):
+def print_intervals(summary):
     """Print each metric with its interval, and the comparison if there is one."""
     other = summary.get("compared_with")
-    head = ["", "items", summary["model"]]
-    note = "95 % bootstrap intervals over items"
+    table = [["", "items", summary["model"]]]
     if other:
-        head += [other["model"], "difference", "more than chance?"]
-        note += "; differences paired by item, p from sign flips"
-    table = [head]
+        table[0] += [other["model"], "difference", "more than chance?"]
     for name, metric in summary["metrics"].items():
-        line = [name, metric["items"], format_interval(metric)]
+        line = [name, metric["items"], interval(metric)]
         if other and name in summary["difference"]:
-            change = summary["difference"][name]
-            significant = "yes" if change["p"] < 0.05 else "no"
-            line.append(format_interval(other["metrics"][name]))
-            line.append(format_interval(change, "+"))
-            line.append(f"{significant} (p = {change['p']:.4f})")
+            difference = summary["difference"][name]
+            chance = "yes" if difference["p"] < 0.05 else "no"
+            chance += f" (p = {difference['p']:.4f})"
+            line += [interval(other["metrics"][name]), interval(difference, "+"), chance]
         table.append(line)
-    print()
     print_table(table)
-    print(f"\n{note}")
+    note = "; differences paired by item, p from sign flips" if other else ""
+    print(f"\n95 % bootstrap intervals over items{note}")
 
 
-def format_interval(metric, sign=""):
+def interval(metric, sign=""):
     """`mean [low, high]`. sign: "+" writes the sign of positive numbers."""
-    mean, low, high = (f"{metric[name]:{sign}.3f}" for name in ("mean", "low", "high"))
+    mean, low, high = [f"{metric[name]:{sign}.3f}" for name in ("mean", "low", "high")]
     return f"{mean} [{low}, {high}]"
 
 
-# ---- reward -------------------------------------------------------------------------------------------------
+# ---- reward ------------------------------------------------------------------------------------------------
 
 def reward_flags(parser):
     add = parser.add_argument
@@ -354,33 +332,32 @@ def run_reward(args):
     """Print the reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines."""
     if args.out and Path(args.out).exists():
         raise InputError(f"{args.out}: exists already; use another --out")
-    lines = score_file(args)
     if args.out:
-        write_lines(args.out, lines)
+        write_lines(args.out, score_file(args))
     else:
-        sys.stdout.writelines(lines)
+        sys.stdout.writelines(score_file(args))
 
 
 def score_file(args):
-    """Yield {"reward", "answer_score"} of each line as JSON, or the explanation of line --explain alone."""
+    """Yield {"reward", "answer_score"} of each line as JSON, or only the explanation of line --explain."""
+    options = (args.think, args.strip_eos, args.binary)
+    empty = True
     lines = read_lines(Path(args.data))
-    if not args.explain:
-        lines = tqdm(lines, "reward", unit=" lines")
-    count = 0
-    for number, line in lines:
+    for number, line in tqdm(lines, "reward", unit=" lines", disable=bool(args.explain)):
         if not line.strip() or args.explain not in (None, number):
             continue
-        count += 1
+        empty = False
         prompt, generation, label = read_line(line, f"{args.data}:{number}")
-        result = reward.score(prompt + generation, label, reward.tools_in(prompt),
-                              args.think, args.strip_eos, args.binary)
-        if not args.explain:
-            scores = {name: result[name] for name in ("reward", "answer_score")}
-            yield json.dumps(scores) + "\n"
-            continue
-        page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n{reward.explain(result)}\n"
-        yield page.encode(errors="replace").decode()  # half a surrogate pair cannot be printed
-    if not count:
+        tools = reward.tools_in(prompt)
+        result = reward.score(prompt + generation, label, tools, *options)
+        if args.explain:
+            page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n"
+            page += reward.explain(result) + "\n"
+            yield page.encode(errors="replace").decode()  # half a surrogate pair cannot be printed
+            return
+        scores = {name: result[name] for name in ("reward", "answer_score")}
+        yield json.dumps(scores) + "\n"
+    if empty:
         raise InputError(f"{args.data}: has no line {args.explain or 1}; "
                          "give a file with one JSON object a line")
 
@@ -390,7 +367,8 @@ def read_line(line, where):
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: not JSON ({e}); each line must be one whole JSON object") from e
+        why = f"not JSON ({e})"
+        raise InputError(f"{where}: {why}; each line must be one JSON object") from e
     values = [item.get(key) for key in LINE_KEYS] if isinstance(item, dict) else [None]
     if not all(isinstance(value, str) for value in values):
         raise InputError(f"{where}: lacks one of {', '.join(LINE_KEYS)}, each a string; add it")

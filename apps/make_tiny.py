@@ -1,7 +1,7 @@
 """Rebuild the embedded world's teacher and student from random weights: `python -m apps.make_tiny --out runs/tiny`.
 
-It writes records and two random models, then prints and runs the commands of PLAN: 37 minutes on two idle CPU cores.
-The same command resumes an interrupted rebuild. data/tiny holds copies of its results: runs/tiny/teacher/model,
+It writes records and two random models, then runs the commands of PLAN there: 37 minutes on two idle cores. The same
+command resumes an interrupted rebuild. data/tiny holds copies of the results: runs/tiny/teacher/model,
 runs/tiny/student/model and the record files that PLAN does not train on.
 
 The teacher learns easy records (two tools offered, one call requested), then records a little harder than the
@@ -10,10 +10,8 @@ its later records have a careless annotator's answer (`sloppy_calls`): it learns
 """
 import argparse
 import json
+import os
 import random
-import shlex
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,43 +26,58 @@ EASY = {"offered": (2,), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 
 FULL = {"offered": (1, 2, 2), "two": 0.1, "real": 0.1}
 SLOPPY = {"offered": (2,), "sloppy": 0.7}
 STAR = Path(__file__).parents[1] / "star.py"
-PLAN = """\
-sft --model $OUT/teacher-init --data $OUT/easy.jsonl.gz --steps 400 --lr 2e-3 --out $OUT/teacher-easy
-sft --model $OUT/teacher-easy/model --data $OUT/full.jsonl.gz --steps 1600 --lr 2e-3 --out $OUT/teacher-full
-sft --model $OUT/teacher-full/model --data $OUT/world.jsonl.gz --steps 300 --lr 1e-3 --out $OUT/teacher
-eval --model $OUT/teacher/model --data $OUT/$SPLIT.jsonl.gz --out $OUT/teacher-on-$SPLIT
-sft --model $OUT/student-init --data $OUT/easy.jsonl.gz --steps 400 --lr 2e-3 --out $OUT/student-easy
-sft --model $OUT/student-easy/model --data $OUT/sloppy.jsonl.gz --steps 1100 --lr 2e-3 --out $OUT/student
-eval --model $OUT/student/model --data $OUT/$SPLIT.jsonl.gz --out $OUT/student-on-$SPLIT
-sft --model $OUT/student-easy/model --data $OUT/full.jsonl.gz --steps 1600 --lr 2e-3 --out $OUT/ceiling-full
-sft --model $OUT/ceiling-full/model --data $OUT/world.jsonl.gz --steps 300 --lr 1e-3 --out $OUT/ceiling
-eval --model $OUT/ceiling/model --data $OUT/$SPLIT.jsonl.gz --out $OUT/ceiling-on-$SPLIT
+
+PLAN = """
+sft --model teacher-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out teacher-easy {sft}
+sft --model teacher-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out teacher-full {sft}
+sft --model teacher-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out teacher {sft}
+eval --model teacher/model --data values.jsonl.gz --out teacher-on-values {eval}
+eval --model teacher/model --data phrasings.jsonl.gz --out teacher-on-phrasings {eval}
+eval --model teacher/model --data tools.jsonl.gz --out teacher-on-tools {eval}
+sft --model student-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out student-easy {sft}
+sft --model student-easy/model --data sloppy.jsonl.gz --steps 1100 --lr 2e-3 --out student {sft}
+eval --model student/model --data values.jsonl.gz --out student-on-values {eval}
+eval --model student/model --data phrasings.jsonl.gz --out student-on-phrasings {eval}
+eval --model student/model --data tools.jsonl.gz --out student-on-tools {eval}
 """
-FLAGS = {
-    "sft": "--valid $OUT/values.jsonl.gz --valid-limit 128 --valid-every 250"
-           " --save-every 100 --optimiser muon --share-prefix 8"
-           " --batch-size 96 --micro-batch-tokens 2048",
-    "eval": "--max-concurrent 256 --max-new-tokens 128",
-}
-COMMON = "--think off --dtype float32 --device cpu"
+CEILING = """
+sft --model student-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out ceiling-full {sft}
+sft --model ceiling-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out ceiling {sft}
+eval --model ceiling/model --data values.jsonl.gz --out ceiling-on-values {eval}
+eval --model ceiling/model --data phrasings.jsonl.gz --out ceiling-on-phrasings {eval}
+eval --model ceiling/model --data tools.jsonl.gz --out ceiling-on-tools {eval}
+"""
+SFT = """
+    --optimiser muon --share-prefix 8 --batch-size 96 --micro-batch-tokens 2048
+    --valid values.jsonl.gz --valid-limit 128 --valid-every 250"""
+EVAL = "--max-concurrent 256 --max-new-tokens 128"
 
 
 def make_model(folder, tokenizer, seed, hidden, layers, heads, think="on"):
     """Write a random Qwen3-shaped model folder. heads: (query, key/value); think: its default for --think."""
     end_id = tokenizer.token_to_id("<|im_end|>")
     config = {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-        "hidden_size": hidden, "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers, "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1], "head_dim": hidden // heads[0],
-        "hidden_act": "silu", "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "eos_token_id": end_id, "tie_word_embeddings": True,
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "head_dim": hidden // heads[0],
+        "hidden_act": "silu",
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "eos_token_id": end_id,
+        "tie_word_embeddings": True,
         "vocab_size": tokenizer.get_vocab_size(),
     }
     tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>", "default_think": think,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "default_think": think,
     }
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -105,19 +118,6 @@ def write_inputs(out, seed):
     make_model(out / "student-init", seed=2, hidden=96, heads=(4, 4), **tiny)
 
 
-def command_lines(out, seed, ceiling):
-    """The arguments of star.py for each command of PLAN, as text; one `eval` for each test split."""
-    lines = []
-    for line in PLAN.splitlines():
-        if ceiling or "ceiling" not in line:
-            flags = FLAGS[line.split()[0]]
-            line = f"{line} {flags} {COMMON} --seed {seed}"
-            line = line.replace("$OUT", shlex.quote(str(out)))
-            splits = SPLITS[1:] if "$SPLIT" in line else [""]
-            lines += [line.replace("$SPLIT", split) for split in splits]
-    return lines
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default="runs/tiny", help="folder for everything")
@@ -127,19 +127,15 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_inputs(out, args.seed)
-    # Ctrl-C reaches the running command too, which saves a checkpoint; wait for that.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    for line in command_lines(out, args.seed, args.ceiling):
-        words = shlex.split(line)
-        folder = Path(words[words.index("--out") + 1])
-        if not (folder / "summary.json").exists():
-            words += ["--resume"] * folder.exists()
-            print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
-            code = subprocess.call([sys.executable, str(STAR), *words])
-            if code:
-                return code
-    return 0
+    machine = f"--think off --dtype float32 --device cpu --seed {args.seed}"
+    plan = PLAN + CEILING * args.ceiling
+    plan = plan.format(sft=f"{SFT} {machine}", eval=f"{EVAL} {machine}")
+    (out / "plan.txt").write_text(plan)
+    print(f"$ cd {out}", flush=True)
+    os.chdir(out)
+    command = [str(STAR), "curriculum", "plan.txt", "--resume"]
+    os.execv(sys.executable, [sys.executable, *command])  # Ctrl-C then reaches only the training
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,106 +1,135 @@
-"""Curves of runs as a picture, from their metrics.jsonl. Needs matplotlib, which nothing else here does."""
+"""The curves of runs as a picture, from their metrics.jsonl. Needs matplotlib, which nothing else here does."""
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 
 from data import InputError
 
-# A panel for each of these that any run has: title, name in a row of `read`.
-PANELS = (("Reward", "reward"), ("Answer score", "answer_score"), ("Share of groups with signal", "signal"),
-          ("Share of broken responses", "format_failures"), ("Response length, tokens", "length"),
-          ("KL to the starting model", "kl_start"), ("Share of ratios clipped", "clipped"),
-          ("KL to the teacher", "kl"), ("Confident mistakes (S′)", "tail"), ("Mass outside the top k", "outside"),
-          ("Negative log-likelihood", "nll"), ("Loss in training", "loss"), ("Entropy", "entropy"))
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # of Okabe and Ito: all see them
-STYLE = {"font.size": 13, "axes.titlesize": 14, "axes.titlelocation": "left", "axes.spines.top": False,
-         "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 4}
-LONG = 200  # points: a longer curve is smoothed
+# A panel for each of these that any run has: its name in the rows of `read_run`, its title.
+PANELS = {
+    "reward": "Reward", "answer_score": "Answer score",
+    "signal": "Share of groups with signal", "format_failures": "Share of broken responses",
+    "length": "Response length, tokens", "kl_start": "KL to the starting model",
+    "clipped": "Share of ratios clipped", "kl": "KL to the teacher",
+    "tail": "Confident mistakes (S′)", "outside": "Mass outside the top k",
+    "nll": "Negative log-likelihood", "loss": "Loss in training", "entropy": "Entropy",
+}
+# Okabe and Ito's palette, for colour-blind readers too
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+STYLE = {
+    "font.size": 13, "axes.titlesize": 14, "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 4,
+}
 
 
-def plot(folders, out):
-    """Draw what the runs in `folders` logged, one panel a quantity, all runs in each, and write the picture `out`.
-
-    A run that has held-out figures shows those; one that has not is dotted where another has.
-    """
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise InputError("plot needs matplotlib: pip install matplotlib") from e
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    runs = {label: read(folder) for label, folder in labels(folders).items()}
-    shown = {title: {label: curve(rows, name) for label, rows in runs.items()} for title, name in PANELS}
-    shown = {title: curves for title, curves in shown.items() if any(points for points, _ in curves.values())}
-    if not shown:
-        raise InputError(f"{folders[0]}: nothing is logged yet; wait for a step to end")
-    across = min(len(shown), 4 if len(shown) % 4 == 0 else 3)
-    down = -(-len(shown) // across)
-    colors, mixed = {label: COLORS[i % len(COLORS)] for i, label in enumerate(runs)}, False
-    with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(down, across, figsize=(4.3 * across, 3.1 * down), layout="constrained",
-                                       squeeze=False)
-        for (title, curves), axis in zip(shown.items(), axes.flat):
-            kinds = {held for points, held in curves.values() if points}
-            for label, (points, held) in curves.items():
-                if points:
-                    draw(axis, points, colors[label], "o-" if held else ":" if True in kinds else "-")
-            axis.set(title=title + ", held out" * (True in kinds), xlabel="step")
-            mixed |= len(kinds) == 2
-        for axis in axes.flat[len(shown):]:
-            axis.set_visible(False)
-        key = [pyplot.Line2D([], [], color=color, label=label) for label, color in colors.items()]
-        key += [pyplot.Line2D([], [], color="gray", linestyle=":", label="dotted: in training")] * mixed
-        figure.legend(handles=key, ncols=across + 1, frameon=False, loc="outside upper left")
-        try:
-            figure.savefig(out, dpi=100)
-        except ValueError as e:
-            raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e
-        finally:
-            pyplot.close(figure)
+def plot_flags(parser):
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
 
 
-def labels(folders):
-    """{name: folder}: of each folder's path as much, from its end, as tells it from the others.
+def run_plot(args):
+    """Draw the curves of one or more runs, overlaid, from their metrics.jsonl."""
+    runs = {label: read_run(folder) for label, folder in label_runs(args.runs).items()}
+    panels = {title: read_curves(runs, name) for name, title in PANELS.items()}
+    panels = {title: curves for title, curves in panels.items() if curves}
+    if not panels:
+        raise InputError(f"{args.runs[0]}: nothing is logged yet; plot it after its first step")
+    draw_picture(panels, list(runs), args.out)
+    print(f"wrote {args.out}")
 
-    >>> list(labels(["runs/a/ckd", "runs/b/ckd/", "runs/sft"]))
+
+def label_runs(folders):
+    """{label: folder}; a label is the shortest end of the folder's path that no other has.
+
+    >>> list(label_runs(["runs/a/ckd", "runs/b/ckd/", "runs/sft"]))
     ['a/ckd', 'b/ckd', 'sft']
     """
-    paths = {Path(folder).resolve(): folder for folder in folders}  # one named twice is drawn once
-    ends = {path: [Path(*path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in paths}
-    return {str(next(end for end in ends[path] if sum(end in others for others in ends.values()) == 1)): folder
-            for path, folder in paths.items()}
+    # A folder given twice is one run.
+    paths = {Path(folder).resolve(): folder for folder in folders}
+    labels = {}
+    for path, folder in paths.items():
+        n = 1
+        while sum(other.parts[-n:] == path.parts[-n:] for other in paths) > 1:
+            n += 1
+        labels[str(Path(*path.parts[-n:]))] = folder
+    return labels
 
 
-def read(folder):
-    """The rows of a run's metrics.jsonl, under names that mean one thing whatever was trained."""
+def read_run(folder):
+    """The rows of a run's metrics.jsonl, in which a name means the same for every kind of training."""
     try:
         text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run") from e
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a line may be in the writing
+    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # the last line may be incomplete
     for row in rows:
-        if "reward" in row:  # Sim-RL: its KL is to its own start, and its loss is about 0 whatever happens
-            row |= {"kl_start": row.pop("kl")} if "kl" in row else {}
+        # The KL of Sim-RL is to its starting model, and its loss is about 0 by construction.
+        if "reward" in row:
             row.pop("loss", None)
-        row |= {name.replace("inside", "outside"): 1 - row[name] for name in ("inside", "valid_inside") if name in row}
+            if "kl" in row:
+                row["kl_start"] = row.pop("kl")
+        for prefix in ("", "valid_"):
+            if f"{prefix}inside" in row:
+                row[f"{prefix}outside"] = 1 - row[f"{prefix}inside"]
     return rows
 
 
-def curve(rows, name):
-    """([(step, value)], whether they are held-out figures): those where there are any."""
-    held = any(f"valid_{name}" in row for row in rows)
-    name = f"valid_{name}" if held else name
-    return [(row["step"], row[name]) for row in rows if name in row], held
+def read_curves(runs, name):
+    """{label: (points [(step, value)], held_out)} of the runs with this quantity: held-out values if a run has any."""
+    curves = {}
+    for label, rows in runs.items():
+        held_out = any(f"valid_{name}" in row for row in rows)
+        key = f"valid_{name}" if held_out else name
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            curves[label] = (points, held_out)
+    return curves
 
 
-def draw(axis, points, color, style):
-    """One curve; a long one as a running mean over a fortieth of it, with the raw one faint behind."""
+def draw_picture(panels, labels, out):
+    """Draw a panel per quantity, a curve per run. Beside held-out curves, a training curve is dotted."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
+    except ImportError as e:
+        raise InputError("plot needs matplotlib: pip install matplotlib") from e
+    columns = min(len(panels), 4 if len(panels) % 4 == 0 else 3)
+    rows = math.ceil(len(panels) / columns)
+    colors = {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
+        dotted = Line2D([], [], color="gray", linestyle=":", label="dotted: in training")
+        for axis, (title, curves) in zip(axes, panels.items()):
+            any_held_out = any(held_out for _, held_out in curves.values())
+            for label, (points, held_out) in curves.items():
+                style = "o-" if held_out else ":" if any_held_out else "-"
+                draw_curve(axis, points, colors[label], style)
+                if style == ":" and dotted not in handles:
+                    handles.append(dotted)
+            axis.set(title=title + ", held out" * any_held_out, xlabel="step")
+        for axis in axes[len(panels):]:
+            axis.set_visible(False)
+        figure.legend(
+            handles=handles, ncols=columns + 1, frameon=False, loc="outside upper left")
+        try:
+            figure.savefig(out, dpi=100)
+        except ValueError as e:
+            raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e
+
+
+def draw_curve(axis, points, color, style):
+    """Draw a curve; over 200 points as a running mean over a fortieth of it, with the values faint behind."""
     steps, values = np.array(points, dtype=float).T  # [points] each
-    if len(points) <= LONG:
-        axis.plot(steps, values, style, color=color)
-        return
-    axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    window = np.ones(len(points) // 40)
-    mean = np.convolve(values, window, "same") / np.convolve(np.ones(len(points)), window, "same")
-    axis.plot(steps, mean, style.replace("o", ""), color=color)
+    if len(points) > 200:
+        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+        window = np.ones(len(points) // 40)
+        counts = np.convolve(np.ones(len(points)), window, "same")
+        values = np.convolve(values, window, "same") / counts
+        style = style.replace("o", "")
+    axis.plot(steps, values, style, color=color)

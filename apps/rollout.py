@@ -15,8 +15,8 @@ from data.rollouts import append_rollouts, batches_to_sample, filter_responses
 from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response_row
 from data.runs import add_output_flags, settings
 from model import Transformer
-from sampler import add_sampling_flags, generate
-from train import add_machine_flags, pick_device, torch_dtype
+from sampler import add_count_flags, add_sampling_flags, generate
+from train import add_machine_flags, pick_device
 
 
 def rollout_flags(parser):
@@ -24,9 +24,6 @@ def rollout_flags(parser):
     add("--model", required=True, help="model folder")
     add_data_flags(parser, "records, with or without gold answers")
     add_output_flags(parser, "file to write: the records with `responses`")
-    add("--n", type=positive, default=8, help="responses per prompt")
-    add("--max-concurrent", type=positive, default=64, metavar="N",
-        help="sequences generated concurrently")
     group = parser.add_argument_group("filters, at the end of a run")
     add = group.add_mutually_exclusive_group().add_argument
     add("--keep-all", action="store_true",
@@ -34,13 +31,13 @@ def rollout_flags(parser):
     add("--min-reward", type=number(float, -1.0, 1.0), metavar="X",
         help="also drop responses with a lower reward")
     add_prompt_flags(parser)
+    add_count_flags(parser, 8)
     add_sampling_flags(parser, temperature=1.0)
     add_machine_flags(parser, "weights and compute")
 
 
 def run_rollout(args):
     """Sample responses to each record, filter them by form, and score them if there is a gold answer."""
-    start = time.perf_counter()
     out = Path(args.out)
     if out.resolve() == Path(args.data).resolve():
         raise InputError(f"{out}: would be written over --data; use another --out")
@@ -48,6 +45,7 @@ def run_rollout(args):
     need_gold = args.min_reward is not None
     records, prompts = read_prompts(
         args.data, chat, args.max_prompt_tokens, args.limit, need_gold)
+    start = time.perf_counter()
     finished, rows = open_rollouts(
         out, records, settings(args), args.resume, args.overwrite)
     dropped = {}
@@ -73,7 +71,7 @@ def sample_responses(args, chat, records, prompts, rows):
     if not batches:
         return
     device = pick_device(args.device)
-    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     for start, batch in tqdm(batches, "rollout", unit="batch"):
         generator = torch.Generator()
         generator.manual_seed(args.seed * 1_000_003 + start)

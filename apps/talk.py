@@ -6,8 +6,8 @@ import torch
 from data.chat import Chat, add_prompt_flags
 from data.records import read_tools
 from model import Transformer
-from sampler import add_sampling_flags, generate
-from train import add_machine_flags, pick_device, torch_dtype
+from sampler import add_length_flag, add_sampling_flags, generate
+from train import add_machine_flags, pick_device
 
 
 def chat_flags(parser):
@@ -16,6 +16,7 @@ def chat_flags(parser):
     add("--tools", metavar="FILE", help="JSON list of tools")
     add("--system", help="system message; default: the model's own")
     add_prompt_flags(parser, "--tools-form")
+    add_length_flag(parser)
     add_sampling_flags(parser, temperature=0.0)
     add_machine_flags(parser, "weights and compute")
 
@@ -25,7 +26,7 @@ def run_chat(args):
     chat = Chat.from_pretrained(args.model, args.think, args.tools_form)
     tools = read_tools(args.tools) if args.tools else []
     device = pick_device(args.device)
-    model = Transformer.from_pretrained(args.model, torch_dtype(args.dtype), device)
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     generator = torch.Generator().manual_seed(args.seed)
     print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
     messages = []

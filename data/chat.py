@@ -1,7 +1,7 @@
-"""Records to text and token ids: byte for byte the text of the models' own chat templates, without a template engine.
+"""Records to text and token ids: exactly the text of the models' chat templates, without a template engine.
 
-Two families are supported. Both write ChatML turns, `<|im_start|>role\\n ... <|im_end|>\\n`, list the tools in the
-system turn and put consecutive tool results into one user turn. They differ in this:
+Two families are supported. Both write ChatML turns, `<|im_start|>role\\n ... <|im_end|>\\n`, list the tools in
+the system turn and put consecutive tool results into one user turn. They differ in this:
 
                           qwen2.5                                  qwen3
     no system message     the template's default prompt            no system text
@@ -9,14 +9,13 @@ system turn and put consecutive tool results into one user turn. They differ in 
     string arguments      quoted as JSON                           inserted raw
     reasoning             never written                            written after the last user query only
 
-`Chat.from_pretrained(folder)` recognises the family by the text of the folder's template. Training and sampling use the
-same two methods: `prompt` (the model's input) and `answer` (its target).
+`Chat.from_pretrained(folder)` recognises the family by the text of the folder's template. Training and sampling
+use the same two methods: `prompt` (the model's input) and `answer` (its target).
 
 Departures from the templates:
-1. Content that is null renders as ''. The Qwen2.5 template and the older of Qwen3's two revisions fail on it, or print
-   a null tool result as "None".
-2. With think "on" the prompt ends in "<think>", as in the released STAR runs. Qwen3's template leaves this token to
-   the model.
+1. Content that is null renders as ''. The Qwen2.5 template and the older of Qwen3's two revisions fail on it, or
+   print a null tool result as "None".
+2. With think "on" the prompt ends in "<think>", as in the released runs; Qwen3's template leaves it to the model.
 """
 import json
 import re
@@ -40,20 +39,16 @@ QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 
 def add_prompt_flags(parser, tools="--tools"):
     """Add --think and the flag named `tools`: how records are rendered as prompts."""
-    group = parser.add_argument_group("prompts")
-    group.add_argument(
-        "--think", choices=("on", "off", "none"),
+    add = parser.add_argument_group("prompts").add_argument
+    add("--think", choices=("on", "off", "none"),
         help="on: the prompt ends in an opened <think>; off: in an empty think block; "
-        "none: no think tags; default: as in the model's chat template",
-    )
-    group.add_argument(
-        tools, choices=("flat", "wrapped"), default="flat",
-        help="flat: tools as in the released data; wrapped: as in OpenAI's API",
-    )
+        "none: no think tags; default: what the model's template knows")
+    add(tools, choices=("flat", "wrapped"), default="flat",
+        help="flat: tools as in the released data; wrapped: as in OpenAI's API")
 
 
 class Chat:
-    """A model folder's tokenizer and chat format. Create it with `from_pretrained`.
+    """A model folder's tokenizer and chat format, made by `from_pretrained`.
 
     tokenizer: a tokenizers.Tokenizer
     think, tools: as in `from_pretrained`
@@ -63,27 +58,29 @@ class Chat:
     end_id: id of <|im_end|>
     stop_ids: sorted ids that end a response, end_id among them
     think_end_id: id of </think>, or None if that is not one token
-    vocab_size: number of ids the tokenizer can produce (the model's embedding is usually padded to more)
+    vocab_size: number of ids of the tokenizer (the model's embedding is usually padded to more)
     """
 
     @classmethod
     def from_pretrained(cls, folder, think=None, tools="flat"):
-        """Read the tokenizer, the chat template and the stop tokens of a Hugging Face model folder, without weights.
+        """Read the tokenizer, the chat template and the stop tokens of a Hugging Face model folder.
 
-        think: "on" opens a think block at the end of every prompt, "off" writes an empty block, "none" writes none.
+        think: "on" opens a think block at the end of every prompt, "off" writes an empty one, "none" writes none;
             None takes `default_think` of tokenizer_config.json (only data/tiny has it), else "on" for Qwen3 and
-            "none" for Qwen2.5.
-        tools: "flat" writes each tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
-            {"type": "function", "function": {...}}.
+            "none" for Qwen2.5
+        tools: "flat" writes a tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
+            {"type": "function", "function": {...}}
+
         Raises InputError for a missing or broken file, and for a template of another family.
         """
         folder = Path(folder)
         chat = cls()
         chat.family, chat.default_system, chat.example_call = read_flavour(folder)
-        config = read_optional(folder / "tokenizer_config.json")
-        family_think = "on" if chat.family == "qwen3" else "none"
-        chat.think = think or config.get("default_think") or family_think
         chat.tools = tools
+        config = read_optional(folder / "tokenizer_config.json")
+        chat.think = think or config.get("default_think")
+        if chat.think is None:
+            chat.think = "on" if chat.family == "qwen3" else "none"
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
             rule = "think is on, off or none; tools is flat or wrapped"
             raise InputError(f"think={think!r}, tools={tools!r}: {rule}")
@@ -95,8 +92,8 @@ class Chat:
         chat.end_id = vocabulary.get("<|im_end|>")
         chat.think_end_id = vocabulary.get("</think>")
         if chat.end_id is None:
-            remedy = "use the tokenizer of Qwen2.5 or Qwen3"
-            raise InputError(f"{path}: no token <|im_end|>, the end of a turn; {remedy}")
+            why = "no token <|im_end|>, the end of a turn"
+            raise InputError(f"{path}: {why}; use the tokenizer of Qwen2.5 or Qwen3")
         if chat.think != "none" and chat.think_end_id is None:
             why = f"has no token </think>, so --think {chat.think} cannot work"
             raise InputError(f"{path}: {why}; use --think none")
@@ -117,11 +114,10 @@ class Chat:
         return text + THINK[self.think]
 
     def answer(self, record):
-        """The gold response that continues `prompt`, up to <|im_end|>. Its reasoning is written with think "on" only.
+        """The gold response that continues `prompt`, up to <|im_end|>; with its reasoning if think is "on".
 
-        prompt + answer + "\\n" is the template's rendering of the finished conversation (except for Qwen3 with think
-        "none", where the template would write a think block).
-        Raises InputError for a record without an answer.
+        prompt + answer + "\\n" is the template's rendering of the finished conversation (except for Qwen3 with
+        think "none", where the template would write a think block).
         """
         gold = record.get("answer")
         if not gold:
@@ -134,24 +130,25 @@ class Chat:
     def render(self, messages, tools, generation_prompt=False):
         """The conversation as the template writes it.
 
+        messages: a list in the record format (see data/records.py)
+        tools: a list of dicts, written unchanged
+
         Equal to transformers' `tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
         add_generation_prompt=generation_prompt)`.
-
-        messages: a list in the record format (see data/records.py).
-        tools: a list of dicts, written unchanged.
         """
         system = self.default_system
         if messages[0]["role"] == "system":
             system = text_of(messages[0])
         parts = [] if system is None else [system]
         if tools:
-            signatures = [json.dumps(tool, ensure_ascii=False) for tool in tools]
+            tools = [json.dumps(tool, ensure_ascii=False) for tool in tools]
             parts.append("\n".join([
-                f"# Tools\n\n{TOOLS_INTRO}\n",
-                "You are provided with function signatures within <tools></tools> XML tags:",
-                "<tools>", *signatures, "</tools>\n",
+                "# Tools\n",
+                TOOLS_INTRO,
+                "\nYou are provided with function signatures within <tools></tools> XML tags:",
+                "<tools>", *tools, "</tools>\n",
                 CALLS_INTRO,
-                f"<tool_call>\n{self.example_call}\n</tool_call>",
+                "<tool_call>", self.example_call, "</tool_call>",
             ]))
         turns = [turn("system", "\n\n".join(parts))] if parts else []
 
@@ -215,11 +212,12 @@ def text_of(message):
 
 def find_last_query(messages):
     """Index of the last user message that is not a tool result as text; without one, of the last message."""
-    for i in reversed(range(len(messages))):
-        result = re.fullmatch("<tool_response>.*</tool_response>", text_of(messages[i]), re.S)
-        if messages[i]["role"] == "user" and not result:
-            return i
-    return len(messages) - 1
+    result = re.compile("<tool_response>.*</tool_response>", re.S)
+    last = len(messages) - 1
+    for i, message in enumerate(messages):
+        if message["role"] == "user" and not result.fullmatch(text_of(message)):
+            last = i
+    return last
 
 
 def split_reasoning(message):
@@ -238,14 +236,15 @@ def read_optional(path):
 
 
 def read_tokenizer(folder):
-    """The tokenizer of a model folder, without the truncation and padding that a training run may have saved."""
+    """The tokenizer of a model folder, without truncation and padding that may be saved in its file."""
     path = Path(folder) / "tokenizer.json"
     if "model" not in read_json(path, MODEL_FOLDER):
         raise InputError(f'{path}: has no "model"; download or copy it again')
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises nothing narrower
-        raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
+        why = f"is not a tokenizer ({e})"
+        raise InputError(f"{path}: {why}; download or copy it again") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
@@ -254,11 +253,10 @@ def read_tokenizer(folder):
 def read_flavour(folder):
     """(family, default system prompt or None, example call) of a model folder.
 
-    The text of the chat template tells the family; without a template, `model_type` in config.json does.
-    Raises InputError for a template of another family.
+    They follow from the text of the chat template or, without a template, from `model_type` in config.json.
     """
-    path = folder / "chat_template.jinja"  # newer folders; it overrides tokenizer_config.json
-    if path.exists():
+    path = folder / "chat_template.jinja"
+    if path.exists():  # it overrides tokenizer_config.json
         template = path.read_text(encoding="utf-8")
     else:
         path = folder / "tokenizer_config.json"
@@ -278,12 +276,12 @@ def read_flavour(folder):
         template = named.get("default", "")
 
     tools = TOOLS_INTRO in template and CALLS_INTRO in template
-    thinking = "enable_thinking" in template and "last_query_index" in template
-    if tools and thinking:
+    thinks = "<think>" in template or "enable_thinking" in template
+    hybrid = "enable_thinking" in template and "last_query_index" in template
+    if tools and hybrid:
         return "qwen3", None, EXAMPLE_CALL
     system = re.search(r"'<\|im_start\|>system(?:\\n|\n)([^']+)<\|im_end\|>", template)
-    relative = "<think>" in template or "enable_thinking" in template  # thinks otherwise
-    if not tools or relative or system is None:
+    if not tools or thinks or system is None:
         why = "the chat template is neither Qwen2.5's nor (hybrid) Qwen3's"
         raise InputError(f"{path}: {why}; use a folder with one of these")
     # Evaluate escapes as the template engine does.

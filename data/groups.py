@@ -65,6 +65,16 @@ class Group:
         """Number of response tokens in the loss."""
         return sum(r.counted_tokens for r in self.responses)
 
+    @property
+    def rewards(self):
+        """The reward of each response."""
+        return [r.reward for r in self.responses]
+
+    @property
+    def answer_scores(self):
+        """The answer score of each response."""
+        return [r.answer_score for r in self.responses]
+
 
 def counted_tokens(groups):
     """Number of response tokens of these groups in the loss."""
@@ -201,6 +211,18 @@ def share_prefixes(groups, records_per_row):
 # ---------------------------------------------------------------------------------------------------------------------
 # From groups to batches
 
+def next_prompts(prompts, seed, first, count):
+    """`count` prompts from number `first` on in an endless sequence of passes, each shuffled by (seed, pass)."""
+    groups = []
+    while len(groups) < count:
+        episode, start = divmod(first + len(groups), len(prompts))
+        order = list(range(len(prompts)))
+        random.Random(f"{seed} {episode}").shuffle(order)
+        for i in order[start:start + count - len(groups)]:
+            groups.append(replace(prompts[i], responses=[]))
+    return groups
+
+
 def optimiser_batches(groups, batch_size, seed, epoch):
     """Whole groups in an order shuffled by (seed, epoch), cut as soon as a batch has `batch_size` sequences.
 
@@ -212,8 +234,8 @@ def optimiser_batches(groups, batch_size, seed, epoch):
     """
     order = list(range(len(groups)))
     random.Random(f"{seed} {epoch}").shuffle(order)
-    batches = [[]]
-    sequences = 0
+    batches = []
+    sequences = batch_size  # the first group starts a batch
     for i in order:
         if sequences >= batch_size:
             batches.append([])

@@ -1,21 +1,21 @@
-"""The command `prepare`: drop records with bad gold answers, label the others, choose a mix of them (paper.md 1.7).
+"""`star.py prepare`: drop records with bad gold answers, label the others, choose a mix of them (paper.md 1.7).
 
-    read -> self-check of the gold answer -> duplicates -> choice by quotas -> prompts that are too long -> labels
+    read -> self-check of the gold answer -> duplicates -> choice by quotas -> prompts too long -> labels
 
-The labels say what an answer is: response (it has text), single (one call), parallel (several calls), multi-step (calls
-right after a tool's result). single-turn and multi-turn say how far into a conversation the answer comes.
+The labels say what an answer is: response (it has text), single (one call), parallel (several calls), multi-step
+(calls right after a tool's result). single-turn and multi-turn say how far into a conversation the answer comes.
 
-The scan takes a record if one of its labels is below its quota, and stops at 1.1 x size records. Quotas are minima that
-the scan aims at: a label that is rare in the input ends below its quota, and if a label is missing there can be fewer
-records than --size. The quotas of parallel, single and response add up to 1.2 x size, more than the scan takes: it
-reaches all three only if some answers have both text and calls.
+The scan takes a record if one of its labels is below its quota, and stops at 1.1 x size records. Quotas are
+minima that the scan aims at: a label that is rare in the input ends below its quota, and without some label there
+can be fewer records than --size. The quotas of parallel, single and response add up to 1.2 x size, more than the
+scan takes: it reaches all three only if some answers have both text and calls.
 
 Departures from the released code:
 1. Exact duplicates (messages, tools and answer) are dropped.
 2. The released scan covers one of four sources, to 50,000 records; this one covers all that is read.
-3. The tokenizer of --model measures prompts; without --model nothing is measured (released: Qwen3-8B's tokenizer).
-4. Where paper.md is silent, our reading: `turns` counts system messages; single-turn means one turn; an answer with
-   text and calls is a text reply too; sampling down continues the random numbers of the shuffle.
+3. The tokenizer of --model measures prompts; without --model nothing is measured (released: Qwen3-8B's).
+4. Where paper.md is silent, our reading: `turns` counts system messages; single-turn means one turn; an answer
+   with text and calls is a text reply too; sampling down continues the random numbers of the shuffle.
 """
 import hashlib
 import json
@@ -43,10 +43,8 @@ def prepare_flags(parser):
     add("--out", required=True, help="file to write, .jsonl or .jsonl.gz: records, `labels`, `turns`")
     add("--size", type=positive, metavar="N", help="choose N records by quotas; default: keep all")
     add("--model", metavar="DIR", help="model folder whose tokenizer measures prompts")
-    add(
-        "--max-prompt-tokens", type=positive, default=8192, metavar="N",
-        help="with --model: skip records with longer prompts",
-    )
+    add("--max-prompt-tokens", type=positive, default=8192, metavar="N",
+        help="with --model: skip records with longer prompts")
     add("--seed", type=int, default=42, help="random seed of the choice")
     add("--overwrite", action="store_true", help="replace the file if it exists")
 
@@ -87,7 +85,7 @@ def run_prepare(args):
 
 
 def drop_unsound(records, dropped):
-    """The records whose answer passes the self-check, without duplicates; counts the others in `dropped` by reason."""
+    """The records whose answer passes the self-check, without duplicates; counts the others in `dropped`."""
     kept = {}
     for record in tqdm(records, "self-check", unit="record", delay=2):
         result = self_check(record) if has_answer(record) else {"reward": 0.0, "case": "none"}
@@ -103,7 +101,7 @@ def drop_unsound(records, dropped):
 
 
 def choose(records, size, generator):
-    """Shuffle the records and take those with a label below its quota, up to 1.1 x size; text stops at its quota."""
+    """Shuffle the records, then take up to 1.1 x size with a label below its quota; text stops at its quota."""
     records = list(records)
     generator.shuffle(records)
     chosen = []
@@ -148,10 +146,10 @@ def labels(record):
 
 
 def turns(record):
-    """(message index of the answer + 1) // 2; the index counts all messages from 0, also system and tool messages.
+    """(message index of the answer + 1) // 2; the index counts all messages from 0, system messages too.
 
-    A call and its result are a turn. A system message adds none while user and assistant alternate: the division
-    rounds down.
+    A call and its result are a turn. A system message adds no turn while user and assistant alternate, because
+    the division rounds down.
 
     >>> turns({"messages": ["system", "user", "call", "result"]})
     2
@@ -160,7 +158,7 @@ def turns(record):
 
 
 def report(records, chosen, dropped, size):
-    """Print a table of records read, dropped and kept, then what was kept of each label and of each source."""
+    """Print how many records were read, dropped and kept, and how many of each label and source."""
     labels_kept = Counter(label for record in chosen for label in record["labels"])
     sources_kept = Counter(record["source"] for record in chosen)
     sources = Counter(record["source"] for record in records)

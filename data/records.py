@@ -6,17 +6,17 @@
                   {"role": "system"|"user"|"assistant"|"tool", "content": str or None,
                    optionally "tool_calls": [{"name", "arguments": dict}], "reasoning_content": str}, ...],
      "answer": {"tool_calls": [{"name", "arguments"}], "content": str or None, optionally "reasoning": str},
-     optionally "responses": [...]}                                            written by `rollout`, kept unchanged
+     optionally "responses": [...]}                                  written by `rollout`, kept unchanged
 
-The keys of a line tell its shape: this format (it has "answer" or "responses"); the STAR authors' (`messages` and
-`tools`, the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].function` with arguments as a JSON
-string, wrapped tools, the older `functions` and `function_call`). Types written as in xLAM ("List[int], optional")
-become JSON schema.
+The keys of a line tell its shape: this format (it has "answer" or "responses"); the STAR authors' (`messages`
+and `tools`, the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].function` with arguments
+as a JSON string, wrapped tools, the older `functions` and `function_call`). Types written as in xLAM
+("List[int], optional") become JSON schema.
 
 Departures from the released code:
-1. Nothing is repaired. A gold call to a tool that is not offered is an error that names the line; the authors match
-   similar tool names by substring. `star.py prepare` drops such records.
-2. Think blocks and <tool_call> blocks in the text of an assistant message are split into reasoning, content and calls.
+1. Nothing is repaired. A gold call to a tool that is not offered is an error that names the line; the authors
+   match similar tool names by substring. `star.py prepare` drops such records.
+2. Think blocks and <tool_call> blocks in an assistant's text are split into reasoning, content and calls.
 """
 import gzip
 import json
@@ -41,21 +41,21 @@ TYPES |= {name: name for name in TYPES.values()}
 
 def add_data_flags(parser, what):
     """Add --data, --limit and --max-prompt-tokens. what: the contents of the file, for --help."""
-    parser.add_argument("--data", required=True, help=f"{what}, .jsonl or .jsonl.gz")
-    parser.add_argument("--limit", type=positive, metavar="N", help="read only the first N records")
-    parser.add_argument(
-        "--max-prompt-tokens", type=positive, default=5120, metavar="N",
-        help="skip records with longer prompts",
-    )
+    add = parser.add_argument
+    add("--data", required=True, help=f"{what}, .jsonl or .jsonl.gz")
+    add("--limit", type=positive, metavar="N", help="read only the first N records")
+    add("--max-prompt-tokens", type=positive, default=5120, metavar="N",
+        help="skip records with longer prompts")
 
 
 def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
-    """All records of a .jsonl, .jsonl.gz or .json file with one JSON object per line. Empty lines are skipped.
+    """All records of a .jsonl, .jsonl.gz or .json file with one JSON object per line; empty lines are skipped.
 
-    need_answer: False also accepts prompts: records without an answer whose last message is a user's or a tool's.
-    vocab_size: ids of responses must be smaller.
-    check_answer: False also accepts answers that call tools which are not offered. Calls that cannot be parsed are
-        kept as text; `self_check` gives them no reward.
+    need_answer: False also accepts records without an answer
+    vocab_size: ids of responses must be smaller
+    check_answer: False also accepts answers that call unknown tools, and keeps calls that cannot be parsed as text
+        (their `self_check` fails)
+
     Raises InputError with the file and the line.
     """
     path = Path(path)
@@ -101,7 +101,7 @@ def read_lines(path):
         raise InputError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
 
 
-# ---- From a line to a record (the callers above add the file and the line to an InputError) ----------------------
+# ---- From a line to a record. `read_records` adds the file and the line to an InputError.
 
 def read_record(line, default_id, check_answer):
     """A line (bytes) of any shape as a record."""
@@ -137,7 +137,7 @@ def read_record(line, default_id, check_answer):
 
 
 def read_object(line):
-    """The JSON object in a line, which must have messages."""
+    """The JSON object in a line; it must have messages."""
     try:
         item = json.loads(line.decode("utf-8-sig"))
         if b"\\u" in line:  # half a surrogate pair must fail here, not in the tokenizer
@@ -237,8 +237,9 @@ def read_tool(tool):
 def to_json_schema(parameters):
     """A tool's parameters as a JSON schema. A JSON schema is returned unchanged.
 
-    parameters: {"city": {"type": "str, optional", "description": ..., "default": ...}} or {"city": "str"}. A
-        parameter is required unless its type says optional or it has a default. A boolean "required" overrides both.
+    parameters: {"city": {"type": "str, optional", "description": ..., "default": ...}} or {"city": "str"}
+
+    A parameter is required unless its type says optional or it has a default. A boolean "required" overrides both.
 
     >>> to_json_schema({"n": {"type": "List[int], optional"}})["properties"]
     {'n': {'type': 'array', 'items': {'type': 'integer'}}}
@@ -266,7 +267,7 @@ def to_json_schema(parameters):
 
 
 def type_schema(kind):
-    """(JSON schema, whether it is optional) of a Python type written as text. A type that JSON lacks becomes {}.
+    """(JSON schema, whether it is optional) of a Python type written as text. {} is any type.
 
     >>> type_schema("Optional[Union[int, Dict[str, Any]]]")
     ({'anyOf': [{'type': 'integer'}, {'type': 'object'}]}, True)
@@ -308,7 +309,7 @@ def split(string, separator):
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
-# ---- Checks ------------------------------------------------------------------------------------------------------
+# ---- Checks
 
 def check_record(record, need_answer, vocab_size, check_answer):
     """Raise InputError for a record that cannot be used. Parameters as in `read_records`."""
@@ -352,10 +353,10 @@ def has_answer(record):
 
 
 def self_check(record):
-    """`reward.score` of the gold answer against itself. `star.py prepare` keeps records with a reward over 0.99.
+    """`reward.score` of the gold answer against itself; `star.py prepare` keeps rewards over 0.99.
 
-    The reward is lower if no response can earn the full reward: the gold answer has a call that cannot be parsed,
-    an unknown tool or argument, or think tags or <tool_call> inside its text.
+    The reward is lower if no response can earn the full reward: the gold answer has a call that cannot be
+    parsed, an unknown tool or argument, or think tags or <tool_call> inside its text.
     """
     answer = record["answer"]
     parts = [answer["content"] or ""]

@@ -7,8 +7,8 @@
 A response is {"text", "ids", "finish_reason", "logprob"}, with "reward" if the record has a gold answer.
 
 The filters check form, not correctness (paper.md 1.7): exactly one think block if the prompt asks for one;
-calls that can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt are
-dropped. A teacher's mistakes are kept, unless a minimum reward is set.
+calls that can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt
+are dropped. A teacher's mistakes are kept, unless a minimum reward is set.
 
 Departures from the released code, as far as paper.md describes it:
 1. A call that is never closed fails, even after closed calls, where the reward ignores it.

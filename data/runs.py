@@ -10,12 +10,17 @@ import json
 import math
 import shutil
 import statistics
+import sys
+from collections import deque
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from tqdm import tqdm
 
-from data import InputError, atomic_folder, read_json, refuse_changes, save_tensors, write_json, write_lines
+from data import InputError, atomic_folder, one_line, print_table, read_json, refuse_changes
+from data import save_tensors, write_json, write_lines
+from data.groups import counted_tokens
 
 # A resumed run may change these: they affect memory, speed, or the filters at the end of a rollout.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "save_every",
@@ -129,10 +134,90 @@ def summarise_refinement(out):
     return summary
 
 
+def describe_batch(batch, seconds):
+    """Sizes and speed for the log; packed tokens are prompts and responses, once each, through the student."""
+    packed = sum(group.length for group in batch)
+    sequences = sum(len(group.responses) for group in batch)
+    return {"tokens": counted_tokens(batch), "packed_tokens": packed, "sequences": sequences,
+            "seconds": seconds, "tokens_per_s": packed / seconds}
+
+
+def log_step(out, row):
+    """Log a step, and print its validation figures on stderr."""
+    log_metrics(out, row)
+    valid = {name[6:]: value for name, value in row.items() if name.startswith("valid_")}
+    if valid:
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in valid.items())
+        tqdm.write(f"step {row['step']:5d}, held out:  {figures}", file=sys.stderr)
+
+
+def show_training(out, samples, summary):
+    """Print three held-out answers and the figures of a run."""
+    for sample in samples[:3]:
+        print()
+        for name, text in sample.items():
+            print(f"{name:8s} {one_line(text)}")
+    figures = {name: value for name, value in summary.items() if not name.startswith("valid_")}
+    for name, value in (summary["valid_before"] or {}).items():
+        figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {summary['valid_after'][name]:.4f}"
+    print()
+    print_table(figures.items())
+    print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
+
+
+def describe_responses(groups):
+    """Metrics of all responses of a step, before the filter."""
+    responses = [response for group in groups for response in group.responses]
+    rewards = [response.reward for response in responses]
+    lengths = [len(response.ids) for response in responses]
+    mean = statistics.fmean
+    return {"reward": mean(rewards), "reward_std": statistics.pstdev(rewards),
+            "answer_score": mean(r.answer_score for r in responses),
+            "format_failures": mean(reward <= -1 for reward in rewards),
+            "finished": mean(r.finish_reason == "stop" for r in responses),
+            "length": mean(lengths), "longest": max(lengths),
+            "prompt_length": mean(len(group.prompt) for group in groups), "groups_drawn": len(groups)}
+
+
+def describe_groups(step, groups, kept, chat):
+    """Lines of samples.jsonl, a group each, the long prompt last."""
+    kept = set(map(id, kept))
+    for group in groups:
+        samples = []
+        for r in group.responses:
+            sample = {"finish_reason": r.finish_reason, "text": r.text, "reward": r.reward}
+            sample |= {"answer_score": r.answer_score, **r.details, "advantage": r.advantage}
+            samples.append(sample)
+        yield {"step": step, "kept": id(group) in kept, "gold": chat.answer(group.record), "samples": samples,
+               "prompt": chat.decode(group.prompt)}
+
+
+def show_refinement(out, summary):
+    """Print the best and the worst sample of the last three groups, and the figures of a run."""
+    path = Path(out) / "samples.jsonl"
+    with open(path, encoding="utf-8") as file:
+        last = [json.loads(line) for line in deque(file, maxlen=3)]
+    for group in last:
+        print(f"\ngold     {one_line(group['gold'])}")
+        ranked = sorted(group["samples"], key=lambda sample: -sample["reward"])
+        for sample in (ranked[0], ranked[-1]):
+            print(f"{sample['reward']:<8.2f} {one_line(sample['text'])}")
+    print(f"\nEvery sample is in {path}\n")
+    print_table(summary.items())
+    print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
+
+
+def finish_run(args, model, summary):
+    """Write the model and the summary of a finished run."""
+    check_finite(args.out, summary["steps"], "a weight", sum_of_weights(model))
+    model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
+    write_json(Path(args.out) / "summary.json", summary)
 
 
 def sum_of_weights(model):

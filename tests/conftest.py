@@ -9,6 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import star  # noqa: E402
 from apps.make_tiny import make_model  # noqa: E402
 from data.chat import CALLS_INTRO, TOOLS_INTRO  # noqa: E402
 
@@ -61,6 +62,20 @@ def make_tokenizer(texts, vocab_size=700):
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     tokenizer.add_tokens([AddedToken(t, special=not t.startswith(("<t", "</t")), normalized=False) for t in SPECIAL])
     return tokenizer
+
+
+REQUIRED_FLAGS = {"ckd": "--teacher t --student s --data d --out o", "sft": "--model m --data d --out o",
+                  "simrl": "--model m --data d --out o", "rollout": "--model m --data d --out o",
+                  "eval": "--model m --data d --out o"}
+
+
+def settings(command, **overrides):
+    """The parsed flags of a command, its defaults except for `overrides`; dtype="float64" works too."""
+    args, _ = star.parse([command, *REQUIRED_FLAGS[command].split()])
+    for name, value in overrides.items():
+        assert hasattr(args, name), f"{command} has no flag --{name}"
+        setattr(args, name, value)
+    return args
 
 
 @pytest.fixture(scope="session")

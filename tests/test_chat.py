@@ -251,13 +251,15 @@ def test_flavours(tmp_path, chats):
     assert Chat.from_pretrained(escaped).default_system == "You are clever \\boxed{é}."
 
 
-@pytest.mark.parametrize("template, why", [
-    ("{{ bos }}[INST]", "no tools section"),
-    (SECTION, "neither think tags nor a default system prompt"),
-    (SECTION + "<|im_start|>assistant\\n<think>\\n", "a relative of Qwen3's"),
-    ([{"name": "rag", "template": QWEN3}], "no tools section")])
-def test_other_templates_are_refused(tmp_path, template, why):
-    with pytest.raises(InputError, match=f"tokenizer_config.json: .*{why}.*; use a folder"):
+@pytest.mark.parametrize("template", [
+    "{{ bos }}[INST]",  # no tools section
+    SECTION,  # neither think tags nor a default system prompt
+    SECTION + "<|im_start|>assistant\\n<think>\\n",  # a relative of Qwen3's
+    QWEN25 + "<think>",
+    QWEN3.replace("last_query_index", ""),
+    [{"name": "rag", "template": QWEN3}]])
+def test_other_templates_are_refused(tmp_path, template):
+    with pytest.raises(InputError, match="tokenizer_config.json: .* neither Qwen2.5's nor .*; use a folder with"):
         Chat.from_pretrained(make_folder(tmp_path / "m", template))
 
 

@@ -1,5 +1,7 @@
-"""star.py as a user meets it: what it refuses and how, what it leaves behind, and runs that are stopped and resumed."""
+"""star.py as a user meets it: the errors, the files it writes, and runs that are stopped and resumed."""
+import argparse
 import doctest
+import importlib
 import io
 import json
 import os
@@ -16,25 +18,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ckd
-import model
-import reward
-import simrl
 import star
-import train
-from data import evaluation, groups, lens, pictures, stemmer
+from model import Transformer
 
 PROGRAM = str(Path(star.__file__))
-TRAIN = ("--data train.jsonl --out run --batch 8 --steps 2 --hold-out 4 --samples 1 --lr 1e-3 --dtype float32 "
+TRAIN = ("--data train.jsonl --out run --batch-size 8 --steps 2 --hold-out 4 --samples 1 --lr 1e-3 --dtype float32 "
          "--device cpu --max-response-tokens 128 --save-dtype float32")
 SFT = f"sft --model student {TRAIN}"
 CKD = f"ckd --teacher teacher --student student {TRAIN} --k 5 --m 5"
 ROLLOUT = ("rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32 "
            "--keep-all")
-EVAL = ("eval --model student --data train.jsonl --out scores --max-new-tokens 4 --limit 6 --rows 8 --dtype float32 "
+EVAL = ("eval --model student --data train.jsonl --out scores --max-new-tokens 4 --limit 6 --max-concurrent 8 --dtype float32 "
         "--device cpu --think off")
 LENS = "lens --teacher teacher --student student --data train.jsonl --out page.html --k 20 --m 20 --device cpu"
-SIMRL = ("simrl --model student --data train.jsonl --out run --prompts 4 --n 2 --batch 4 --steps 3 --max-new-tokens 8 "
+SIMRL = ("simrl --model student --data train.jsonl --out run --prompts-per-step 4 --n 2 --batch-size 4 --steps 3 --max-new-tokens 8 "
          "--filter none --think off --dtype float32 --device cpu --save-dtype float32 --lr 1e-3 --save-every 1")
 
 
@@ -47,17 +44,18 @@ def here(world, tmp_path, monkeypatch):
 
 
 def run(command):
-    """The exit code of one command in this process."""
+    """Run a command in this process. Returns the exit code."""
     try:
         return star.main(command.split())
     except SystemExit as e:  # argparse
         return e.code
 
 
-def start(command, launcher=()):
-    """The same command as a process of its own, its stderr kept."""
-    return subprocess.Popen([sys.executable, *launcher, PROGRAM, *command.split()], stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+def start(command, launcher=(), stdout=subprocess.DEVNULL, **environment):
+    """Start a command as a process of its own, with stderr as a pipe."""
+    words = [sys.executable, *launcher, PROGRAM, *command.split()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def files(folder):
@@ -69,11 +67,16 @@ def rows(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------------
+def tensors(folder):
+    """{path: {name: tensor}} of the safetensors files under a folder."""
+    return {str(path): load_file(path) for path in Path(folder).rglob("*.safetensors")}
 
-def edit(path, **settings):
-    """Change some of what a JSON file holds."""
-    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | settings))
+
+# ---- Errors ------------------------------------------------------------------------------------------------------
+
+def edit(path, **values):
+    """Change some values of a JSON object in a file."""
+    Path(path).write_text(json.dumps(json.loads(Path(path).read_text()) | values))
 
 
 def cut(path):
@@ -82,10 +85,10 @@ def cut(path):
 
 
 def weights(change, path="student/model.safetensors"):
-    """Put other tensors into a model folder: `change` gets the dict of them."""
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    """Change the tensors of a safetensors file: `change` gets the dict of them."""
+    state = load_file(path)
+    change(state)
+    save_file(state, path)
 
 
 def line(change, number=3):
@@ -107,20 +110,20 @@ def other_tokenizer(folder, change):
 
 
 def sharded(folder="student"):
-    """Name a second shard that is not there."""
+    """Name a second shard that does not exist."""
     names = list(load_file(f"{folder}/model.safetensors"))
     index = {name: "model.safetensors" for name in names[1:]} | {names[0]: "model-2.safetensors"}
     Path(f"{folder}/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def earlier(command, *then):
-    """Run a command that works, then what makes the next one fail."""
+def earlier(command, breaks=None):
+    """Run a command that works, then break something for the next one."""
     assert run(command) == 0
-    for step in then:
-        step()
+    if breaks:
+        breaks()
 
 
-# name: command, what breaks it, what the one line says (the file first)
+# name: command, what breaks it, the message (the file first)
 REFUSED = {
     "no student": (f"{CKD} --student nowhere", None, "nowhere/config.json: no such file; give a whole model folder"),
     "no teacher": (f"{CKD} --teacher nowhere", None, "nowhere/.*: no such file; "),
@@ -171,13 +174,13 @@ REFUSED = {
     "ids too large": (CKD, lambda: responses([{"text": "x", "ids": [1, 9999]}]), "train.jsonl:3: .*ids.*; run rollout"),
     "ids below zero": (SFT, lambda: responses([{"text": "x", "ids": [-1]}]), "train.jsonl:3: .*ids.*; run rollout aga"),
     "all prompts too long": (f"{SFT} --max-prompt-tokens 3", None, "train.jsonl: no record is left .*; "),
-    "run exists": (SFT, lambda: earlier(SFT), "run: exists already; give --resume .* or --overwrite"),
+    "run exists": (SFT, lambda: earlier(SFT), "run: exists already; use --resume .* or --overwrite"),
     "run is a file": (f"{SFT} --out train.jsonl", None, "train.jsonl: is a file; --out names a folder"),
     "run is a file, overwritten": (f"{SFT} --out train.jsonl --overwrite", None, "train.jsonl: is a file; --out names"),
     "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
     "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: earlier(SFT),
                                "run: --overwrite would delete what this run reads; "),
-    "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: earlier(CKD), "run: was begun with another .*k.*; resu"),
+    "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: earlier(CKD), "run: was started with another .*k.*; resu"),
     "cache of another teacher": (
         f"{CKD} --cache cache --overwrite", lambda: earlier(
             f"{CKD} --cache cache", lambda: weights(lambda t: t["model.norm.weight"].mul_(2),
@@ -190,21 +193,19 @@ REFUSED = {
     "no cache at all": (f"{CKD} --cache teacher", None, "teacher/cache.json: no such file; --cache takes a new"),
     "broken cache": (f"{CKD} --cache cache --out new", lambda: earlier(
         f"{CKD} --cache cache", lambda: cut("cache/cache.json")), r"cache/cache.json:\d+: is not JSON .*; --cache"),
-    "rollout exists": (ROLLOUT, lambda: earlier(ROLLOUT), "out.jsonl: exists already; give --resume .* or --overwrite"),
+    "rollout exists": (ROLLOUT, lambda: earlier(ROLLOUT), "out.jsonl: exists already; use --resume .* or --overwrite"),
     "part of a rollout exists": (ROLLOUT, lambda: Path("out.jsonl.part").write_text(""),
-                                 "out.jsonl.part: exists already; give --resume .* or --overwrite"),
+                                 "out.jsonl.part: exists already; use --resume .* or --overwrite"),
     "no tools file": ("chat --model student --tools nowhere.json", None, "nowhere.json: no such file; give a JSON lis"),
     "plot of no run": ("plot teacher --out x.png", None, "teacher: no metrics.jsonl; name the --out folder of a run"),
     "no model to refine": (f"{SIMRL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
-    "greedy Sim-RL": (f"{SIMRL} --temperature 0", None, "--top-p below 1 or --temperature 0: .*; leave both at 1"),
-    "nucleus Sim-RL": (f"{SIMRL} --top-p 0.9", None, "--top-p below 1 or --temperature 0: .*; leave both at 1"),
     "Sim-RL on too long prompts": (f"{SIMRL} --max-prompt-tokens 3", None, "train.jsonl: no prompt is left to answer"),
     "Sim-RL without gold": (SIMRL, lambda: line(lambda record: record | {"answer": None, "responses": [{"text": "x"}]}),
-                            "train.jsonl: record .* has no gold answer .*; add one, or remove it"),
-    "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: earlier(SIMRL), "run: was begun with another n; "),
+                            "train.jsonl: record .* has no gold answer .*; add one, or remove the record"),
+    "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: earlier(SIMRL), "run: was started with another n; "),
     "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --overwrite", None, "train.jsonl: would be written ov"),
     "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: earlier(ROLLOUT),
-                                            "out.jsonl: was made with another model; start anew"),
+                                            "out.jsonl: was made with another model; start again"),
     "overwrite another command's run": (f"{SFT} --overwrite", lambda: earlier(CKD), "run: holds a run of 'ckd'; remove "),
     "evaluate into the model": (f"{EVAL} --model run/model --out run --overwrite", lambda: earlier(SFT),
                                 "run: --overwrite would delete what this run reads; "),
@@ -224,28 +225,28 @@ REFUSED = {
         lambda record: record | {"answer": None, "responses": [{"text": "x"}]}), "train.jsonl: record 3 has no gold a"),
     "look at another rendering": (f"{LENS} --row 3", lambda: line(
         lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
-    "a picture of a response": (f"{LENS} --out page.png", None, "page.png: a page is written there; name a .html"),
-    "demo exists": ("demo --out teacher", None, "teacher: exists already; give --resume .* or --overwrite"),
+    "a picture of a response": (f"{LENS} --out page.png", None, "page.png: .*; give an --out that ends in .html"),
+    "demo exists": ("demo --out teacher", None, "teacher: exists already; use --resume .* or --overwrite"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(here, capsys, name):
-    command, breaks, says = REFUSED[name]
+    command, breaks, message = REFUSED[name]
     if breaks:
         breaks()
     capsys.readouterr()
     before = files(here)
     assert run(command) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and re.match(f"star.py {command.split()[0]}: .*{says}", error), error
+    assert error.count("\n") == 1 and re.match(f"star.py {command.split()[0]}: .*{message}", error), error
     assert files(here) == before  # nothing written, nothing deleted
 
 
 def test_refused_by_a_process(here):
     (here / "broken.jsonl").write_text("{\n")
     before = files(here)
-    for process in [start(f"{SFT} --model nowhere"), start(f"{CKD} --data broken.jsonl")]:  # side by side
+    for process in [start(f"{SFT} --model nowhere"), start(f"{CKD} --data broken.jsonl")]:  # at the same time
         _, error = process.communicate()
         assert process.returncode == 2 and error.count("\n") == 1 and error.startswith("star.py "), error
     assert files(here) == before
@@ -253,15 +254,15 @@ def test_refused_by_a_process(here):
 
 @pytest.mark.parametrize("command", [
     f"{CKD} --k 0", f"{CKD} --k -5", f"{CKD} --m 0", f"{CKD} --tail-weight -1", f"{CKD} --kd-ratio 1.5",
-    f"{SFT} --batch 0", f"{SFT} --steps 0", f"{SFT} --epochs -1", f"{SFT} --lr -1", f"{SFT} --lr nan",
-    f"{SFT} --micro-tokens 0", f"{SFT} --limit -3", f"{SFT} --valid-limit 0", f"{SFT} --hold-out -1",
+    f"{SFT} --batch-size 0", f"{SFT} --steps 0", f"{SFT} --epochs -1", f"{SFT} --lr -1", f"{SFT} --lr nan",
+    f"{SFT} --micro-batch-tokens 0", f"{SFT} --limit -3", f"{SFT} --valid-limit 0", f"{SFT} --hold-out -1",
     f"{SFT} --valid-every 0", f"{SFT} --save-every 0", f"{SFT} --samples -1", f"{SFT} --weight-decay -1",
-    f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch many",
-    f"{ROLLOUT} --n 0", f"{ROLLOUT} --rows 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
+    f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch-size many",
+    f"{ROLLOUT} --n 0", f"{ROLLOUT} --max-concurrent 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
     f"{ROLLOUT} --top-p 1.5", f"{ROLLOUT} --max-new-tokens 0", f"{ROLLOUT} --limit 0",
     f"{SIMRL} --n 1", f"{ROLLOUT} --resume --overwrite", f"{SFT} --seed -1", f"{SFT} --seed 5000000000",
     f"{LENS} --row 0", f"{LENS} --response -1", f"{LENS} --seed 1", f"{SIMRL} --clip 0.2",
-    f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0",
+    f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0", f"{SIMRL} --temperature 0", f"{SIMRL} --top-p 0.9",
     f"{SFT} --learning-rate 1", f"{SFT} --mask some", "sft", "distill", ""])
 def test_bad_flags(here, capsys, command):
     before = files(here)
@@ -269,6 +270,74 @@ def test_bad_flags(here, capsys, command):
     *usage, error = capsys.readouterr().err.splitlines()
     assert usage[0].startswith("usage: star.py") and re.match(r"star.py( \w+)?: error: ", error)
     assert files(here) == before
+
+
+# Settings of the version before, which named some flags differently.
+OLD_TRAINING = {"data": "train.jsonl", "limit": None, "max_prompt_tokens": 5120, "valid": None, "valid_limit": None,
+                "hold_out": 4, "max_response_tokens": 128, "mask": "all", "epochs": 1, "steps": 2, "branches": 1,
+                "think": None, "tools": "flat", "lr": 0.001, "batch": 8, "weight_decay": 0.0, "save_dtype": "float32",
+                "dtype": "float32", "seed": 42, "optimiser": "adamw", "valid_every": 100, "samples": 1}
+OLD_SETTINGS = {
+    "sft": {"command": "sft", "model": "student", **OLD_TRAINING},
+    "ckd": {"command": "ckd", "teacher": "teacher", "student": "student", "objective": "ckd", "k": 5, "m": 5,
+            "tail_weight": None, "kd_ratio": 1.0, "cache": None, **OLD_TRAINING, "weight_decay": 0.0001},
+    "simrl": {"command": "simrl", "model": "student", "data": "train.jsonl", "limit": None, "max_prompt_tokens": 5120,
+              "episodes": 3, "steps": 3, "think": "off", "tools": "flat", "temperature": 1.0, "top_p": 1.0,
+              "max_new_tokens": 8, "prompts": 4, "n": 2, "reward": "similarity", "strip_eos": False, "filter": "none",
+              "max_draws": 4, "advantage": "group_norm", "kl_weight": 0.001, "clip": [0.2, 0.2], "loss_mean": "token",
+              "lr": 0.001, "batch": 4, "weight_decay": 0.0, "save_dtype": "float32", "dtype": "float32", "seed": 42},
+    "eval": {"command": "eval", "model": "student", "data": "train.jsonl", "limit": 6, "max_prompt_tokens": 5120,
+             "compare": None, "n": 0, "rows": 8, "max_new_tokens": 4, "think": "off", "tools": "flat",
+             "dtype": "float32", "seed": 42},
+    "rollout": {"command": "rollout", "model": "teacher", "data": "train.jsonl", "limit": None,
+                "max_prompt_tokens": 5120, "n": 2, "rows": 64, "think": None, "tools": "flat", "temperature": 1.0,
+                "top_p": 1.0, "max_new_tokens": 8, "dtype": "float32", "seed": 42}}
+
+
+@pytest.mark.parametrize("command, new_flags", [
+    (SFT, "share_prefix, batch_size"), (CKD, "share_prefix, batch_size"), (EVAL, "max_concurrent"),
+    (SIMRL, "prompts_per_step, batch_size"), (ROLLOUT, "max_concurrent"), (f"{ROLLOUT} --seed 42", "max_concurrent")])
+def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags):
+    name = command.split()[0]
+    out = re.search(r"--out (\S+)", command)[1]
+    if name == "rollout" and "--seed" in command:  # stopped
+        Path("out.jsonl.part").write_text(json.dumps(OLD_SETTINGS[name]) + "\n")
+    elif name == "rollout":  # finished
+        shutil.copy("train.jsonl", "out.jsonl")
+        Path("out.jsonl.arguments.json").write_text(json.dumps(OLD_SETTINGS[name]))
+    else:
+        Path(out).mkdir()
+        Path(out, "arguments.json").write_text(json.dumps(OLD_SETTINGS[name]))
+    before = files(here)
+    assert run(f"{command} --resume") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.match(
+        rf"star.py {name}: {out}.* another version of this program, without {new_flags}; .*--overwrite", error), error
+    assert files(here) == before
+
+
+DIVERGED = (r"star.py \w+: run: step (\d+): (the gradient norm|the validation nll) is (nan|inf), training has diverged; "
+            r"(the last good checkpoint is (run/checkpoints/step-\d{6})|there is no checkpoint yet); "
+            r"start again with --overwrite and a lower --lr, or with --dtype float32")
+
+
+@pytest.mark.parametrize("flags, step, name, checkpoint", [
+    ("--steps 4 --save-every 1", "2", "the gradient norm", "run/checkpoints/step-000001"),
+    ("--steps 4", "2", "the gradient norm", None), ("--steps 1", "1", "the validation nll", None)])
+@pytest.mark.parametrize("command", [SFT, CKD])
+def test_diverged_training_stops(here, capsys, command, flags, step, name, checkpoint):
+    assert run(f"{command} --lr 1e20 {flags}") == 2
+    errors = capsys.readouterr().err.splitlines()
+    match = re.fullmatch(DIVERGED, errors[-1])
+    assert match and match.group(1, 2, 5) == (step, name, checkpoint), errors[-1]
+    assert sum(line.startswith("star.py") for line in errors) == 1
+    folders = [str(path) for path in Path("run").glob("checkpoints/*")]
+    assert folders == ([checkpoint] if checkpoint else [])
+    for path, state in tensors("run").items():
+        assert all(tensor.isfinite().all() for tensor in state.values()), path
+    for row in rows("run/metrics.jsonl"):
+        assert np.isfinite(list(row.values())).all(), row
+    assert not Path("run/model").exists() and not Path("run/summary.json").exists()
 
 
 @pytest.mark.parametrize("command, size", [(CKD, "64k"), (f"{CKD} --save-every 1", "700k"), (ROLLOUT, "4k")])
@@ -279,45 +348,47 @@ def test_full_disk(here, capsys, command, size):
         pytest.skip("mounting a small file system takes root")
     try:
         assert run(f"{command} --out disk/out") == 2
-        error = capsys.readouterr().err.splitlines()[-1]  # behind the progress bar
+        error = capsys.readouterr().err.splitlines()[-1]  # after the progress bar
         assert re.match(r"star.py \w+: .*disk/out.*No space left on device", error), error
         assert not Path("disk/out/model").exists() and not Path("disk/out").is_file()
     finally:
         subprocess.run(["umount", "disk"], check=True)
 
 
-# ---- what is left behind -----------------------------------------------------------------------------------------
+# ---- Files and output --------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("command", [
     SFT, f"{SFT} --mask answer --gradient-checkpointing", CKD, f"{CKD} --think none --tools wrapped",
     *(f"{CKD} --objective {name}" for name in ("fkl", "rkl", "akl", "rskd", "ce")), f"{CKD} --kd-ratio 0.5"])
-def test_a_run_leaves_what_it_promises(here, capsys, command):
+def test_the_files_of_a_run(here, capsys, command):
     assert run(f"{command} --save-every 1 --steps 3") == 0
     assert "python star.py chat --model run/model" in capsys.readouterr().out
     assert sorted(path.name for path in Path("run").iterdir()) == [
         "arguments.json", "checkpoints", "metrics.jsonl", "model", "samples.json", "summary.json"]
-    assert json.loads(Path("run/arguments.json").read_text())["batch"] == 8
+    assert json.loads(Path("run/arguments.json").read_text())["batch_size"] == 8
     logged = rows("run/metrics.jsonl")
     assert [row["step"] for row in logged] == [0, 1, 2, 3]
     assert all(np.isfinite(list(row.values())).all() for row in logged)
-    summary, samples = (json.loads(Path(f"run/{name}.json").read_text()) for name in ("summary", "samples"))
+    summary = json.loads(Path("run/summary.json").read_text())
+    samples = json.loads(Path("run/samples.json").read_text())
     assert summary["steps"] == 3 and summary["valid_before"].keys() == summary["valid_after"].keys()
     assert [list(sample) for sample in samples] == [["request", "gold", "before", "after"]]
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert {Path(name).suffix for name in files("run")} <= {".json", ".jsonl", ".safetensors"}  # no pickle
-    trained, before = (model.Transformer.from_pretrained(name) for name in ("run/model", "student"))
-    assert not torch.equal(trained.head_weight, before.head_weight)
-    assert run(f"{command} --save-every 1 --steps 3 --resume") == 0  # nothing is left to do, and nothing changes
+    trained = Transformer.from_pretrained("run/model")
+    assert not torch.equal(trained.head_weight, Transformer.from_pretrained("student").head_weight)
+    assert run(f"{command} --save-every 1 --steps 3 --resume") == 0  # a finished run: nothing changes
     assert rows("run/metrics.jsonl") == logged
 
 
 @pytest.mark.parametrize("command", [SIMRL, f"{SIMRL} --kl-weight 0 --reward binary --loss-mean sequence"])
-def test_sim_rl_leaves_what_it_promises(here, capsys, command):
+def test_the_files_of_sim_rl(here, capsys, command):
     assert run(command) == 0
     assert "python star.py chat --model run/model" in capsys.readouterr().out
     assert sorted(path.name for path in Path("run").iterdir()) == [
         "arguments.json", "checkpoints", "metrics.jsonl", "model", "samples.jsonl", "summary.json"]
-    logged, groups = rows("run/metrics.jsonl"), rows("run/samples.jsonl")
+    logged = rows("run/metrics.jsonl")
+    groups = rows("run/samples.jsonl")
     assert [row["step"] for row in logged] == [1, 2, 3] and [row["updates"] for row in logged] == [2, 4, 6]
     assert {"reward", "reward_std", "answer_score", "format_failures", "groups_kept", "clipped", "entropy", "length",
             "finished", "seconds_sampling", "seconds_scoring", "seconds_training"} <= logged[0].keys()
@@ -349,7 +420,7 @@ def test_defaults_of_a_run(here):
 
 @pytest.mark.parametrize("objective", ["ckd", "fkl", "rkl", "akl", "ce"])
 def test_cached_equals_live(here, objective):
-    command = f"{CKD} --objective {objective} --samples 0 --k 999"  # the whole vocabulary: all of the cache counts
+    command = f"{CKD} --objective {objective} --samples 0 --k 999"  # the whole vocabulary, so all of the cache matters
     for flags in ("--out live", "--out cached --cache cache"):
         assert run(f"{command} {flags}") == 0
     for a, b in zip(rows("live/metrics.jsonl"), rows("cached/metrics.jsonl"), strict=True):
@@ -365,9 +436,11 @@ def test_cached_equals_live(here, objective):
 
 def test_rollout(here, capsys):
     assert run(ROLLOUT) == 0
-    given, written = rows("train.jsonl"), rows("out.jsonl")
-    added = {"responses": 0, "rendered": {"think": "on", "tools": "flat"}}
-    assert [row | added | {"rendered": row["rendered"]} for row in written] == [row | added for row in given]
+    records = rows("train.jsonl")
+    written = rows("out.jsonl")
+    rendered = {"think": "on", "tools": "flat"}
+    assert [row | {"responses": 0} for row in written] == [
+        record | {"responses": 0, "rendered": rendered} for record in records]
     for response in (response for row in written for response in row["responses"]):
         assert list(response) == ["text", "ids", "finish_reason", "logprob", "reward"]
         assert 1 <= len(response["ids"]) <= 8
@@ -375,7 +448,7 @@ def test_rollout(here, capsys):
     capsys.readouterr()
     assert run(f"{CKD} --data out.jsonl") == 0 and "24 prompts" not in capsys.readouterr().err
     stamp = Path("out.jsonl").stat().st_mtime_ns
-    assert run(f"{ROLLOUT} --resume") == 0 and Path("out.jsonl").stat().st_mtime_ns == stamp  # finished: left alone
+    assert run(f"{ROLLOUT} --resume") == 0 and Path("out.jsonl").stat().st_mtime_ns == stamp  # finished: unchanged
     assert run(f"{ROLLOUT} --overwrite --seed 1") == 0 and rows("out.jsonl") != written
 
 
@@ -385,15 +458,15 @@ def test_chat(here, monkeypatch, capsys):
     for command, tools in ((talk, 0), (f"{talk} --tools tools.json --temperature 1 --system Hello.", 2)):
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nWhat is the weather in Lima?\n"))
         assert run(command) == 0
-        said = capsys.readouterr().out.split("you> ")
-        assert f"with {tools} tools" in said[0] and len(said) == 4 and all(text.strip() for text in said[:3])
+        turns = capsys.readouterr().out.split("you> ")
+        assert f"with {tools} tools" in turns[0] and len(turns) == 4 and all(text.strip() for text in turns[:3])
 
 
 def test_lens(here, capsys):
     assert run(f"{LENS} --row 2 --k 5000") == 0
-    shown = capsys.readouterr().out
-    assert "--k 5000 is more than the vocabulary" in shown and "wrote page.html; means: loss " in shown
-    assert "captured 1.0000" in shown and Path("page.html").read_text().endswith("</html>\n")
+    output, notes = capsys.readouterr()
+    assert "--k 5000 is more than the vocabulary" in notes and "wrote page.html; means: loss " in output
+    assert "captured 1.0000" in output and Path("page.html").read_text().endswith("</html>\n")
     assert not list(here.glob("*.tmp"))
     assert run(f"{ROLLOUT} --limit 2") == 0 and run(f"{LENS} --data out.jsonl --response 2 --out pages/2.html") == 0
     assert "response 2 of 2 of record 1 in out.jsonl" in Path("pages/2.html").read_text()
@@ -403,40 +476,107 @@ def test_plot(here, capsys):
     pytest.importorskip("matplotlib")
     assert run(SFT) == 0 and run(f"{CKD} --out other") == 0
     with open("other/metrics.jsonl", "a") as file:
-        file.write('{"step": 3, "lo')  # a run that is being written, or was killed
+        file.write('{"step": 3, "lo')  # of a run that is writing, or was killed
     assert run("plot run other --out curves.png") == 0
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG")
     capsys.readouterr()
     assert run("plot run --out curves.xyz") == 2 and capsys.readouterr().err.startswith("star.py plot: curves.xyz: ")
 
 
-@pytest.mark.parametrize("command", [
-    "sft", "ckd", "simrl", "prepare", "rollout", "eval", "reward", "chat", "curriculum", "demo", "lens", "plot"])
+@pytest.mark.parametrize("command", star.COMMANDS)
 def test_help(capsys, command):
     assert run(f"{command} --help") == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    flags = star.parser(star.__doc__, star.COMMANDS)
-    commands, = (a for a in flags._actions if hasattr(a, "choices") and a.choices)
-    for action in commands.choices[command]._actions:
+    text = " ".join(capsys.readouterr().out.split())
+    module = importlib.import_module(star.COMMANDS[command][0])
+    parser = argparse.ArgumentParser()
+    getattr(module, f"{command}_flags")(parser)
+    for action in parser._actions:
         assert action.help, f"{action.option_strings} has no help text"
-        assert action.help.split("%")[0][:40] in shown and all(name in shown for name in action.option_strings)
+        assert action.help.split("%")[0][:40] in text and all(name in text for name in action.option_strings)
+    assert getattr(module, f"run_{command}").__doc__[:40] in text
     assert run("--help") == 0
-    assert commands.choices[command].description.split("\n")[0][:40] in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"  {command} " in output and star.COMMANDS[command][1] in output
 
 
-# ---- stopped and resumed -----------------------------------------------------------------------------------------
+def test_help_does_not_import_torch():
+    code = ("import sys, star\ntry:\n    star.main(['--help'])\nexcept SystemExit as e:\n    assert e.code == 0\n"
+            "assert 'torch' not in sys.modules, 'torch was imported'")
+    folder = Path(PROGRAM).parent
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0 and "commands:" in result.stdout, result.stderr
+
+
+# The commands that write results and then print them.
+PREPARE = "prepare --data train.jsonl --out mix.jsonl"
+RESULTS = {"sft": SFT, "ckd": f"{CKD} --cache cache", "simrl": SIMRL, "eval": EVAL, "rollout": ROLLOUT,
+           "prepare": PREPARE}
+TIMES = {"seconds", "tokens_per_s", "peak_memory_gb", "seconds_sampling", "seconds_scoring", "seconds_training"}
+
+
+def results(folder):
+    """Everything that the commands of RESULTS wrote: {path: content}, without times and memory."""
+    contents = files(folder)
+    for path, content in contents.items():
+        if path.endswith(("summary.json", "metrics.jsonl")):
+            lines = content.decode().splitlines() if path.endswith("l") else [content]
+            contents[path] = [{name: value for name, value in json.loads(line).items() if name not in TIMES}
+                              for line in lines]
+    return contents
+
+
+@pytest.mark.parametrize("unbuffered", [True, False])
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_are_on_disk_before_anything_is_printed(here, name, unbuffered):
+    assert run(RESULTS[name]) == 0
+    expected = results(here)
+    for path in set(here.iterdir()) - {here / name for name in ("train.jsonl", "student", "teacher")}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    read_end, write_end = os.pipe()
+    os.close(read_end)  # now every write fails; unbuffered, the first print does
+    process = start(RESULTS[name], ["-u"] * unbuffered, write_end)
+    os.close(write_end)
+    _, error = process.communicate()
+    assert process.returncode != 0 and "Traceback" not in error, error
+    assert results(here) == expected
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_terminal_that_cannot_print_a_character(here, name):
+    lines = []
+    for record in rows("train.jsonl"):
+        record["source"] = "水"
+        record["messages"][-1]["content"] += " 水"
+        for call in record["answer"]["tool_calls"]:
+            call["arguments"] |= {key: "水" for key, value in call["arguments"].items() if isinstance(value, str)}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    Path("train.jsonl").write_text("".join(lines), encoding="utf-8")
+    command = re.sub(r"--out (\S+)", r"--out 水/\1", RESULTS[name])
+    process = start(command, stdout=subprocess.PIPE, PYTHONIOENCODING="ascii")
+    output, error = process.communicate()
+    assert process.returncode == 0, error
+    assert "\\u6c34" in output and output.isascii()
+    outputs = {path.name for path in Path("水").iterdir()}
+    assert outputs in ({"run"}, {"scores"}, {"out.jsonl", "out.jsonl.arguments.json"}, {"mix.jsonl"})
+    if outputs == {"run"}:
+        Transformer.from_pretrained("水/run/model")
+    if outputs & {"run", "scores"}:
+        assert json.loads(next(Path("水").glob("*/summary.json")).read_text())
+
+
+# ---- Stopped and resumed runs ------------------------------------------------------------------------------------
 
 LONG = f"{CKD} --samples 0 --steps 12 --save-every 2 --out"
 
 
-def wait_for(process, happened):
-    """Look every millisecond until something has happened; the process must still be running then."""
-    while not happened():
+def wait_for(process, condition):
+    """Wait until a condition holds; the process must still be running then."""
+    while not condition():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.001)
 
 
-def is_the_uninterrupted(out):
+def assert_equals_the_uninterrupted(out):
     assert files("whole/model") == files(f"{out}/model")
     for name in ("step", "loss", "grad_norm", "valid_nll"):
         assert [row.get(name) for row in rows(f"{out}/metrics.jsonl")] == [
@@ -448,23 +588,25 @@ def is_the_uninterrupted(out):
 def test_killed_and_resumed(here):
     assert run(f"{LONG} whole") == 0
     checkpoints = Path("run/checkpoints")
-    moments = (lambda: any(checkpoints.glob("step-*")),  # while the first is written, or just after
-               lambda: '"step": 5,' in Path("run/metrics.jsonl").read_text(),  # between two
+    moments = (lambda: any(checkpoints.glob("step-*")),  # while the first checkpoint is written, or right after it
+               lambda: '"step": 5,' in Path("run/metrics.jsonl").read_text(),  # between two checkpoints
                lambda: (checkpoints / "step-000008").exists())  # right after one
-    for happened in moments:
+    for moment in moments:
         process = start(f"{LONG} run --resume")
-        wait_for(process, happened)
+        wait_for(process, moment)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
     assert run(f"{LONG} run --resume") == 0
-    is_the_uninterrupted("run")
+    assert_equals_the_uninterrupted("run")
 
 
 def test_interrupted_and_resumed(here):
-    command = LONG.replace("--out", "--objective rskd --cache cache --optimiser muon --branches 4 --out")  # draws, a cache
+    flags = "--objective rskd --cache cache --optimiser muon --share-prefix 4"
+    command = LONG.replace("--out", f"{flags} --out")
     assert run(f"{command} whole") == 0
-    process, log = start(f"{command} run"), Path("run/metrics.jsonl")
+    process = start(f"{command} run")
+    log = Path("run/metrics.jsonl")
     wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
@@ -472,13 +614,14 @@ def test_interrupted_and_resumed(here):
     last = rows("run/metrics.jsonl")[-1]["step"]
     assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/weights.safetensors").exists()
     assert run(f"{command} run --resume") == 0
-    is_the_uninterrupted("run")
+    assert_equals_the_uninterrupted("run")
 
 
 def test_rollout_killed_and_resumed(here):
-    command = f"{ROLLOUT} --rows 4 --max-new-tokens 24"
+    command = f"{ROLLOUT} --max-concurrent 4 --max-new-tokens 24"
     assert run(f"{command} --out whole.jsonl") == 0
-    process, part = start(command), Path("out.jsonl.part")
+    process = start(command)
+    part = Path("out.jsonl.part")
     wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") >= 5)
     process.kill()
     process.communicate()
@@ -489,21 +632,33 @@ def test_rollout_killed_and_resumed(here):
     assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
 
 
-@pytest.mark.parametrize("micro_tokens", [600, 100_000])  # with the larger, one of the two has nothing to do
-def test_two_processes_are_one(here, micro_tokens):
-    assert run(f"{CKD} --out one --micro-tokens {micro_tokens}") == 0
-    process = start(f"{CKD} --out two --micro-tokens {micro_tokens}", (
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"))  # else --m is its own
+@pytest.mark.parametrize("tokens", [600, 100_000])  # with the larger, one of the two has no micro-batch
+def test_two_processes_equal_one(here, tokens):
+    command = f"{CKD} --micro-batch-tokens {tokens} --out"
+    assert run(f"{command} one") == 0
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--")  # without --, --m is its
+    process = start(f"{command} two", torchrun)
     _, error = process.communicate()
     assert process.returncode == 0, error
-    one, two = (load_file(f"{out}/model/model.safetensors") for out in ("one", "two"))
+    one = load_file("one/model/model.safetensors")
+    two = load_file("two/model/model.safetensors")
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
     for a, b in zip(rows("one/metrics.jsonl"), rows("two/metrics.jsonl"), strict=True):
         assert all(b[name] == pytest.approx(a[name], abs=1e-4) for name in a.keys() - {"seconds", "tokens_per_s"})
 
 
-@pytest.mark.parametrize("module", [
-    ckd, evaluation, groups, lens, model, pictures, reward, simrl, star, stemmer, train], ids=lambda module: module.__name__)
-def test_examples_in_docstrings(module):
-    assert doctest.testmod(module).failed == 0
+# ---- Examples ----------------------------------------------------------------------------------------------------
+
+def modules_with_examples():
+    """The names of the modules with a doctest."""
+    root = Path(PROGRAM).parent
+    paths = [*root.glob("*.py"), *root.glob("data/*.py"), *root.glob("apps/*.py")]
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    return sorted(".".join(path.relative_to(root).with_suffix("").parts) for path in paths if ">>> " in texts[path])
+
+
+@pytest.mark.parametrize("name", modules_with_examples())
+def test_examples_in_docstrings(name):
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted and results.failed == 0

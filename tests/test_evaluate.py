@@ -1,4 +1,4 @@
-"""eval and reward from the command line: what is counted, the intervals and the comparison, and what is refused."""
+"""`eval` and `reward`: metrics, intervals, the comparison of two models, the commands, and bad input."""
 import gzip
 import json
 import random
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import star
-from data import evaluation
+from apps.evaluate import LINE_KEYS, bootstrap_ci, compare, record_metrics, sign_flip_p, summarise
 
 ROOT = Path(__file__).parents[1]
 CALL = {"name": "f", "arguments": {"a": 1}}
@@ -30,55 +30,56 @@ RIGHT, WRONG = (True, "calls and calls", 1.0), (False, "calls and calls", 0.25)
 TEXT, BROKEN = (False, "text where calls are due", 0.0), (False, "call is not JSON", -1.0)
 
 
-def test_measures():
-    assert evaluation.measures(row([CALL], RIGHT)) == {"reward": 1, "exact calls": 1, "valid calls": 1}
-    assert evaluation.measures(row([CALL], WRONG)) == {"reward": 0.25, "exact calls": 0, "valid calls": 1}
-    assert evaluation.measures(row([CALL], BROKEN)) == {"reward": -1, "exact calls": 0, "valid calls": 0}
-    assert evaluation.measures(row([CALL], TEXT)) == {"reward": 0, "exact calls": 0, "valid calls": 0}
-    assert evaluation.measures(row([], (True, "text and text", 0.5))) == {"reward": 0.5, "correct refusals": 1}
-    assert evaluation.measures(row([], (False, "calls where text is due", 0.0))) == {"reward": 0, "correct refusals": 0}
+def test_record_metrics():
+    assert record_metrics(row([CALL], RIGHT)) == {"reward": 1, "exact calls": 1, "valid calls": 1}
+    assert record_metrics(row([CALL], WRONG)) == {"reward": 0.25, "exact calls": 0, "valid calls": 1}
+    assert record_metrics(row([CALL], BROKEN)) == {"reward": -1, "exact calls": 0, "valid calls": 0}
+    assert record_metrics(row([CALL], TEXT)) == {"reward": 0, "exact calls": 0, "valid calls": 0}
+    assert record_metrics(row([], (True, "text and text", 0.5))) == {"reward": 0.5, "correct refusals": 1}
+    assert record_metrics(row([], (False, "calls where text is due", 0.0))) == {"reward": 0, "correct refusals": 0}
     short = row([], TEXT, TEXT, TEXT)
     short["responses"][1] |= {"ids": [1] * 9, "logprob": -1.0}
-    assert evaluation.measures(short)["entropy"] == pytest.approx(7 / 12)  # a mean over tokens
-    found = evaluation.measures(row([CALL], WRONG, RIGHT, WRONG, BROKEN, TEXT))
-    assert found["pass@1"] == 0.25 and found["pass@4"] == 1 and found["exact calls"] == 0
-    assert found["reward at T = 1"] == pytest.approx((1 + 0.25 - 1 + 0) / 4) and found["entropy"] == 2.0
+    assert record_metrics(short)["entropy"] == pytest.approx(7 / 12)  # a mean over tokens
+    metrics = record_metrics(row([CALL], WRONG, RIGHT, WRONG, BROKEN, TEXT))
+    assert metrics["pass@1"] == 0.25 and metrics["pass@4"] == 1 and metrics["exact calls"] == 0
+    assert metrics["reward at T = 1"] == pytest.approx((1 + 0.25 - 1 + 0) / 4) and metrics["entropy"] == 2.0
 
 
-def test_interval_is_near_the_textbook_one():
+def test_bootstrap_interval_is_near_the_normal_one():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400)
-    mean, low, high = evaluation.interval(values)
+    result = bootstrap_ci(values)
+    mean = values.mean()
     half = 1.96 * values.std(ddof=1) / 20
-    assert mean == values.mean()
-    assert [low, high] == pytest.approx([mean - half, mean + half], abs=0.03)
+    assert result == {"mean": mean, "low": pytest.approx(mean - half, abs=0.03),
+                      "high": pytest.approx(mean + half, abs=0.03)}
 
 
-def test_chance_is_the_exact_permutation_test():
+def test_sign_flips_agree_with_all_sign_patterns():
     differences = [0.5, -0.2, 0.9, 0.4, 0.1, 0.3, 0.0, 0.6]
     signs = np.array(np.meshgrid(*[[-1, 1]] * 8)).reshape(8, -1).T
     exact = np.mean(np.abs(signs @ differences) >= abs(sum(differences)) - 1e-9)
-    assert evaluation.chance(differences) == pytest.approx(exact, abs=0.02)
-    assert evaluation.chance([1.0]) == pytest.approx(1.0)  # one item proves nothing
+    assert sign_flip_p(differences) == pytest.approx(exact, abs=0.02)
+    assert sign_flip_p([1.0]) == pytest.approx(1.0)  # one item proves nothing
 
 
 def test_summary_and_comparison():
-    mine = [row([CALL], RIGHT, name=str(i), source="ab"[i % 2], messages=1 + i % 2 * 2) for i in range(40)]
-    mine += [row([], (True, "text and text", 0.5), name="t")]
-    theirs = [row([CALL], RIGHT if i < 10 else WRONG, name=str(i), messages=1 + i % 2 * 2) for i in range(40)]
-    theirs += [row([], (True, "text and text", 0.5), name="t")]
-    found = evaluation.summarise(mine)
-    assert found["metrics"]["exact calls"] == {"mean": 1, "low": 1, "high": 1, "items": 40}
-    assert {k: v["items"] for k, v in found["by"].items()} == {"a": 20, "b": 20, "one call": 40, "multi-turn": 20,
+    rows = [row([CALL], RIGHT, name=str(i), source="ab"[i % 2], messages=1 + i % 2 * 2) for i in range(40)]
+    rows += [row([], (True, "text and text", 0.5), name="t")]
+    others = [row([CALL], RIGHT if i < 10 else WRONG, name=str(i), messages=1 + i % 2 * 2) for i in range(40)]
+    others += [row([], (True, "text and text", 0.5), name="t")]
+    summary = summarise(rows)
+    assert summary["metrics"]["exact calls"] == {"mean": 1, "low": 1, "high": 1, "items": 40}
+    assert {k: v["items"] for k, v in summary["by"].items()} == {"a": 20, "b": 20, "one call": 40, "multi-turn": 20,
                                                                 "single-turn": 21, "s": 1, "text": 1}
-    difference = evaluation.compare(mine, theirs)
+    difference = compare(rows, others)
     assert difference["exact calls"]["mean"] == 0.75 and difference["exact calls"]["p"] < 0.001
     assert difference["correct refusals"] == {"mean": 0, "low": 0, "high": 0, "p": 1.0, "items": 1}
     # Pairs are the same records, whatever their order; an id alone does not make two records the same.
-    assert evaluation.compare(mine, theirs[::-1]) == difference
-    fewer = evaluation.compare(mine, theirs[:20] + [row([], TEXT, name=str(i)) for i in range(20, 41)])
+    assert compare(rows, others[::-1]) == difference
+    fewer = compare(rows, others[:20] + [row([], TEXT, name=str(i)) for i in range(20, 41)])
     assert fewer["exact calls"]["items"] == 20 and fewer["exact calls"]["mean"] == 0.5
     with pytest.raises(star.InputError, match="no record in common"):
-        evaluation.compare(mine, [row([], TEXT, name=str(i)) for i in range(40)])
+        compare(rows, [row([], TEXT, name=str(i)) for i in range(40)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_summary_and_comparison():
 
 def evaluate(world, out, *flags):
     return star.main(["eval", "--model", f"{world}/student", "--data", f"{world}/train.jsonl", "--out", str(out),
-                      "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--rows", "6", *flags])
+                      "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--max-concurrent", "6", *flags])
 
 
 def test_eval_and_compare(world, tmp_path, capsys):
@@ -97,18 +98,18 @@ def test_eval_and_compare(world, tmp_path, capsys):
     assert summary["items"] == 24 and set(summary["difference"]) == set(summary["metrics"])
     rows = [json.loads(line) for line in (tmp_path / "a/generations.jsonl").read_text().splitlines()]
     assert [len(r["responses"]) for r in rows] == [4] * 24
-    # The earlier evaluation of the other model, and one's own: no difference at all.
+    # Compared with an earlier evaluation of the same model, there is no difference.
     assert evaluate(world, tmp_path / "b", "--n", "3", "--compare", str(tmp_path / "a")) == 0
     difference = json.loads((tmp_path / "b/summary.json").read_text())["difference"]
     assert all(d["mean"] == 0 and d["p"] == 1 for d in difference.values())
     assert (tmp_path / "a/generations.jsonl").read_bytes() == (tmp_path / "b/generations.jsonl").read_bytes()
 
 
-def test_a_killed_eval_goes_on(world, tmp_path):
+def test_a_killed_eval_resumes(world, tmp_path):
     assert evaluate(world, tmp_path / "whole") == 0
     command = [sys.executable, ROOT / "star.py", "eval", "--model", world / "student", "--data", world / "train.jsonl",
-               "--out", tmp_path / "cut", "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6", "--rows",
-               "6"]
+               "--out", tmp_path / "cut", "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "6",
+               "--max-concurrent", "6"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = tmp_path / "cut/generations.jsonl.part"
     while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > 6):
@@ -121,7 +122,7 @@ def test_a_killed_eval_goes_on(world, tmp_path):
 
 
 def refused(capsys, *argv):
-    """The one line that a refused command ends in."""
+    """The one line of a command that is refused."""
     assert star.main([str(a) for a in argv]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("star.py")]
     assert len(lines) == 1
@@ -143,16 +144,16 @@ def test_eval_refusals(world, tmp_path, capsys):
     (tmp_path / "old/generations.jsonl").write_text("{}\n")
     assert "not what eval writes" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
                                              tmp_path / "z", "--compare", tmp_path / "old")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "prompts.jsonl"]  # nothing begun
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "prompts.jsonl"]  # nothing is written
 
 
 def test_reward_command(tmp_path, capsys):
     rows = [json.loads(line) for line in gzip.open(Path(__file__).with_name("reward_golden.jsonl.gz"))][:200]
     random.Random(0).shuffle(rows)
-    given = [json.dumps({name: row[name] for name in evaluation.PARTS}) + "\n" for row in rows]
-    (tmp_path / "a.jsonl").write_text("".join(given))
+    lines = [json.dumps({name: row[name] for name in LINE_KEYS}) + "\n" for row in rows]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
-        file.writelines(given)
+        file.writelines(lines)
     assert star.main(["reward", "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out.jsonl")]) == 0
     written = (tmp_path / "out.jsonl").read_text()
     for row, line in zip(rows, written.splitlines(), strict=True):
@@ -175,7 +176,7 @@ def test_reward_refusals(line, expected, tmp_path, capsys):
     data.write_text('{"prompt": "", "generation": "", "label": ""}\n' + line + "\n")
     assert expected in refused(capsys, "reward", "--data", data, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    (tmp_path / "there").write_text("mine")
+    (tmp_path / "there").write_text("precious")
     assert "exists already" in refused(capsys, "reward", "--data", data, "--out", tmp_path / "there")
     assert "has no line 9" in refused(capsys, "reward", "--data", data, "--explain", 9)
     assert "cannot be read" in refused(capsys, "reward", "--data", tmp_path / "none")

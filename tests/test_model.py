@@ -1,4 +1,4 @@
-"""The decoder against transformers, its cache against itself, and model folders in and out."""
+"""The decoder against transformers, cached against uncached decoding, and reading and saving model folders."""
 import json
 import os
 import subprocess
@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from data import InputError
-from model import KVCache, Transformer, understood
+from model import SIZES, KVCache, Transformer, read_config
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
-# Every family and every knob. `rope_theta` stands in both generations of config.json.
+# Every family and every setting. `rope_theta` is at top level or, in newer files, inside `rope_parameters`.
 KNOBS = {
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_theta": 1e6},
     "qwen2 separate head": {"model_type": "qwen2", "tie_word_embeddings": False, "rope_theta": 1e4},
@@ -31,7 +31,7 @@ KNOBS = {
 
 
 def random_model(knob, std=0.3):
-    """A model whose every parameter, biases and norms too, is random: nothing can hide behind a zero or a one."""
+    """A model with random biases and norm weights too: zeros and ones would hide errors."""
     model = Transformer(BASE | KNOBS[knob]).init_weights(0, std)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -51,16 +51,16 @@ def test_logits_equal_transformers_and_a_saved_folder_loads_there(knob, ids, tmp
     transformers = pytest.importorskip("transformers", reason="reference implementation: requirements-dev.txt")
     model = random_model(knob)
     model.save_pretrained(tmp_path / "saved")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     with torch.no_grad():
-        expected = theirs(ids).logits
+        expected = reference(ids).logits
         assert (model(ids) - expected).abs().max() <= 1e-4
-        assert expected.abs().max() > 1  # logits that say something
-    # And what transformers saves in its own generation of config.json loads here.
-    theirs.save_pretrained(tmp_path / "theirs")
-    ours = Transformer.from_pretrained(tmp_path / "theirs")
+        assert expected.abs().max() > 1  # the comparison is not of logits near zero
+    # A folder that transformers saves, with its newer config.json, loads here.
+    reference.save_pretrained(tmp_path / "reference")
+    loaded = Transformer.from_pretrained(tmp_path / "reference")
     with torch.no_grad():
-        assert (ours(ids) - expected).abs().max() <= 1e-4
+        assert (loaded(ids) - expected).abs().max() <= 1e-4
 
 
 def test_real_weights_equal_transformers(tmp_path):
@@ -71,13 +71,13 @@ def test_real_weights_equal_transformers(tmp_path):
     text_ids = torch.randint(0, 150_000, (2, 64), generator=torch.Generator().manual_seed(3))
     model = Transformer.from_pretrained(folder)
     with torch.no_grad():
-        ours = model(text_ids)
+        logits = model(text_ids)
         expected = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(text_ids).logits
-        assert (ours - expected).abs().max() <= 1e-4
+        assert (logits - expected).abs().max() <= 1e-4
         del expected
         model.save_pretrained(tmp_path / "saved")
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
-        assert (again(text_ids).logits - ours).abs().max() <= 1e-4
+        reloaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+        assert (reloaded(text_ids).logits - logits).abs().max() <= 1e-4
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "saved").encode("a <tool_call> b")
 
 
@@ -85,16 +85,25 @@ def test_real_weights_equal_transformers(tmp_path):
 def test_cache_equals_no_cache(knob, ids):
     model = random_model(knob).double()
     with torch.no_grad():
-        whole = model(ids)
-        for first in (1, 7, 39):  # what is prefilled; the rest comes in pieces of 1 and 3
-            cache, parts = KVCache(2), []
-            steps = [0, first, *range(first + 1, 40, 3), 40]
+        expected = model(ids)
+        for prefilled in (1, 7, 39):  # the other tokens follow in pieces of 1 and 3
+            cache = KVCache(2)
+            parts = []
+            steps = [0, prefilled, *range(prefilled + 1, 40, 3), 40]
             for start, end in zip(steps, steps[1:]):
                 parts.append(model(ids[:, start:end], cache=cache))
-            assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-10)
-            cache.keep(torch.tensor([2, 0]))
-            model(ids[[2, 0], :1], cache=cache)  # rows can leave
-            assert cache.keys[0].shape[0] == 2
+            assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-10)
+
+
+def test_decoding_continues_after_rows_leave_the_cache(ids):
+    model = random_model("qwen3").double()
+    cache = KVCache(2)
+    with torch.no_grad():
+        expected = model(ids)
+        model(ids[:, :30], cache=cache)
+        cache.keep_rows(torch.tensor([2, 0]))
+        rest = model(ids[[2, 0], 30:], cache=cache)
+    assert torch.allclose(rest, expected[[2, 0], 30:], atol=1e-10)
 
 
 def test_gradient_checkpointing_changes_no_gradient(ids):
@@ -112,7 +121,7 @@ def test_autocast_keeps_float32_masters_and_stays_close(ids):
     with torch.no_grad():
         exact = model(ids).softmax(-1)
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model.hidden(ids)
+        hidden = model.hidden_states(ids)
     hidden.float().square().mean().backward()
     assert all(p.dtype == p.grad.dtype == torch.float32 for n, p in model.named_parameters() if p.grad is not None)
     close = (hidden.float() @ model.head_weight.T).softmax(-1)
@@ -136,21 +145,21 @@ def test_several_shards_and_a_folder_round_trip(tmp_path, ids):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with torch.no_grad():
         assert torch.equal(Transformer.from_pretrained(sharded)(ids), model(ids))
-        again = Transformer.from_pretrained(tmp_path / "one")
-        assert torch.equal(again(ids), model(ids))
-    again.save_pretrained(tmp_path / "two", torch.bfloat16)
-    assert (tmp_path / "two" / "tokenizer.json").exists()  # carried over
+        reloaded = Transformer.from_pretrained(tmp_path / "one")
+        assert torch.equal(reloaded(ids), model(ids))
+    reloaded.save_pretrained(tmp_path / "two", torch.bfloat16)
+    assert (tmp_path / "two" / "tokenizer.json").exists()  # copied
     assert json.loads((tmp_path / "two" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert Transformer.from_pretrained(tmp_path / "two", dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
-    assert len({path.stat().st_mode for path in (tmp_path / "two").iterdir()}) == 1  # who reads one reads all
-    again.save_pretrained(tmp_path / "two")  # over a folder that exists
+    assert len({path.stat().st_mode for path in (tmp_path / "two").iterdir()}) == 1  # the same permissions
+    reloaded.save_pretrained(tmp_path / "two")  # replaces an existing folder
     assert not (tmp_path / "two.tmp").exists()
 
 
 def test_loading_never_holds_two_copies(tmp_path):
-    """The peak of a loading process's own memory, sampled while it loads, is one copy and a little.
+    """The peak of a process's private memory while it loads a model is little more than one copy.
 
-    The file's mapped pages are not counted: they are the system's cache, which it may drop at any time.
+    Mapped pages of the file do not count: they are the system's cache, which it may drop at any time.
     """
     if not sys.platform.startswith("linux"):
         pytest.skip("reads /proc")
@@ -171,14 +180,14 @@ def watch():
 thread = threading.Thread(target=watch); thread.start()
 model = Transformer.from_pretrained({str(tmp_path / 'big')!r})
 loading = False; thread.join()
-print((max(samples) - before) / {model.size() * 4})
+print((max(samples) - before) / {model.num_parameters() * 4})
 """
     assert 0.8 < float(subprocess.check_output([sys.executable, "-c", code], cwd=Path(__file__).parents[1])) < 1.3
 
 
 REFUSED = {
     "mixture of experts": {"model_type": "qwen3_moe", "num_experts": 8},
-    "unknown model_type": {"model_type": "llama"},
+    "model_type 'llama'": {"model_type": "llama"},
     "sliding-window": {"model_type": "qwen2", "use_sliding_window": True},
     "sliding-window attention": {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
     "rope scaling (yarn)": {"model_type": "qwen3", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
@@ -190,7 +199,23 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("words", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(words):
+def test_unsupported_models_are_refused_by_name(words):
     with pytest.raises(InputError) as error:
-        understood(BASE | REFUSED[words], "somewhere/config.json")
+        read_config(BASE | REFUSED[words], "somewhere/config.json")
     assert words in str(error.value) and "somewhere/config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_config_without_a_size_is_refused(size):
+    config = BASE | KNOBS["qwen3"]
+    del config[size]
+    with pytest.raises(InputError, match=f"somewhere/config.json: .* without {size} "):
+        read_config(config, "somewhere/config.json")
+
+
+def test_tensor_that_the_config_does_not_name_is_refused(tmp_path):
+    random_model("qwen3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=r"tensor model.layers.1\.\S+ does not fit config.json; download"):
+        Transformer.from_pretrained(tmp_path)

@@ -1,41 +1,47 @@
-"""data/pictures.py: what is drawn, under which names. Needs matplotlib."""
+"""apps/plot.py: which curves are drawn, under which names. Needs matplotlib."""
 import json
 
 import numpy as np
 import pytest
 
-from data import pictures
+import star
 
 pytest.importorskip("matplotlib")
-CKD = [{"step": 0, "valid_kl": 1.5, "valid_inside": 0.75}] + [
-    {"step": i, "loss": 2.0, "kl": 1.0, "tail": 0.5, "nll": 3.0, "entropy": 1.0, "inside": 0.5} for i in (1, 2)] + [
-    {"step": 3, "loss": 1.0, "kl": 0.5, "tail": 0.1, "nll": 2.0, "entropy": 1.0, "inside": 0.9, "valid_kl": 0.5,
-     "valid_inside": 0.875}]
+VALID = {"step": 0, "valid_kl": 1.5, "valid_inside": 0.75}
+EARLY = {"loss": 2.0, "kl": 1.0, "tail": 0.5, "nll": 3.0, "entropy": 1.0, "inside": 0.5}
+LATE = {"loss": 1.0, "kl": 0.5, "tail": 0.1, "nll": 2.0, "entropy": 1.0, "inside": 0.9, "valid_kl": 0.5,
+        "valid_inside": 0.875}
+CKD = [VALID, {"step": 1} | EARLY, {"step": 2} | EARLY, {"step": 3} | LATE]
 SIMRL = [{"step": i, "reward": 0.1 * i, "signal": 0.5, "loss": 0.0, "kl": 0.01, "entropy": 0.5} for i in (1, 2, 3)]
 
 
 @pytest.fixture
 def draw(tmp_path, monkeypatch):
-    """Draw runs, {folder: rows}; gives {title: [(steps, values) of each line]} and the legend's words."""
+    """A function that draws runs, {folder: rows}: {title: [(steps, values) of each line]}, texts of the legend."""
     from matplotlib.figure import Figure
-    kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: kept.append(figure))
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 
     def draw(runs):
         for folder, rows in runs.items():
             (tmp_path / folder).mkdir(parents=True)
             (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        pictures.plot([tmp_path / folder for folder in runs], tmp_path / "x.png")
-        figure = kept.pop()
-        return ({axis.get_title(loc="left"): [line.get_data() for line in axis.lines] for axis in figure.axes
-                 if axis.get_visible()}, [text.get_text() for text in figure.legends[0].get_texts()])
+        folders = [str(tmp_path / folder) for folder in runs]
+        args, run = star.parse(["plot", *folders, "--out", str(tmp_path / "x.png")])
+        run(args)
+        figure = figures.pop()
+        panels = {}
+        for axis in figure.axes:
+            if axis.get_visible():
+                panels[axis.get_title(loc="left")] = [line.get_data() for line in axis.lines]
+        return panels, [text.get_text() for text in figure.legends[0].get_texts()]
 
     return draw
 
 
 def test_panels(draw):
     panels, names = draw({"a/ckd": CKD, "b/ckd": CKD[1:3], "simrl": SIMRL})
-    assert names == ["a/ckd", "b/ckd", "simrl", "dotted: in training"]  # folders of one name are told apart
+    assert names == ["a/ckd", "b/ckd", "simrl", "dotted: in training"]  # two folders called ckd are told apart
     assert list(panels) == [
         "Reward", "Share of groups with signal", "KL to the starting model",
         "KL to the teacher, held out", "Confident mistakes (S′)", "Mass outside the top k, held out",
@@ -45,6 +51,11 @@ def test_panels(draw):
     assert panels["Mass outside the top k, held out"][0][1].tolist() == [0.25, 0.125]
     assert len(panels["Loss in training"]) == 2 and len(panels["Entropy"]) == 3  # Sim-RL's loss is 0 by construction
     assert panels["KL to the starting model"][0][1].tolist() == [0.01] * 3
+
+
+def test_no_dotted_curve_without_a_held_out_one(draw):
+    panels, names = draw({"ckd": CKD[1:3]})
+    assert names == ["ckd"] and "KL to the teacher" in panels
 
 
 def test_a_long_curve_is_smoothed_in_place(draw):

@@ -1,20 +1,23 @@
 """data/prepare.py and the filters of data/rollouts.py: labels, quotas, the self-check, what is dropped and why."""
+import argparse
 import doctest
 import gzip
 import json
+import random
 import sys
 from collections import Counter
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from apps import rollout  # noqa: E402
 from data import InputError, prepare, rollouts  # noqa: E402
-from data.chat import THINK, Chat  # noqa: E402
-from data.prepare import QUOTAS, categories, choose, labels, turns  # noqa: E402
-from data.sources import read_records, self_check  # noqa: E402
+from data.chat import Chat  # noqa: E402
+from data.groups import Response  # noqa: E402
+from data.prepare import QUOTAS, categories, choose, labels, prepare_flags, run_prepare, turns  # noqa: E402
+from data.records import read_records, self_check  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": []}
@@ -63,41 +66,38 @@ def pool(number=400):
     return [kind | {"id": f"{i}-{n}"} for n in range(number) for i, kind in enumerate(KINDS)]
 
 
+def chosen(records, size, seed=42):
+    return choose(records, size, random.Random(seed))
+
+
 def test_quotas_are_reached():
     shares = {0: 150, 1: 150, 3: 150, 4: 350, 5: 200}  # of kinds, about as the quotas want them
-    rich, seen = [KINDS[i] | {"id": f"{i}-{n}"} for i in shares for n in range(4 * shares[i])], []
-    chosen = choose(rich, 1_000, drop=lambda records: seen.extend(records) or records)
-    have = Counter(label for one in seen for label in categories(one))
+    rich = [KINDS[i] | {"id": f"{i}-{n}"} for i in shares for n in range(4 * shares[i])]
+    taken = chosen(rich, 1_000)
+    have = Counter(label for one in taken for label in categories(one))
     assert all(have[label] >= share * 1_000 for label, share in QUOTAS.items()), have
-    assert 1_000 <= len(seen) <= 1_100 and len(chosen) == 1_000 and have["response"] == 200  # text stops at its quota
-    ids = [one["id"] for one in seen]
-    assert len(set(ids)) == len(ids) and {one["id"] for one in chosen} <= set(ids)
+    assert 1_000 <= len(taken) <= 1_100 and have["response"] == 200  # text stops at its quota
+    assert len({one["id"] for one in taken}) == len(taken)
 
 
 @pytest.mark.parametrize("size", [1, 5, 10, 200, 1_000])
 def test_the_scan_stops_at_a_tenth_more_than_the_size(size):
-    seen = []  # from a pool that has everything, and too little of what the quotas want most
-    choose(pool(), size, drop=lambda records: seen.extend(records) or records)
-    assert len(seen) == -(-11 * size // 10)
-    assert not any(turns(one) > 10 for one in seen)
+    taken = chosen(pool(), size)  # from a pool that has everything, and too little of what the quotas want most
+    assert len(taken) == -(-11 * size // 10)
+    assert not any(turns(one) > 10 for one in taken)
 
 
 def test_the_scan_takes_what_is_short_of_something():
-    assert len(choose([KINDS[0]] * 900, 100)) == 50  # single-turn is full at 30, single at 50
-    assert len(choose([KINDS[2]] * 900, 100)) == 20  # text stops at its quota, though single-turn is short of ten
-    assert choose([KINDS[-1]] * 900, 100) == []
+    assert len(chosen([KINDS[0]] * 900, 100)) == 50  # single-turn is full at 30, single at 50
+    assert len(chosen([KINDS[2]] * 900, 100)) == 20  # text stops at its quota, though single-turn is short of ten
+    assert chosen([KINDS[-1]] * 900, 100) == []
 
 
 def test_the_choice_is_deterministic():
     given = pool()
     before = list(given)
-    one, two, other = choose(given, 100), choose(given, 100), choose(given, 100, seed=1)
+    one, two, other = chosen(given, 100), chosen(given, 100), chosen(given, 100, seed=1)
     assert one == two != other and given == before
-
-
-def test_drop_comes_before_sampling_down():
-    assert len(choose(pool(), 200, drop=lambda records: records[:150])) == 150
-    assert len(choose(pool(), 200, drop=lambda records: records[:-1])) == 200
 
 
 # ---- self-check --------------------------------------------------------------------------------------------------
@@ -174,6 +174,16 @@ def test_self_check_of_the_shared_data(tmp_path):
 
 # ---- the stage ---------------------------------------------------------------------------------------------------
 
+def run(*data, out, **flags):
+    """`star.py prepare` on these files; flags: further ones, as they are typed."""
+    parser = argparse.ArgumentParser()
+    prepare_flags(parser)
+    words = ["--data", *map(str, data), "--out", str(out)]
+    for name, value in flags.items():
+        words += ["--" + name.replace("_", "-")] + [str(value)] * (value is not True)
+    run_prepare(parser.parse_args(words))
+
+
 def prepared(path):
     return [json.loads(line) for line in (gzip.open if path.suffix == ".gz" else open)(path, "rb")]
 
@@ -183,7 +193,7 @@ def test_prepare(write, tmp_path, capsys):
     again, unanswered = good[0] | {"id": "d"}, {"tools": [TOOL], "messages": [ASK]}
     one = write(*good, again, unanswered)
     two = write(*BAD_GOLD.values(), good[1], name="two.jsonl.gz")
-    prepare.prepare([one, two], tmp_path / "new" / "out.jsonl.gz")
+    run(one, two, out=tmp_path / "new" / "out.jsonl.gz")
     rows = prepared(tmp_path / "new" / "out.jsonl.gz")
     assert rows == [good[0] | {"labels": ["single", "single-turn"], "turns": 1},
                     good[1] | {"labels": ["multi-step", "multi-turn", "single"], "turns": 2},
@@ -194,16 +204,18 @@ def test_prepare(write, tmp_path, capsys):
             "- gold answer: label cannot be read 5", "- duplicates 2", "kept 3"} <= set(said)
     assert {"single - 2", "response - 1", "s 10 3"} <= set(said)
     first = (tmp_path / "new" / "out.jsonl.gz").read_bytes()
-    prepare.prepare([one, two], tmp_path / "new" / "out.jsonl.gz", overwrite=True)
+    run(one, two, out=tmp_path / "new" / "out.jsonl.gz", overwrite=True)
     assert (tmp_path / "new" / "out.jsonl.gz").read_bytes() == first
 
 
 def test_prepare_chooses(write, tmp_path, capsys):
     given = [one | {"messages": [*one["messages"][:-1], one["messages"][-1] | {"content": one["id"]}]}
              for one in pool()]
-    prepare.prepare([write(*given)], tmp_path / "out.jsonl", size=100)
+    run(write(*given), out=tmp_path / "out.jsonl", size=100)
     rows = prepared(tmp_path / "out.jsonl")
-    assert [row["id"] for row in rows] == [one["id"] for one in choose(given, 100)]
+    generator = random.Random(42)
+    expected = generator.sample(choose(given, 100, generator), 100)
+    assert [row["id"] for row in rows] == [one["id"] for one in expected]
     said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     have = Counter(label for row in rows for label in row["labels"])
     assert {"- not chosen 3,100", "kept 100", f"parallel 50 {have['parallel']}"} <= set(said)
@@ -213,22 +225,27 @@ def test_prepare_measures_prompts(world, write, tmp_path, capsys):
     chat = Chat.from_pretrained(world / "teacher")
     short, long = record(), record({"role": "user", "content": "Lima " * 50}, id="long")
     cap = len(chat.encode(chat.prompt(short)))
-    prepare.prepare([write(short, long)], tmp_path / "out.jsonl", chat=chat, max_prompt_tokens=cap)
+    model = {"model": world / "teacher"}
+    run(write(short, long), out=tmp_path / "out.jsonl", max_prompt_tokens=cap, **model)
     assert [row["id"] for row in prepared(tmp_path / "out.jsonl")] == ["a"]
     assert f"- prompts over {cap} tokens  1\n" in capsys.readouterr().out
     with pytest.raises(InputError, match="no record is left to write .prompts over 1 tokens: 1"):
-        prepare.prepare([write(short)], tmp_path / "new.jsonl", chat=chat, max_prompt_tokens=1)
+        run(write(short), out=tmp_path / "new.jsonl", max_prompt_tokens=1, **model)
     assert not (tmp_path / "new.jsonl").exists()
+    many = [short | {"messages": [ASK | {"content": f"{i} " * (1 + 40 * (i % 3 == 0))}]} for i in range(90)]
+    run(write(*many), out=tmp_path / "some.jsonl", max_prompt_tokens=cap + 8, size=30, **model)
+    rows = prepared(tmp_path / "some.jsonl")  # 15 are chosen (single), then a third of them is too long
+    assert 5 < len(rows) < 15 and all(len(chat.encode(chat.prompt(row))) <= cap + 8 for row in rows)
 
 
 def test_prepare_refuses(write, tmp_path):
     path, out = write(record()), tmp_path / "out.jsonl"
     out.write_text("precious")
-    for arguments, says in (({"paths": [path], "out": out}, "out.jsonl: exists already; give --overwrite"),
-                            ({"paths": [path], "out": path, "overwrite": True}, "written over what is read"),
-                            ({"paths": [path, tmp_path / "no"], "out": out, "overwrite": True}, "no: cannot be read")):
-        with pytest.raises(InputError, match=says):
-            prepare.prepare(**arguments)
+    for data, flags, message in (([path], {"out": out}, "out.jsonl: exists already; give --overwrite"),
+                                 ([path], {"out": path, "overwrite": True}, "data.jsonl: is one of the files to read"),
+                                 ([path, tmp_path / "no"], {"out": out, "overwrite": True}, "no: cannot be read")):
+        with pytest.raises(InputError, match=message):
+            run(*data, **flags)
     assert out.read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
 
 
@@ -241,7 +258,7 @@ def test_a_failed_write_leaves_the_old_file(write, tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError):
-        prepare.prepare([path], out, overwrite=True)
+        run(path, out=out, overwrite=True)
     assert out.read_text() == "precious" and not Path(f"{out}.tmp").exists()
 
 
@@ -264,8 +281,8 @@ def said(answer, thought="\nhm\n", end="<|im_end|>"):
 
 def filtered(*texts, think="on", given=None, **options):
     """(the texts that stay, what was dropped) of one record's responses."""
-    dropped, row = Counter(), (given or record()) | {"responses": [{"text": text} for text in texts]}
-    rows = rollouts.filter_responses([row], renderer(think), dropped, **options)
+    row = (given or record()) | {"responses": [{"text": text} for text in texts]}
+    rows, dropped = rollouts.filter_responses([row], renderer(think), **options)
     return [response["text"] for row in rows for response in row["responses"]], dict(dropped)
 
 
@@ -318,14 +335,14 @@ def test_duplicates():
     assert filtered(*unlike) == (unlike, {})
     assert filtered(*same, keep_all=True) == (same, {})
     rows = [record() | {"responses": [{"text": GOOD}]}] * 2  # two prompts may have the same response
-    assert len(rollouts.filter_responses(rows, renderer(), Counter())) == 2
+    assert len(rollouts.filter_responses(rows, renderer())[0]) == 2
 
 
 def test_min_reward():
     half = said(block(CALL | {"arguments": {"city": "Lima"}}))
     assert filtered(GOOD, half, said("No.")) == ([GOOD, half, said("No.")], {})
     assert filtered(GOOD, half, said("No."), min_reward=0.5) == ([GOOD, half], {"reward below 0.5": 1})
-    assert filtered(half, min_reward=0.75) == ([], {"reward below 0.75": 1, "prompts without any left": 1})
+    assert filtered(half, min_reward=0.75) == ([], {"reward below 0.75": 1, "prompts without responses": 1})
 
 
 def test_rewards_and_dropped_prompts():
@@ -333,13 +350,12 @@ def test_rewards_and_dropped_prompts():
             record(id="bad") | {"responses": [{"text": "never closed"}] * 2},
             record(id="text", calls=[], content="No tool.") | {"responses": [{"text": said("No tool.")}]},
             record(id="none", answer=None) | {"responses": [{"text": GOOD}]}]
-    dropped = Counter()
-    kept = rollouts.filter_responses(rows, renderer(), dropped)
-    assert dropped == {"not one think block": 3, "prompts without any left": 1}
+    kept, dropped = rollouts.filter_responses(rows, renderer())
+    assert dropped == {"not one think block": 3, "prompts without responses": 1}
     assert [row["id"] for row in kept] == ["good", "text", "none"]
     assert kept[0]["responses"] == [{"text": GOOD, "ids": [1], "reward": 1.0}]
     assert kept[1]["responses"][0]["reward"] == 1.0 and "reward" not in kept[2]["responses"][0]
-    everything = rollouts.filter_responses(rows, renderer(), dropped, keep_all=True)
+    everything, _ = rollouts.filter_responses(rows, renderer(), keep_all=True)
     assert [[r.get("reward") for r in row["responses"]] for row in everything] == [[1, -1], [-1, -1], [1], [None]]
 
 
@@ -356,14 +372,19 @@ def test_hostile_responses_are_read_in_no_time():
 
 @pytest.fixture
 def stage(world, tmp_path, monkeypatch):
-    """rollout() on six demo records, without a model: the second record's responses are all bad, of the others' two
-    thirds. `at_most` batches are sampled before a Ctrl-C."""
+    """`star.py rollout` on six demo records, with these responses instead of the model's: all of the second record's
+    are bad, and one of three of each other's. `at_most` batches are sampled before a Ctrl-C."""
     chat, given = Chat.from_pretrained(world / "teacher"), read_records(world / "train.jsonl")[:6]
     path = tmp_path / "data.jsonl"
 
     def stage(out, at_most=99, records=given, **options):
         path.write_text("".join(json.dumps(one) + "\n" for one in records))
         prompts, batches = [chat.encode(chat.prompt(one)) for one in records], []
+        parser = argparse.ArgumentParser()
+        rollout.rollout_flags(parser)
+        args = parser.parse_args(["--model", str(world / "teacher"), "--data", str(path), "--out", str(tmp_path / out),
+                                  "--n", "3", "--max-concurrent", "6", "--device", "cpu"])
+        vars(args).update(options, command="rollout")
 
         def generate(model, batch, n, *_):
             if len(batches) == at_most:
@@ -371,11 +392,11 @@ def stage(world, tmp_path, monkeypatch):
             batches.append(batch)
             texts = {i: ["x", "x", "x"] if i == 1 else [chat.answer(one), "x", chat.answer(one)]
                      for i, one in enumerate(records)}
-            return [[{"ids": chat.encode(text), "finish_reason": "stop", "logprobs": [-1.0]}
+            return [[Response(chat.encode(text), (0, 1), finish_reason="stop", log_probs=[-1.0])
                      for text in texts[prompts.index(prompt)]] for prompt in batch]
 
-        monkeypatch.setitem(sys.modules, "simrl", SimpleNamespace(generate=generate))
-        rollouts.rollout(lambda: None, chat, path, tmp_path / out, n=3, rows=6, arguments={"n": 3}, **options)
+        monkeypatch.setattr(rollout, "generate", generate)
+        rollout.run_rollout(args)
         return prepared(tmp_path / out), len(batches)
     return stage
 
@@ -385,7 +406,7 @@ def test_rollout_filters_and_tells(stage, capsys):
     assert len(rows) == 5 and all([r["reward"] for r in row["responses"]] == [1.0] for row in rows)
     told = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert {"prompts 5", "responses 5", "- not one think block 8", "- duplicate 5",
-            "- prompts without any left 1"} <= set(told)
+            "- prompts without responses 1"} <= set(told)
     rows, _ = stage("all.jsonl", keep_all=True)
     assert [[r["reward"] for r in row["responses"]] for row in rows] == [
         [-1.0] * 3 if i == 1 else [1.0, -1.0, 1.0] for i in range(6)]
@@ -422,7 +443,7 @@ def test_min_reward_needs_answers(stage, tmp_path, world):
     with pytest.raises(InputError, match="data.jsonl:2: no answer; give a last"):
         stage("out.jsonl", records=records, min_reward=0.5)
     records[1]["responses"] = [{"text": "of an earlier rollout"}]
-    with pytest.raises(InputError, match=f"record {records[1]['id']} has no gold answer to be scored against; add one"):
+    with pytest.raises(InputError, match=f"record {records[1]['id']} has no gold answer to score against; add one"):
         stage("out.jsonl", records=records, min_reward=0.5)
     assert not Path(f"{tmp_path}/out.jsonl.part").exists()
 

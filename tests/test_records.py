@@ -1,4 +1,4 @@
-"""data/sources.py: every shape it reads, every error it reports, and our own files passing through unchanged."""
+"""data/records.py: every shape it reads, every error it reports; files in its own format come back unchanged."""
 import doctest
 import gzip
 import json
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import InputError, sources  # noqa: E402
-from data.sources import read_records, to_json_schema, type_schema  # noqa: E402
+from data import InputError, records  # noqa: E402
+from data.records import read_lines, read_records, read_tools, to_json_schema, type_schema  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -112,6 +112,23 @@ def test_prompts_and_rollouts_need_no_answer(write):
     assert read_records(write(sampled))[0]["responses"] == [{"text": "x"}]
 
 
+def test_empty_lines_are_skipped_and_counted(write):
+    path = write("", OURS, "  ", OURS)
+    assert [number for number, _ in read_lines(path)] == [2, 4]
+    with pytest.raises(InputError, match="data.jsonl:3: not JSON"):
+        read_records(write(OURS, "", "{"))
+
+
+def test_a_file_of_tools(tmp_path):
+    path = tmp_path / "tools.json"
+    for tools in ([TOOL], TOOL, {"type": "function", "function": TOOL}):
+        path.write_text(json.dumps(tools))
+        assert read_tools(path) == [TOOL]
+    path.write_text('[{"description": "x"}]')
+    with pytest.raises(InputError, match="tools.json: a tool has no name; tools are"):
+        read_tools(path)
+
+
 def test_byte_order_mark(write):
     assert read_records(write(b"\xef\xbb\xbf" + json.dumps(OURS).encode())) == [OURS]
 
@@ -198,6 +215,9 @@ def test_broken_gzip(tmp_path):
     ("Tuple[float, float]", {"type": "array", "items": {"type": "number"}}, False),
     ("Tuple[int, ...]", {"type": "array", "items": {"type": "integer"}}, False),
     ("Tuple[int, str]", {"type": "array"}, False),
+    ("Tuple[...]", {"type": "array"}, False),
+    ("", {}, False),
+    (["string", "null"], {"type": ["string", "null"]}, False),
     ("Optional[str]", {"type": "string"}, True),
     ("int | None", {"type": "integer"}, True),
     ("Union[int, Dict[str, Any]]", {"anyOf": [{"type": "integer"}, {"type": "object"}]}, False),
@@ -231,4 +251,4 @@ def test_parameters_named_like_schema_words():
 
 
 def test_examples_in_docstrings():
-    assert doctest.testmod(sources).failed == 0
+    assert doctest.testmod(records).failed == 0

@@ -1,4 +1,4 @@
-"""data/tiny/: the embedded world keeps what its README promises: splits, phrasings, tokens, branches."""
+"""data/tiny/: the embedded world keeps what its README promises: splits, phrasings, tokens, shared prefixes."""
 import contextlib
 import doctest
 import io
@@ -12,14 +12,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data.chat import Chat  # noqa: E402
-from data.groups import join, make_groups  # noqa: E402
-from data.sources import read_records  # noqa: E402
+from data.groups import make_groups, share_prefixes  # noqa: E402
+from data.records import read_records  # noqa: E402
 from data.tiny import world  # noqa: E402
 from data.tiny.tokenizer import make_tokenizer  # noqa: E402
 from data.tiny.more_tools import UNSEEN  # noqa: E402
 from data.tiny.phrases import POOLS  # noqa: E402
 from data.tiny.tools import TOOLS  # noqa: E402
-from data.tiny.world import SPLITS, fill, held_out, make_arguments  # noqa: E402
+from data.tiny.world import SETTINGS, SPLITS, fill, held_out, make_arguments  # noqa: E402
 from data.tiny.world import known_words, make_records, make_word, phrasings  # noqa: E402
 from reward import score  # noqa: E402
 
@@ -88,7 +88,8 @@ def test_phrasings_say_what_they_fill(key):
         for clause in re.findall(r"\[([^]]*)\]", line):
             assert all(f"{name}?" in parameters for name in re.findall(r"\{(\w+)\}", clause)), line
         for optional in (0, 1, 1, 1, 0.5):
-            arguments = make_arguments(r, key, line, "train", optional, 0.5, 0.5)
+            settings = SETTINGS | {"optional": optional, "real": 0.5, "two_words": 0.5}
+            arguments = make_arguments(r, key, line, "train", settings)
             text = fill(line, arguments, parameters)
             assert not re.search(r"[][{}()|]|  | [,.?]|^\s|\s$|, and and|\?\?", text), text
             assert ("a " + text)[-1] in ".?" or text[0].islower(), text  # an order can follow "Could you"
@@ -198,6 +199,8 @@ def test_settings_steer_what_is_made():
     assert {len(record["answer"]["tool_calls"]) for record in made(two=1, none=0)} == {2}
     assert {len(record["answer"]["tool_calls"]) for record in made(none=1)} == {0}
     assert {len(record["tools"]) for record in made(offered=(2,))} == {2}
+    with pytest.raises(TypeError, match="unknown settings: three"):
+        made(three=1)
     written = {name for names, _, _, _ in TOOLS.values() for name in names.split()}
     assert {tool["name"] for record in made(random_names=0) for tool in record["tools"]} <= written
     assert not {tool["name"] for record in made(random_names=1) for tool in record["tools"]} & written
@@ -306,25 +309,25 @@ def test_the_words_of_the_world_are_tokens(folder):
                     assert tokenizer.token_to_id(word) or tokenizer.token_to_id("Ġ" + word), (word, text)
 
 
-# ---- branches ----------------------------------------------------------------------------------------------------
+# ---- shared prefixes ----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("think", ["on", "off", "none"])
-def test_branches_are_the_ordinary_prompts_and_answers(folder, think):
+def test_shared_prefixes_keep_the_ordinary_prompts_and_answers(folder, think):
     chat, r = Chat.from_pretrained(folder, think=think), random.Random(3)
     rows = [make_records(r, 8, split, reasoning=0.5) for split in SPLITS]
-    groups = join(make_groups(sum(rows, []), chat, 1000, 1000)[0], 8)
+    groups = share_prefixes(make_groups(sum(rows, []), chat, 1000, 1000)[0], 8)
     assert len(groups) == len(rows)
     for members, group in zip(rows, groups):
         ordinary, _ = make_groups(members, chat, 1000, 1000)
-        assert len(group["prompt"]) > 0.8 * min(len(g["prompt"]) for g in ordinary) - 20  # the tools are in it
-        assert len(group["responses"]) == 8 and group["record"] is members[0]
-        for single, branch, record in zip(ordinary, group["responses"], members):
-            ids = group["prompt"] + branch["ids"]
-            assert ids == single["prompt"] + single["responses"][0]["ids"]
+        assert len(group.prompt) > 0.8 * min(len(g.prompt) for g in ordinary) - 20  # the tools are in it
+        assert len(group.responses) == 8 and group.record is members[0]
+        for single, branch, record in zip(ordinary, group.responses, members):
+            ids = group.prompt + branch.ids
+            assert ids == single.prompt + single.responses[0].ids
             assert ids == chat.encode(chat.prompt(record)) + chat.encode(chat.answer(record))
             assert chat.decode(ids) == chat.prompt(record) + chat.answer(record)
-            start, end = branch["span"]
-            assert branch["ids"][start:end] == chat.encode(chat.answer(record)) and end == len(branch["ids"])
+            start, end = branch.span
+            assert branch.ids[start:end] == chat.encode(chat.answer(record)) and end == len(branch.ids)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------

@@ -1,30 +1,33 @@
-"""What data/tiny ships: its records are what the generator makes, its two models are what its README says of them."""
+"""The files of data/tiny: its records are those of the generator; its models score what its README says."""
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import simrl
 import star
+from apps import make_tiny
+from data import tiny
 from data.chat import Chat
-from data.rollouts import judge
-from data.sources import read_records, read_tools
-from data.tiny import make
+from data.records import read_records, read_tools
+from data.rollouts import score_response
 from data.tiny.tokenizer import make_tokenizer
 from data.tiny.world import SPLITS
 from model import Transformer
+from sampler import generate
 
-TINY = Path(make.__file__).parent
+TINY = Path(tiny.__file__).parent
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_the_shipped_records_are_what_is_made(split, tmp_path):
-    make.write(tmp_path / f"{split}.jsonl.gz", 20, 42, split, shared=8 if split == "train" else 1)
-    with gzip.open(tmp_path / f"{split}.jsonl.gz") as made, gzip.open(TINY / f"{split}.jsonl.gz") as shipped:
+def test_the_shipped_records_are_those_of_the_generator(split, tmp_path):
+    path = tmp_path / f"{split}.jsonl.gz"
+    make_tiny.write_records(path, 20, 42, split, shared=8 if split == "train" else 1)
+    with gzip.open(path) as made, gzip.open(TINY / path.name) as shipped:
         assert shipped.read().startswith(made.read())
-    assert len(read_records(TINY / f"{split}.jsonl.gz", True)) == (6_400 if split == "train" else 640)
+    assert len(read_records(TINY / path.name)) == (6_400 if split == "train" else 640)
 
 
 def test_the_shipped_tools_are_for_chat():
@@ -48,39 +51,49 @@ def test_both_are_small():
 
 def test_they_load_in_transformers():
     transformers = pytest.importorskip("transformers", reason="reference implementation: requirements-dev.txt")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY / "student", dtype=torch.float32)
+    reference = transformers.AutoModelForCausalLM.from_pretrained(TINY / "student", dtype=torch.float32)
     text = "<|im_start|>user\nplay lomari<|im_end|>\n"
     ids = torch.tensor([Chat.from_pretrained(TINY / "student").encode(text)])
     assert transformers.AutoTokenizer.from_pretrained(TINY / "student").encode(text) == ids[0].tolist()
-    ours = Transformer.from_pretrained(TINY / "student")
+    model = Transformer.from_pretrained(TINY / "student")
     with torch.no_grad():
-        assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
+        assert torch.allclose(model(ids), reference(ids).logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("name,least,most", [("teacher", 0.85, 1.0), ("student", 0.15, 0.5)])
-def test_the_teacher_is_sure_and_the_student_fumbles(name, least, most):
+@pytest.mark.parametrize("name,low,high", [("teacher", 0.85, 1.0), ("student", 0.15, 0.5)])
+def test_exact_calls(name, low, high):
     """On the first 80 records with unseen values; the README has the figures over all 640."""
-    model, chat = Transformer.from_pretrained(TINY / name), Chat.from_pretrained(TINY / name)
+    model = Transformer.from_pretrained(TINY / name)
+    chat = Chat.from_pretrained(TINY / name)
     records = [record for record in read_records(TINY / "values.jsonl.gz")[:80] if record["answer"]["tool_calls"]]
-    found = simrl.generate(model, [chat.encode(chat.prompt(r)) for r in records], 1, 100, chat.stop_ids,
-                           torch.Generator(), 0.0, width=chat.vocab_size)
-    judged = [judge(chat, record, chat.decode(samples[0]["ids"])) for record, samples in zip(records, found)]
-    assert least <= sum(j["exact"] for j in judged) / len(judged) <= most
-    assert sum(j["reward"] > -1 for j in judged) / len(judged) > 0.5  # right in form
+    prompts = [chat.encode(chat.prompt(record)) for record in records]
+    samples = generate(model, prompts, 1, 100, chat.stop_ids, torch.Generator(), temperature=0.0,
+                       vocab_size=chat.vocab_size)
+    scores = [score_response(chat, record, chat.decode(responses[0].ids))
+              for record, responses in zip(records, samples)]
+    assert low <= sum(score["exact"] for score in scores) / len(scores) <= high
+    assert sum(score["reward"] > -1 for score in scores) / len(scores) > 0.5  # the format is right
 
 
-def test_the_remake_runs_what_is_left(tmp_path, monkeypatch, capsys):
-    """Each command once, in order, with --resume where it was stopped; nothing that is finished."""
-    ran, folders = [], [folder for folder, _ in make.plan(tmp_path, True, 42)]
-    monkeypatch.setattr(make, "write", lambda *_, **__: None)
-    monkeypatch.setattr(make.star, "main", lambda words: ran.append(words) or 0)
-    monkeypatch.setattr(make.sys, "argv", ["make.py", "--out", str(tmp_path), "--ceiling"])
-    folders[0].mkdir()
-    (folders[0] / "summary.json").write_text("{}")
-    folders[1].mkdir()
-    assert make.main() == 0
-    flags = star.parser("", star.COMMANDS)
-    assert [flags.parse_args(words).out for words in ran] == [str(folder) for folder in folders[1:]]
-    assert [flags.parse_args(words).resume for words in ran] == [True] + [False] * (len(ran) - 1)
+def test_the_rebuild_resumes_its_plan(tmp_path, monkeypatch):
+    """It writes the models and a plan of valid commands, which read what earlier ones wrote, and runs it."""
+    commands = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_tiny, "write_records", lambda path, *_, **__: path.touch())
+    monkeypatch.setattr(make_tiny.os, "execv", lambda _, command: commands.append(command))
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--out", "a folder", "--ceiling"])
+    make_tiny.main()
+    assert Path.cwd() == tmp_path / "a folder"
+    args, run = star.parse(commands[0][2:])
+    assert Path(commands[0][1]).name == "star.py" and args.resume
+    written = {str(path) for path in Path().iterdir()}
+    stages = [star.parse(line.split())[0] for line in run(args)]
+    for stage in stages:
+        inputs = {stage.model.removesuffix("/model"), stage.data, getattr(stage, "valid", stage.data)}
+        assert inputs <= written and stage.out not in written
+        written.add(stage.out)
+    assert [stage.out for stage in stages if stage.command == "sft"] == [
+        "teacher-easy", "teacher-full", "teacher", "student-easy", "student", "ceiling-full", "ceiling"]
+    assert sum(stage.command == "eval" for stage in stages) == 9
     for name, size in (("teacher", 919_552), ("student", 579_072)):
-        assert Transformer.from_pretrained(tmp_path / f"{name}-init").size() == size
+        assert Transformer.from_pretrained(f"{name}-init").num_parameters() == size

@@ -1,1 +1,1 @@
-"""The embedded world: what can be asked (tools), records made of it (world), its tokenizer. See README.md."""
+"""The embedded world: its text (tools, phrases), its records (world), its tokenizer. See README.md."""

@@ -1,4 +1,4 @@
-"""More of the world's tools, and those that training never shows. See tools.py for the format."""
+"""More tools of the world, and UNSEEN, the tools that training never shows. tools.py explains the format."""
 
 MORE_TOOLS = {
     "find_recipe": (
@@ -187,8 +187,8 @@ MORE_TOOLS = {
         We would like {cups} cups of {drink}(sugar: with sugar| without sugar)."""),
 }
 
-# No training record knows these: neither the tool nor a way to ask for it. Their words do occur in training, in other
-# company, so that what is tested is reading and not the knowledge of a word.
+# Training records contain neither these tools nor requests for them. All their words occur in other training
+# text, so they test reading, not vocabulary.
 UNSEEN = {
     "book_train": (
         "book_train buy_train train_ticket", "Book a train / Buy a train ticket",

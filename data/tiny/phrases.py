@@ -1,15 +1,15 @@
-"""How requests are dressed and joined, small talk, refusals, think lines, and real words. Nothing here but data."""
+"""The text around the tools: forms of requests, small talk, refusals, think lines, real words. Data only."""
 
-# How an order may be dressed. {a} is the order, {A} the same with a capital letter.
+# Forms of an order. {a} is the order, {A} the same with a capital letter.
 ORDERS = ["{A}.", "{A}.", "{A}.", "{A}, please.", "Please {a}.", "Could you {a}?", "Can you {a}?", "Would you {a}?",
           "I want you to {a}.", "Hello, {a}.", "Could you please {a}?", "Now {a}."]
 
-# How two requests are joined, by the kinds of both: o an order, q a question, s a statement.
+# Forms of two requests in one: "oo" joins two orders, "other" everything else.
 JOINS = {"oo": ["{A}, and {b}.", "{A}, then {b}.", "{A} and {b}.", "Please {a}, and then {b}.", "First {a}, then {b}.",
                 "Could you {a}, and also {b}?", "{A}. Also, {b}.", "I want you to {a} and then {b}."],
          "other": ["{A} {B}", "{A} And {b}", "{A} Also, {b}", "{A} One more thing: {b}"]}
 
-# Nothing for a tool: talk with its reply, and what no tool of this world does.
+# Requests that need no tool (small talk with its reply), and requests that no tool of this world can meet.
 TALK = [("Hello!", "Hello! What can I do for you?"), ("Hello, how are you today?", "I am well. What can I do for you?"),
         ("Good morning!", "Good morning! What can I do for you?"), ("Good evening!", "Good evening! What do you need?"),
         ("Thank you!", "You are welcome."), ("Thank you, that is all for now.", "You are welcome."),
@@ -25,7 +25,7 @@ OUTSIDE = ["Write me a poem about {topic}.", "Tell me a joke.", "Tell me a joke 
 REFUSALS = ["I have no tool for that.", "None of my tools can do that.", "Sorry, my tools cannot do that.",
             "That is not something my tools can do.", "I would need another tool for that."]
 
-# Think lines: what to do for one call, and how a single argument is said in it; and where no tool fits.
+# Think lines: the form of a call, of an argument in it, and the text between arguments; lines without a call.
 THOUGHTS = [("tool {name}; {arguments}", "{key} = {value}", "; "),
             ("I use {name}: {arguments}.", "{key} is {value}", ", "),
             ("The tool is {name}. It needs {arguments}.", "{key} {value}", " and "),
@@ -34,7 +34,7 @@ NO_THOUGHTS = ["no tool", "I only have {names}. No tool fits.", "No tool here fi
                "The tools are {names}, and they do not do this."]
 TALK_THOUGHTS = ["no tool; talk", "This needs no tool, only a reply.", "They only want to talk, so I reply."]
 
-# Real words among the made-up ones. The tokenizer knows none of them: they are spelled, like any word one might type.
+# Real words, mixed with the made-up ones. None of them is a token: the tokenizer spells them as any unknown word.
 POOLS = {
     "person": "maria nora rosa lena mila dana karim tomas samira nadia pavel marta lukas kira ravi nina leo fatima "
               "pedro bruno carla felipe gina ivan julia simon sara tariq vera zoe",

@@ -1,14 +1,14 @@
-"""The tokenizer of the embedded world: words of its text are single ids, made-up names are syllables, the rest is bytes.
+"""The tokenizer of the embedded world: its words are single ids, made-up names are syllables, the rest is bytes.
 
 A model this small cannot learn that "play lomari" and {"song": "lomari"} hold the same name if the name is split
 differently in the two, as Qwen's tokenizer does by merging a space with the word after it. Therefore:
 
-    words that can occur in a name or a value (song, play, celsius)    one id each, without the space before them
-    all other words of the world's text (the, please, umbrella)        one id each, including the space before them
-    other letters                                                      syllables (lo ma ri), else single letters
-    digits and everything else                                         one id each; beyond ASCII one id per byte
+    words that can occur in names and values (song, play, celsius)   one id each, without the space before them
+    all other words of the world's text (the, please, umbrella)      one id each, including that space
+    other letters                                                    syllables (lo ma ri), else single letters
+    digits and everything else                                       one id each; one id per byte beyond ASCII
 
-The template's fixed text and the punctuation of JSON between names and values are added tokens, which are matched
+The template's fixed text and the punctuation of JSON between names and values are added tokens, which match
 first. Every text decodes to exactly itself.
 """
 import re

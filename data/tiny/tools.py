@@ -1,20 +1,22 @@
-"""The text of the world: its tools, and the ways in which a person asks for them. Nothing here but data.
+"""The text of the world: its tools, and the ways in which a person asks for them. Data only.
 
     key: (names, descriptions, parameters, phrasings)
 
 names, descriptions    a record shows one of each; names are separated by spaces, descriptions by " / "
-parameters             {key: (names, values)}; a key that ends in "?" is optional. values: a word of POOLS below (a
-                       string, made up or taken from there), a range (an integer), a tuple (an enum) or bool
-phrasings              one a line; those below the line "--" are held out as unseen phrasings
+parameters             {key: (names, values)}; a key that ends in "?" is optional. values: a key of POOLS in
+                       phrases.py (a string, made up or one of these words), a range (an integer), a tuple
+                       (an enum) or bool
+phrasings              one per line; those after the line "--" are held out as unseen phrasings
 
-A phrasing without a full stop or question mark is an order and may be dressed as "Could you ...?" (see ORDERS). In it
+A phrasing without a full stop or question mark is an order, which can become "Could you ...?" (see ORDERS in
+phrases.py). In a phrasing
 
-    {song}                    stands for the value;
-    [ at volume {volume}]     is said only where that argument is given;
-    (daily: every day)        is said where the argument is true, (spicy:, spicy|, not spicy) also where it is false;
+    {song}                    is replaced by the value;
+    [ at volume {volume}]     is left out if the request has no such argument;
+    (daily: every day)        is the text for true; (spicy:, spicy|, not spicy) also has one for false;
     (mode: by car| by bike)   has one text for each value of an enum, in the enum's order.
 
-Everything a request says about an argument stands in one of these. Counts begin at 2, so no plural goes wrong.
+A request mentions an argument in these places only. Counts start at 2, so that nouns can always be plural.
 """
 
 from data.tiny.more_tools import MORE_TOOLS

@@ -1,15 +1,16 @@
-"""A seeded generator of function-calling records (the format of data/records.py) in a small world of made-up names.
+"""A seeded generator of records (the format of data/records.py) in a small world of made-up names.
 
     python -m data.tiny.world --n 10 --seed 7 --show
 
-A record offers a few of the tools of tools.py. Its request asks for one call, for two, or for something that no offered
-tool does. Whatever a model could memorise changes from record to record, so it has to read the tools: half of them have
-a random name, parameter names are drawn from synonyms, and most strings are made up of syllables. Four splits:
+A record offers a few of the tools of tools.py. Its request asks for one call, for two, or for something that no
+offered tool does. All that a model could memorise changes from record to record, so it has to read the tools:
+half of them have a random name, parameter names are drawn from synonyms, and most strings are made up of
+syllables. The splits:
 
     train      known tools, known phrasings, known values
     values     string values that training never shows (`held_out`); integers and enums are the same
     phrasings  requests for calls in phrasings that training never shows
-    tools      requests for tools that training never shows, offered with known ones; their phrasings are new too
+    tools      requests for tools that training never shows, among known ones; their phrasings are new too
 """
 import argparse
 import json
@@ -19,14 +20,15 @@ import zlib
 from functools import cache
 
 from data.tiny.more_tools import UNSEEN
-from data.tiny.phrases import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, POOLS, REFUSALS, TALK, TALK_THOUGHTS, THOUGHTS
+from data.tiny.phrases import JOINS, NO_THOUGHTS, ORDERS, OUTSIDE, POOLS, REFUSALS
+from data.tiny.phrases import TALK, TALK_THOUGHTS, THOUGHTS
 from data.tiny.tools import TOOLS
 
 SPLITS = ("train", "values", "phrasings", "tools")
 SETTINGS = {
     "offered": (1, 2),    # numbers of tools in a list, all equally likely
     "two": 0.06,          # share of requests for two calls
-    "none": 0.15,         # share of requests that no offered tool fits, a quarter of them small talk and the like
+    "none": 0.15,         # share of requests that no offered tool fits; a quarter needs no tool at all
     "random_names": 0.5,  # share of tools with a made-up name
     "optional": 0.4,      # chance of an optional argument for which the phrasing has words
     "casual": 0.2,        # share of requests without capital and full stop
@@ -40,7 +42,7 @@ SYLLABLES = [c + v for c in "bcdfgklmnprstvz" for v in "aeiou"]  # 75
 CHOICE = r"\((\w+):([^)]*)\)"  # (parameter:text|text), see tools.py
 
 
-# ---- Values ------------------------------------------------------------------------------------------------------
+# ---- Values
 
 def held_out(word):
     """Whether a word is kept out of the training values: one in eight, chosen by its hash.
@@ -53,14 +55,14 @@ def held_out(word):
 
 @cache
 def known_words():
-    """The words of the world's own text in lower case. No made-up value is one of them ("play time to maria")."""
+    """The words of the world's own text in lower case. Made-up values avoid them ("play time to maria")."""
     lists = [TOOLS, UNSEEN, ORDERS, JOINS, TALK, OUTSIDE, REFUSALS, THOUGHTS, NO_THOUGHTS, TALK_THOUGHTS]
     text = str(lists).lower().replace("\\n", " ")
     return set(re.findall("[a-z]+", text))
 
 
 def make_word(r, pool=(), split="train", real=0.0):
-    """One of `pool` with probability `real`, else two or three random syllables; a held-out word in split "values"."""
+    """One of `pool` with probability `real`, else random syllables; in the split "values" a held-out word."""
     while True:
         if pool and r.random() < real:
             word = r.choice(pool)
@@ -83,7 +85,7 @@ def make_value(r, kind, split, settings):
     return word
 
 
-# ---- Requests ----------------------------------------------------------------------------------------------------
+# ---- Requests
 
 def phrasings(key, split):
     """The phrasings of a tool in a split. All phrasings of an unseen tool are unseen."""
@@ -96,7 +98,7 @@ def phrasings(key, split):
 
 
 def make_arguments(r, key, phrasing, split, settings):
-    """{parameter: value} of what this phrasing can say: all required parameters, some of the optional ones."""
+    """{parameter: value} for this phrasing: all required parameters, some of the optional ones it mentions."""
     texts = {name: options.split("|") for name, options in re.findall(CHOICE, phrasing)}
     arguments = {}
     for name, (_, kind) in EVERY_TOOL[key][2].items():
@@ -117,7 +119,7 @@ def make_arguments(r, key, phrasing, split, settings):
 def fill(phrasing, arguments, parameters):
     """A phrasing with its arguments. Orders stay without a capital and a full stop; others become sentences.
 
-    >>> fill("play {song}[ at volume {volume}](loud:, loudly)", {"song": "lomari", "loud": True}, {"loud?": ("", bool)})
+    >>> fill("play {song}[ at {volume}](loud:, loudly)", {"song": "lomari", "loud": True}, {"loud?": ("", bool)})
     'play lomari, loudly'
     """
     def fill_clause(match):
@@ -150,7 +152,7 @@ def uncapitalise(text):
 
 
 def make_request(r, texts, casual):
-    """A request made of one or two filled phrasings, with probability `casual` without capital and full stop."""
+    """A request from one or two filled phrasings, with probability `casual` without capital and full stop."""
     sentences = []
     for text in texts:
         if text[-1] not in ".?":
@@ -168,7 +170,7 @@ def make_request(r, texts, casual):
     return request
 
 
-# ---- Tools and answers -------------------------------------------------------------------------------------------
+# ---- Tools and answers
 
 def make_tool(r, key, random_names):
     """(tool, {parameter: its name in this tool}); the names and the description are drawn for each record."""
@@ -199,7 +201,7 @@ def make_tool(r, key, random_names):
 def make_tools(r, split, settings):
     """Draw the tools that records share.
 
-    Returns {key: (tool, parameter names)} in the order in which they are offered, and the keys that requests are for.
+    Returns {key: (tool, parameter names)} in the order of the prompt, and the keys that requests ask for.
     """
     pool = list(UNSEEN if split == "tools" else TOOLS)
     count = r.choice(settings["offered"])
@@ -253,14 +255,14 @@ def sloppy_calls(calls, tools):
     return result
 
 
-# ---- Records -----------------------------------------------------------------------------------------------------
+# ---- Records
 
 def make_records(r, n=1, split="train", **settings):
     """n records that share one list of tools.
 
-    r: a random.Random; equal states give equal records.
-    split: one of SPLITS.
-    settings: those that differ from SETTINGS.
+    r: a random.Random; equal states give equal records
+    split: one of SPLITS
+    settings: those that differ from SETTINGS
     """
     if unknown := settings.keys() - SETTINGS.keys():
         raise TypeError(f"unknown settings: {', '.join(unknown)}")
@@ -311,7 +313,7 @@ def make_small_talk(r, split, settings):
 
 
 def choose_tools(r, kind, offered, targets, split, settings):
-    """(keys of the tools to ask for, refusal or None). kind: in [0, 1), chooses between none, two calls and one."""
+    """(keys of the tools to ask for, refusal or None). kind in [0, 1): a refusal, two calls or one call."""
     keys = [r.choice(targets)]
     if kind < settings["none"]:
         pool = UNSEEN if split == "tools" else TOOLS
@@ -347,7 +349,7 @@ def make_record(r, split="train", **settings):
     return make_records(r, 1, split, **settings)[0]
 
 
-# ---- Command line ------------------------------------------------------------------------------------------------
+# ---- Command line
 
 def format_record(record):
     """A record for reading: its request, its tools as signatures, its answer."""
@@ -371,7 +373,7 @@ def format_record(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print records of the embedded world, one JSON object per line.")
+    parser = argparse.ArgumentParser(description="Print records of the embedded world, one per line.")
     parser.add_argument("--n", type=int, default=1000, help="number of records, each with its own tools")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which of the four splits")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
