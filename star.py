@@ -43,9 +43,11 @@ def parse(argv):
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
     run = getattr(module, f"run_{command}")
-    parser = argparse.ArgumentParser(prog=f"star.py {command}", description=run.__doc__,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog=f"star.py {command}", description=run.__doc__)
     getattr(module, f"{command}_flags")(parser)
+    for action in parser._actions:
+        if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
+            action.help += " (default: %(default)s)"
     args = parser.parse_args(argv[1:])
     args.command = command
     return args, run

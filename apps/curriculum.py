@@ -128,9 +128,11 @@ def read_scores(folder):
     """{measure: mean} of an evaluation, and the seconds of the run that made its model."""
     summary = read_json(folder / "summary.json", "give the --out folder of a finished eval")
     scores = {}
-    for name, metric in summary["metrics"].items():
-        if name in COLUMNS or name.startswith("pass@") and name != "pass@1":
-            scores[name] = metric["mean"]
+    metrics = summary["metrics"]
+    names = [name for name in metrics if name.startswith("pass@") and name != "pass@1"]
+    for name in (*COLUMNS, *names):
+        if name in metrics:
+            scores[name] = metrics[name]["mean"]
     run = Path(summary["model"]).parent / "summary.json"
     if run.exists():
         figures = read_json(run)

@@ -121,10 +121,10 @@ class Chat:
         """
         gold = record.get("answer")
         if not gold:
-            why = "has no gold answer; add one, or train on responses"
-            raise InputError(f"record {record.get('id')}: {why}")
-        reasoning = {"on": gold.get("reasoning") or "", "off": "", "none": None}
-        text = self._assistant(text_of(gold), gold.get("tool_calls"), reasoning[self.think])
+            remedy = "add one, or train on responses"
+            raise InputError(f"record {record.get('id')}: has no gold answer; {remedy}")
+        reasoning = {"on": gold.get("reasoning") or "", "off": "", "none": None}[self.think]
+        text = self._assistant(text_of(gold), gold.get("tool_calls"), reasoning)
         return text.removeprefix(THINK[self.think]) + "<|im_end|>"
 
     def render(self, messages, tools, generation_prompt=False):
@@ -146,7 +146,8 @@ class Chat:
                 "# Tools\n",
                 TOOLS_INTRO,
                 "\nYou are provided with function signatures within <tools></tools> XML tags:",
-                "<tools>", *tools, "</tools>\n",
+                "<tools>", *tools,
+                "</tools>\n",
                 CALLS_INTRO,
                 "<tool_call>", self.example_call, "</tool_call>",
             ]))
@@ -268,7 +269,7 @@ def read_flavour(folder):
             return "qwen3", None, EXAMPLE_CALL
         if model_type == "qwen2":
             return "qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL
-        why = f"no chat template here, and none is known for model_type {model_type!r}"
+        why = f"no chat template, and none is known for model_type {model_type!r}"
         remedy = "use a Qwen2.5 or Qwen3 folder, or add its chat_template.jinja"
         raise InputError(f"{path}: {why}; {remedy}")
     if isinstance(template, list):

@@ -94,8 +94,8 @@ def read_lines(path):
                 if line.strip():
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        where = f"{path}:{number + 1}"
-        raise InputError(f"{where}: broken gzip stream ({e}); copy the file again") from e
+        why = f"broken gzip stream ({e})"
+        raise InputError(f"{path}:{number + 1}: {why}; copy the file again") from e
     except OSError as e:
         remedy = "give a .jsonl or .jsonl.gz file"
         raise InputError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
@@ -120,7 +120,7 @@ def read_record(line, default_id, check_answer):
         item = {key: str(item[key]) for key in record if item.get(key) is not None}
     record |= item | {"tools": tools, "messages": messages}
     answer = item.get("answer")
-    if not our_format and messages[-1]["role"] == "assistant":
+    if not our_format and messages[-1]["role"] == "assistant":  # the target is the last turn
         last = messages.pop()
         calls = last.get("tool_calls", [])
         record["answer"] = {"tool_calls": calls, "content": last["content"] or None}
@@ -160,9 +160,8 @@ def read_message(message, check=True):
     if role not in ROLES or not isinstance(message, dict):
         raise InputError(f"unknown role {role!r}; roles are system, user, assistant and tool")
     content = read_text(message.get("content"))
-    result = {"role": ROLES[role], "content": content}
-    if result["role"] != "assistant":
-        return result
+    if role != "assistant":
+        return {"role": ROLES[role], "content": content}
     calls = message.get("tool_calls") or message.get("function_call") or []
     reasoning = message.get("reasoning_content")
     if block := re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S):
@@ -173,7 +172,7 @@ def read_message(message, check=True):
         pieces = re.split(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content, flags=re.S)
         calls = [parse(piece, "<tool_call>", check) for piece in pieces[1::2]]
         content = "".join(pieces[::2]).strip() or None
-    result["content"] = content
+    result = {"role": role, "content": content}
     if calls:
         result["tool_calls"] = read_calls(calls, check)
     if reasoning:
@@ -183,8 +182,8 @@ def read_message(message, check=True):
 
 def read_text(content):
     """The content of a message as a string or None. OpenAI's list of text parts is joined."""
-    if isinstance(content, list):
-        if all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        if all(part.get("type") == "text" for part in content):
             content = "".join(str(part.get("text")) for part in content)
     if content is not None and not isinstance(content, str):
         kind = type(content).__name__
@@ -309,17 +308,19 @@ def split(string, separator):
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
-# ---- Checks
-
 def check_record(record, need_answer, vocab_size, check_answer):
     """Raise InputError for a record that cannot be used. Parameters as in `read_records`."""
     responses = record.get("responses") or []
-    if not isinstance(responses, list) or not all(isinstance(r, dict) for r in responses):
-        remedy = "run rollout again or remove the record"
-        raise InputError(f"responses is not a list of objects; {remedy}")
-    for response in responses:
-        check_response(response, vocab_size)
-    if not record["messages"] or record["messages"][-1]["role"] not in ("user", "tool"):
+    if not isinstance(responses, list) or not all(map(is_response, responses)):
+        why = 'responses must be a list of objects with "text" or "ids", whole numbers from 0'
+        raise InputError(f"{why}; run rollout again or remove the record")
+    largest_id = max((max(r.get("ids") or [0]) for r in responses), default=0)
+    if vocab_size is not None and largest_id >= vocab_size:
+        why = f"responses have id {largest_id}, the tokenizer only {vocab_size:,} ids"
+        remedy = "run rollout again with a model that shares it, or remove the ids"
+        raise InputError(f"{why}; {remedy} to train on the text")
+    messages = record["messages"]
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
         remedy = "before the answer must come a user's or a tool's"
         raise InputError(f"no message to answer; {remedy}")
     if need_answer and not (has_answer(record) or responses):
@@ -333,17 +334,14 @@ def check_record(record, need_answer, vocab_size, check_answer):
                 raise InputError(f"{why}; add the tool or remove the record")
 
 
-def check_response(response, vocab_size):
-    """Raise InputError for a response that cannot be trained on. It needs "text", "ids" or both."""
-    ids = response.get("ids") or []
-    if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
-        raise InputError("ids of responses must be whole numbers from 0 up; run rollout again")
-    if vocab_size is not None and max(ids, default=0) >= vocab_size:
-        why = f"responses have id {max(ids)}, the tokenizer only {vocab_size:,} ids"
-        remedy = "run rollout again with a model that shares it, or remove the ids"
-        raise InputError(f"{why}; {remedy} to train on the text")
-    if not ids and not isinstance(response.get("text"), str):
-        raise InputError("one of the responses has neither ids nor text; run rollout again")
+def is_response(response):
+    """Whether a response can be trained on."""
+    if not isinstance(response, dict):
+        return False
+    ids = response.get("ids")
+    if ids:
+        return isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
+    return isinstance(response.get("text"), str)
 
 
 def has_answer(record):

@@ -103,19 +103,28 @@ def read_metrics(out):
 
 
 def summarise_training(out):
-    """The figures of a whole run of `ckd` or `sft`, from its metrics.jsonl; valid_before and valid_after are dicts or None."""
+    """The figures of a whole run of `ckd` or `sft`, from its metrics.jsonl.
+
+    valid_before, valid_after: the first and the last validation, dicts, or None
+    """
     rows = read_metrics(out)
     trained = [row for row in rows if "loss" in row]
-    valid = []
-    for row in rows:
-        if "valid_nll" in row:
-            valid.append({name: value for name, value in row.items() if name.startswith("valid_")})
-    total = {name: sum(row[name] for row in trained)
-             for name in ("sequences", "tokens", "packed_tokens", "seconds")}
-    return {"steps": len(trained), "sequences": total["sequences"], "response_tokens": total["tokens"],
-            "packed_tokens": total["packed_tokens"], "seconds": round(total["seconds"], 1),
-            "tokens_per_s": round(total["packed_tokens"] / total["seconds"], 1),
-            "valid_before": valid[0] if valid else None, "valid_after": valid[-1] if valid else None}
+    valid = [valid_metrics(row) for row in rows if "valid_nll" in row]
+    summary = {"steps": len(trained)}
+    for name in ("sequences", "tokens", "packed_tokens", "seconds"):
+        summary[name] = round(sum(row[name] for row in trained), 1)
+    summary["response_tokens"] = summary.pop("tokens")
+    speed = statistics.fmean(row["tokens_per_s"] for row in trained)
+    summary["tokens_per_s"] = round(speed, 1)
+    summary["valid_before"] = valid[0] if valid else None
+    summary["valid_after"] = valid[-1] if valid else None
+    return summary
+
+
+def valid_metrics(row):
+    """The validation metrics of a step."""
+    names = [name for name in row if name.startswith("valid_")]
+    return {name: row[name] for name in names}
 
 
 def summarise_refinement(out):
@@ -125,30 +134,39 @@ def summarise_refinement(out):
     sampled = sum(row["groups_drawn"] for row in rows)
     kept = sum(row["groups_kept"] for row in rows)
     rewards = [row["reward"] for row in rows]
-    summary = {"steps": len(rows), "updates": rows[-1]["updates"], "prompts_drawn": sampled,
-               "share_kept": round(kept / sampled, 4),
-               "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
-               "reward_last": round(statistics.fmean(rewards[-fifth:]), 4)}
+    summary = {
+        "steps": len(rows),
+        "updates": rows[-1]["updates"],
+        "prompts_drawn": sampled,
+        "share_kept": round(kept / sampled, 4),
+        "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
+        "reward_last": round(statistics.fmean(rewards[-fifth:]), 4),
+    }
     for name in ("seconds_sampling", "seconds_scoring", "seconds_training"):
         summary[name] = round(sum(row[name] for row in rows), 1)
     return summary
 
 
 def describe_batch(batch, seconds):
-    """Sizes and speed for the log; packed tokens are prompts and responses, once each, through the student."""
+    """Sizes and speed of an optimiser batch; packed tokens are those of prompts and responses, once each."""
     packed = sum(group.length for group in batch)
-    sequences = sum(len(group.responses) for group in batch)
-    return {"tokens": counted_tokens(batch), "packed_tokens": packed, "sequences": sequences,
-            "seconds": seconds, "tokens_per_s": packed / seconds}
+    return {
+        "tokens": counted_tokens(batch),
+        "packed_tokens": packed,
+        "sequences": sum(len(group.responses) for group in batch),
+        "seconds": seconds,
+        "tokens_per_s": packed / seconds,
+    }
 
 
 def log_step(out, row):
     """Log a step, and print its validation figures on stderr."""
     log_metrics(out, row)
-    valid = {name[6:]: value for name, value in row.items() if name.startswith("valid_")}
-    if valid:
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in valid.items())
-        tqdm.write(f"step {row['step']:5d}, held out:  {figures}", file=sys.stderr)
+    metrics = valid_metrics(row)
+    if metrics:
+        figures = [f"{name[6:]} {value:.4f}" for name, value in metrics.items()]
+        line = f"step {row['step']:5d}, held out:  " + "  ".join(figures)
+        tqdm.write(line, file=sys.stderr)
 
 
 def show_training(out, samples, summary):
@@ -157,9 +175,11 @@ def show_training(out, samples, summary):
         print()
         for name, text in sample.items():
             print(f"{name:8s} {one_line(text)}")
-    figures = {name: value for name, value in summary.items() if not name.startswith("valid_")}
-    for name, value in (summary["valid_before"] or {}).items():
-        figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {summary['valid_after'][name]:.4f}"
+    figures = dict(summary)
+    before = figures.pop("valid_before") or {}
+    after = figures.pop("valid_after")
+    for name, value in before.items():
+        figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {after[name]:.4f}"
     print()
     print_table(figures.items())
     print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
@@ -171,12 +191,17 @@ def describe_responses(groups):
     rewards = [response.reward for response in responses]
     lengths = [len(response.ids) for response in responses]
     mean = statistics.fmean
-    return {"reward": mean(rewards), "reward_std": statistics.pstdev(rewards),
-            "answer_score": mean(r.answer_score for r in responses),
-            "format_failures": mean(reward <= -1 for reward in rewards),
-            "finished": mean(r.finish_reason == "stop" for r in responses),
-            "length": mean(lengths), "longest": max(lengths),
-            "prompt_length": mean(len(group.prompt) for group in groups), "groups_drawn": len(groups)}
+    return {
+        "reward": mean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "answer_score": mean(r.answer_score for r in responses),
+        "format_failures": mean(reward <= -1 for reward in rewards),
+        "finished": mean(r.finish_reason == "stop" for r in responses),
+        "length": mean(lengths),
+        "longest": max(lengths),
+        "prompt_length": mean(len(group.prompt) for group in groups),
+        "groups_drawn": len(groups),
+    }
 
 
 def describe_groups(step, groups, kept, chat):
@@ -185,11 +210,17 @@ def describe_groups(step, groups, kept, chat):
     for group in groups:
         samples = []
         for r in group.responses:
-            sample = {"finish_reason": r.finish_reason, "text": r.text, "reward": r.reward}
-            sample |= {"answer_score": r.answer_score, **r.details, "advantage": r.advantage}
+            sample = {"finish_reason": r.finish_reason, "text": r.text}
+            sample |= {"reward": r.reward, "answer_score": r.answer_score}
+            sample |= r.details | {"advantage": r.advantage}
             samples.append(sample)
-        yield {"step": step, "kept": id(group) in kept, "gold": chat.answer(group.record), "samples": samples,
-               "prompt": chat.decode(group.prompt)}
+        yield {
+            "step": step,
+            "kept": id(group) in kept,
+            "gold": chat.answer(group.record),
+            "samples": samples,
+            "prompt": chat.decode(group.prompt),
+        }
 
 
 def show_refinement(out, summary):
@@ -230,9 +261,12 @@ def check_finite(out, step, name, value):
     if math.isfinite(value):
         return
     good = latest_checkpoint(out)
-    state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}" if good else "there is no checkpoint yet"
-    raise InputError(f"{out}: step {step}: {name} is {value}, training has diverged; {state}; start again with "
-                     "--overwrite and a lower --lr, or with --dtype float32")
+    state = "there is no checkpoint yet"
+    if good:
+        state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}"
+    raise InputError(
+        f"{out}: step {step}: {name} is {value}, training has diverged; {state}; "
+        "start again with --overwrite and a lower --lr, or with --dtype float32")
 
 
 def save_checkpoint(out, step, model, optimisers, progress, keep=2):
@@ -249,7 +283,10 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
         weights = {name: p.detach() for name, p in model.named_parameters()}
         save_tensors(weights, new / "weights.safetensors")
         for moment in MOMENTS:  # a file each, because writing one takes a copy of it in memory
-            tensors = {name: state[p][moment] for name, p in model.named_parameters() if moment in state.get(p, ())}
+            tensors = {}
+            for name, p in model.named_parameters():
+                if moment in state.get(p, ()):
+                    tensors[name] = state[p][moment]
             save_tensors(tensors, new / f"{moment}.safetensors")
         write_json(new / "progress.json", progress)
     kept = sorted(folder.glob("step-??????"))[-keep:]

@@ -2,10 +2,10 @@
 
     python tests/bench_head.py                       V = 151,936, hidden 896, 512 / 2,048 / 8,192 positions
 
-Each measurement is a process of its own, so the peak resident memory is that of one path. "GB above" is this peak minus
-the memory of the process before the loss (the head, the hidden states, the teacher's top-k). A row is a forward and a
-backward pass: the median of `--repeat` runs. The closed form of CKD's gradient (docstring of ckd.py) and the three matrix
-products alone are timed too, to show what the generic path costs.
+Each measurement is a process of its own, so the peak resident memory is that of one path. "GB above" is this peak
+minus the memory of the process before the loss (the head, the hidden states, the teacher's top-k). A row is a forward
+and a backward pass: the median of `--repeat` runs. The closed form of CKD's gradient (docstring of ckd.py) and the
+three matrix products alone are timed too, to show what the generic path costs.
 """
 import argparse
 import json

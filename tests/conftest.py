@@ -1,4 +1,4 @@
-"""A tiny world that every test may copy: two random models that share a tokenizer, and records for them."""
+"""Shared by all tests: two tiny random models with one tokenizer, records for them, and the parsed flags of a command."""
 import json
 import random
 import sys
@@ -13,7 +13,7 @@ import star  # noqa: E402
 from apps.make_tiny import make_model  # noqa: E402
 from data.chat import CALLS_INTRO, TOOLS_INTRO  # noqa: E402
 
-torch.set_num_threads(1)  # as the subprocesses of test_cli.py: sums in the same order
+torch.set_num_threads(1)  # as in the subprocesses of test_cli.py, so that sums have the same order
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>"]
 CITIES = "Lima Oslo Cairo Quito Paris Tokyo Delhi Accra Turin Porto Kyoto Perth".split()
@@ -37,7 +37,7 @@ REFUSAL = "None of my tools can do that."
 
 
 def make_record(r, number):
-    """One record: two or three tools, one request; in one of eight the tool it needs is not offered."""
+    """One record: two or three tools, one request; in one of eight the right tool is not offered."""
     chosen = r.sample(TOOLS, r.choice((2, 3)))
     name, _, parameters, phrasings = chosen[0]
     arguments = {p: r.choice(values) for p, (_, values) in parameters.items()}

@@ -272,7 +272,7 @@ def test_folder_errors(tmp_path):
     folder = tmp_path / "none"
     refused("none/config.json: no such file; give a whole model folder")
     folder = make_folder(tmp_path / "m", model_type="llama")
-    refused("m/config.json: no chat template .* 'llama'.*; use a Qwen2.5 or Qwen3 folder")
+    refused("m/config.json: no chat template.* 'llama'.*; use a Qwen2.5 or Qwen3 folder")
     folder = make_folder(tmp_path / "m", QWEN3)
     refused("think is on, off or none", think="maybe")
     refused("tools is flat or wrapped", tools="both")

@@ -1,4 +1,4 @@
-"""The losses against textbook loops, formulas and identities; the chunked head loss; the teacher, its cache, the loop."""
+"""The losses against textbook loops, formulas and identities; the chunked head loss; teacher, cache and loop."""
 import inspect
 import json
 import math
@@ -308,10 +308,10 @@ def test_a_cache_of_something_else_is_refused(world, tmp_path):
     other_tokenizer = save_teacher(tmp_path / "other-tokenizer", world)
     tokenizer = other_tokenizer / "tokenizer.json"
     tokenizer.write_text(tokenizer.read_text().replace("</think>", "</thank>"))
-    for word, changed in [("teacher", {"folder": other_weights}), ("k", {"folder": folder, "k": K - 1}),
-                          ("tokenizer", {"folder": other_tokenizer}), ("dtype", {"folder": folder, "dtype": "float32"})]:
+    for word, teacher, changed in [("teacher", other_weights, {}), ("tokenizer", other_tokenizer, {}),
+                                   ("k", folder, {"k": K - 1}), ("dtype", folder, {"dtype": "float32"})]:
         with pytest.raises(InputError, match=f"another {word}"):
-            run_cached(tmp_path / word, **changed)
+            run_cached(tmp_path / word, teacher, **changed)
     groups = example_groups()
     groups[2].responses[0].ids[-1] ^= 1  # one token of the data
     args = example_settings(tmp_path / "data", teacher=folder, cache=tmp_path / "cache")
@@ -371,7 +371,7 @@ def test_bfloat16_products_keep_the_direction_of_the_gradient():
 
 def test_the_optimiser_is_the_released_one():
     model = Transformer(CONFIG | {"model_type": "qwen2"}).init_weights(0)
-    adamw, = make_optimisers("adamw", model, 0.5, 0.25)
+    adamw, = make_optimisers("adamw", model, settings("ckd", lr=0.5, weight_decay=0.25))
     matrices, vectors = adamw.param_groups
     assert matrices["weight_decay"] == 0.25 and vectors["weight_decay"] == 0.0
     assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in vectors["params"]} == {1}
@@ -387,7 +387,7 @@ def test_the_optimiser_is_the_released_one():
 
 def test_muon_takes_the_matrices_of_the_layers():
     model = Transformer(CONFIG)
-    optimisers = make_optimisers("muon", model, 0.5, 0.0)
+    optimisers = make_optimisers("muon", model, settings("ckd", lr=0.5, weight_decay=0.0))
     muon, adamw = ({id(p) for group in o.param_groups for p in group["params"]} for o in optimisers)
     for name, p in model.named_parameters():
         p.grad = torch.ones_like(p)

@@ -28,11 +28,12 @@ SFT = f"sft --model student {TRAIN}"
 CKD = f"ckd --teacher teacher --student student {TRAIN} --k 5 --m 5"
 ROLLOUT = ("rollout --model teacher --data train.jsonl --out out.jsonl --n 2 --max-new-tokens 8 --dtype float32 "
            "--keep-all")
-EVAL = ("eval --model student --data train.jsonl --out scores --max-new-tokens 4 --limit 6 --max-concurrent 8 --dtype float32 "
-        "--device cpu --think off")
+EVAL = ("eval --model student --data train.jsonl --out scores --max-new-tokens 4 --limit 6 --max-concurrent 8 "
+        "--dtype float32 --device cpu --think off")
 LENS = "lens --teacher teacher --student student --data train.jsonl --out page.html --k 20 --m 20 --device cpu"
-SIMRL = ("simrl --model student --data train.jsonl --out run --prompts-per-step 4 --n 2 --batch-size 4 --steps 3 --max-new-tokens 8 "
-         "--filter none --think off --dtype float32 --device cpu --save-dtype float32 --lr 1e-3 --save-every 1")
+SIMRL = ("simrl --model student --data train.jsonl --out run --prompts-per-step 4 --n 2 --batch-size 4 --steps 3 "
+         "--max-new-tokens 8 --filter none --think off --dtype float32 --device cpu --save-dtype float32 --lr 1e-3 "
+         "--save-every 1")
 
 
 @pytest.fixture
@@ -84,14 +85,14 @@ def cut(path):
     Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size // 2])
 
 
-def weights(change, path="student/model.safetensors"):
+def change_tensors(change, path="student/model.safetensors"):
     """Change the tensors of a safetensors file: `change` gets the dict of them."""
     state = load_file(path)
     change(state)
     save_file(state, path)
 
 
-def line(change, number=3):
+def change_line(change, number=3):
     """Change one line of train.jsonl; `change` takes and returns a record, or returns text."""
     lines = Path("train.jsonl").read_text().splitlines()
     changed = change(json.loads(lines[number - 1]))
@@ -99,24 +100,24 @@ def line(change, number=3):
     Path("train.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def responses(value):
-    line(lambda record: record | {"responses": value})
+def change_responses(value):
+    change_line(lambda record: record | {"responses": value})
 
 
-def other_tokenizer(folder, change):
+def change_tokenizer(folder, change):
     """Change the text of a folder's tokenizer.json."""
     path = Path(folder) / "tokenizer.json"
     path.write_text(change(path.read_text()))
 
 
-def sharded(folder="student"):
+def lose_shard(folder="student"):
     """Name a second shard that does not exist."""
     names = list(load_file(f"{folder}/model.safetensors"))
     index = {name: "model.safetensors" for name in names[1:]} | {names[0]: "model-2.safetensors"}
     Path(f"{folder}/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
-def earlier(command, breaks=None):
+def run_before(command, breaks=None):
     """Run a command that works, then break something for the next one."""
     assert run(command) == 0
     if breaks:
@@ -134,8 +135,8 @@ REFUSED = {
     "no teacher's tokenizer": (CKD, lambda: os.remove("teacher/tokenizer.json"), "teacher/tokenizer.json: no such fi"),
     "a file as model": (f"{SFT} --model train.jsonl", None, "train.jsonl/config.json: no such file; give a wh"),
     "no weights": (SFT, lambda: os.remove("student/model.safetensors"), "student: no model.safetensors; only safeten"),
-    "missing shard": (SFT, sharded, "student/model-2.safetensors: missing shard named by .*; download or copy"),
-    "missing shard of the teacher": (CKD, lambda: sharded("teacher"), "teacher/model-2.safetensors: missing shard"),
+    "missing shard": (SFT, lose_shard, "student/model-2.safetensors: missing shard named by .*; download or copy"),
+    "missing shard of the teacher": (CKD, lambda: lose_shard("teacher"), "teacher/model-2.safetensors: missing shard"),
     "half the weights": (SFT, lambda: cut("student/model.safetensors"), "student/model.safetensors: not a whole .*; "),
     "half the teacher": (CKD, lambda: cut("teacher/model.safetensors"), "teacher/model.safetensors: not a whole .*; "),
     "half a config": (SFT, lambda: cut("student/config.json"), r"student/config.json:\d+: is not JSON .*; give a"),
@@ -145,85 +146,102 @@ REFUSED = {
     "window": (SFT, lambda: edit("student/config.json", use_sliding_window=True), "config.json: sliding-window .*; "),
     "rope": (SFT, lambda: edit("student/config.json", rope_scaling={"type": "yarn", "factor": 4.0}),
              r"config.json: rope scaling \(yarn\) is not supported; "),
-    "wrong shape": (SFT, lambda: weights(lambda t: t.update({"model.norm.weight": torch.ones(7)})),
+    "wrong shape": (SFT, lambda: change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(7)})),
                     r"student/model.safetensors: model.norm.weight is \[7\], config.json says \[32\]; the folder"),
     "wrong shape in the teacher": (
-        CKD, lambda: weights(lambda t: t.update({"model.norm.weight": torch.ones(7)}), "teacher/model.safetensors"),
+        CKD, lambda: change_tensors(lambda t: t.update({"model.norm.weight": torch.ones(7)}),
+                                    "teacher/model.safetensors"),
         r"teacher/model.safetensors: model.norm.weight is \[7\]"),
-    "missing tensor": (SFT, lambda: weights(lambda t: t.pop("model.norm.weight")),
+    "missing tensor": (SFT, lambda: change_tensors(lambda t: t.pop("model.norm.weight")),
                        "student: no tensor model.norm.weight in its .*; download or copy"),
     "broken tokenizer": (SFT, lambda: Path("student/tokenizer.json").write_text('{"model": {"type": "BPE"}}'),
                          "student/tokenizer.json: .*Missing vocab.*; download or copy it again"),
     "broken tokenizer of the teacher": (CKD, lambda: Path("teacher/tokenizer.json").write_text('{"model": {}}'),
                                         "teacher/tokenizer.json: .*; download or copy it again"),
-    "other tokenizers": (CKD, lambda: other_tokenizer("teacher", lambda text: text.replace("</think>", "</thank>")),
+    "other tokenizers": (CKD, lambda: change_tokenizer("teacher", lambda text: text.replace("</think>", "</thank>")),
                          "teacher .* and student .* have different tokenizers; CKD needs two models that share one"),
-    "no think token": (f"{SFT} --think none --mask think", lambda: other_tokenizer(
+    "no think token": (f"{SFT} --think none --mask think", lambda: change_tokenizer(
         "student", lambda text: text.replace("</think>", "</thank>")), "--mask think: .* no </think> token; use --"),
     "no data": (f"{SFT} --data nowhere.jsonl", None, "nowhere.jsonl: cannot be read .*; give a .jsonl"),
     "empty data": (SFT, lambda: Path("train.jsonl").write_text(""), "train.jsonl: holds no records; give a file"),
-    "not JSON": (SFT, lambda: line(lambda record: '{"messages": ['), "train.jsonl:3: not JSON .*; each line must"),
-    "no answer": (SFT, lambda: line(lambda record: record | {"answer": None}), "train.jsonl:3: no answer; give a last"),
-    "unknown tool": (SFT, lambda: line(lambda record: record | {"tools": []}), "train.jsonl:3: the answer calls .*; "),
+    "not JSON": (SFT, lambda: change_line(lambda record: '{"messages": ['),
+                 "train.jsonl:3: not JSON .*; each line must"),
+    "no answer": (SFT, lambda: change_line(lambda record: record | {"answer": None}),
+                  "train.jsonl:3: no answer; give a last"),
+    "unknown tool": (SFT, lambda: change_line(lambda record: record | {"tools": []}),
+                     "train.jsonl:3: the answer calls .*; "),
     "bad validation data": (f"{SFT} --valid nowhere.jsonl", None, "nowhere.jsonl: cannot be read .*; give a .jsonl"),
-    "text as responses": (SFT, lambda: responses("a call"), "train.jsonl:3: .*responses.*; run rollout again"),
-    "a number as response": (SFT, lambda: responses([7]), "train.jsonl:3: .*responses.*; run rollout again"),
-    "a response of nothing": (SFT, lambda: responses([{"reward": 1}]), "train.jsonl:3: .*responses.*; run rollout ag"),
-    "ids as text": (SFT, lambda: responses([{"text": "x", "ids": "x"}]), "train.jsonl:3: .*ids.*; run rollout again"),
-    "ids as fractions": (CKD, lambda: responses([{"text": "x", "ids": [1.5]}]), "train.jsonl:3: .*ids.*; run rollout"),
-    "ids too large": (CKD, lambda: responses([{"text": "x", "ids": [1, 9999]}]), "train.jsonl:3: .*ids.*; run rollout"),
-    "ids below zero": (SFT, lambda: responses([{"text": "x", "ids": [-1]}]), "train.jsonl:3: .*ids.*; run rollout aga"),
+    "text as responses": (SFT, lambda: change_responses("a call"), "train.jsonl:3: .*responses.*; run rollout again"),
+    "a number as response": (SFT, lambda: change_responses([7]), "train.jsonl:3: .*responses.*; run rollout again"),
+    "a response of nothing": (SFT, lambda: change_responses([{"reward": 1}]),
+                              "train.jsonl:3: .*responses.*; run rollout ag"),
+    "ids as text": (SFT, lambda: change_responses([{"text": "x", "ids": "x"}]),
+                    "train.jsonl:3: .*ids.*; run rollout again"),
+    "ids as fractions": (CKD, lambda: change_responses([{"text": "x", "ids": [1.5]}]),
+                         "train.jsonl:3: .*ids.*; run rollout"),
+    "ids too large": (CKD, lambda: change_responses([{"text": "x", "ids": [1, 9999]}]),
+                      "train.jsonl:3: .*ids.*; run rollout"),
+    "ids below zero": (SFT, lambda: change_responses([{"text": "x", "ids": [-1]}]),
+                       "train.jsonl:3: .*ids.*; run rollout aga"),
     "all prompts too long": (f"{SFT} --max-prompt-tokens 3", None, "train.jsonl: no record is left .*; "),
-    "run exists": (SFT, lambda: earlier(SFT), "run: exists already; use --resume .* or --overwrite"),
+    "run exists": (SFT, lambda: run_before(SFT), "run: exists already; use --resume .* or --overwrite"),
     "run is a file": (f"{SFT} --out train.jsonl", None, "train.jsonl: is a file; --out names a folder"),
     "run is a file, overwritten": (f"{SFT} --out train.jsonl --overwrite", None, "train.jsonl: is a file; --out names"),
     "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
-    "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: earlier(SFT),
+    "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: run_before(SFT),
                                "run: --overwrite would delete what this run reads; "),
-    "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: earlier(CKD), "run: was started with another .*k.*; resu"),
+    "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: run_before(CKD),
+                       "run: was started with another .*k.*; resu"),
     "cache of another teacher": (
-        f"{CKD} --cache cache --overwrite", lambda: earlier(
-            f"{CKD} --cache cache", lambda: weights(lambda t: t["model.norm.weight"].mul_(2),
-                                                    "teacher/model.safetensors")),
+        f"{CKD} --cache cache --overwrite", lambda: run_before(
+            f"{CKD} --cache cache", lambda: change_tensors(lambda t: t["model.norm.weight"].mul_(2),
+                                                           "teacher/model.safetensors")),
         "cache: this cache was made from another teacher; remove the folder or name a new one"),
-    "cache of other data": (f"{CKD} --cache cache --limit 20 --out new", lambda: earlier(f"{CKD} --cache cache"),
+    "cache of other data": (f"{CKD} --cache cache --limit 20 --out new", lambda: run_before(f"{CKD} --cache cache"),
                             "cache: this cache was made from another data.*; remove the folder or name"),
-    "cache of draws": (f"{CKD} --cache cache --out new", lambda: earlier(f"{CKD} --objective rskd --cache cache"),
+    "cache of draws": (f"{CKD} --cache cache --out new", lambda: run_before(f"{CKD} --objective rskd --cache cache"),
                        "cache: this cache was made from another view; remove the folder or name a new one"),
     "no cache at all": (f"{CKD} --cache teacher", None, "teacher/cache.json: no such file; --cache takes a new"),
-    "broken cache": (f"{CKD} --cache cache --out new", lambda: earlier(
+    "broken cache": (f"{CKD} --cache cache --out new", lambda: run_before(
         f"{CKD} --cache cache", lambda: cut("cache/cache.json")), r"cache/cache.json:\d+: is not JSON .*; --cache"),
-    "rollout exists": (ROLLOUT, lambda: earlier(ROLLOUT), "out.jsonl: exists already; use --resume .* or --overwrite"),
+    "rollout exists": (ROLLOUT, lambda: run_before(ROLLOUT),
+                       "out.jsonl: exists already; use --resume .* or --overwrite"),
     "part of a rollout exists": (ROLLOUT, lambda: Path("out.jsonl.part").write_text(""),
                                  "out.jsonl.part: exists already; use --resume .* or --overwrite"),
     "no tools file": ("chat --model student --tools nowhere.json", None, "nowhere.json: no such file; give a JSON lis"),
     "plot of no run": ("plot teacher --out x.png", None, "teacher: no metrics.jsonl; name the --out folder of a run"),
     "no model to refine": (f"{SIMRL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
     "Sim-RL on too long prompts": (f"{SIMRL} --max-prompt-tokens 3", None, "train.jsonl: no prompt is left to answer"),
-    "Sim-RL without gold": (SIMRL, lambda: line(lambda record: record | {"answer": None, "responses": [{"text": "x"}]}),
+    "Sim-RL without gold": (SIMRL, lambda: change_line(lambda record: record | {"answer": None,
+                            "responses": [{"text": "x"}]}),
                             "train.jsonl: record .* has no gold answer .*; add one, or remove the record"),
-    "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: earlier(SIMRL), "run: was started with another n; "),
-    "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --overwrite", None, "train.jsonl: would be written ov"),
-    "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: earlier(ROLLOUT),
+    "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: run_before(SIMRL),
+                                 "run: was started with another n; "),
+    "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --overwrite", None,
+                                   "train.jsonl: would be written ov"),
+    "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: run_before(ROLLOUT),
                                             "out.jsonl: was made with another model; start again"),
-    "overwrite another command's run": (f"{SFT} --overwrite", lambda: earlier(CKD), "run: holds a run of 'ckd'; remove "),
-    "evaluate into the model": (f"{EVAL} --model run/model --out run --overwrite", lambda: earlier(SFT),
+    "overwrite another command's run": (f"{SFT} --overwrite", lambda: run_before(CKD),
+                                        "run: holds a run of 'ckd'; remove "),
+    "evaluate into the model": (f"{EVAL} --model run/model --out run --overwrite", lambda: run_before(SFT),
                                 "run: --overwrite would delete what this run reads; "),
-    "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: earlier(EVAL), "nowhere.jsonl: cannot be"),
+    "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: run_before(EVAL),
+                         "nowhere.jsonl: cannot be"),
     "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
-    "compare with nothing": (f"{EVAL} --compare nowhere", None, "nowhere/arguments.json: no such file; --compare takes"),
+    "compare with nothing": (f"{EVAL} --compare nowhere", None,
+                             "nowhere/arguments.json: no such file; --compare takes"),
     "no teacher to look at": (f"{LENS} --teacher nowhere", None, "nowhere/tokenizer.json: no such file; give a whole"),
     "no student to look at": (f"{LENS} --student nowhere", None, "nowhere/config.json: no such file; give a whole mo"),
     "half a student to look at": (LENS, lambda: cut("student/model.safetensors"), "student/model.safetensors: not a"),
     "look with other tokenizers": (
-        LENS, lambda: other_tokenizer("teacher", lambda text: text.replace("</think>", "</thank>")),
+        LENS, lambda: change_tokenizer("teacher", lambda text: text.replace("</think>", "</thank>")),
         "teacher .* and student .* have different tokenizers; CKD needs two models that share one"),
     "look at no data": (f"{LENS} --data nowhere.jsonl", None, "nowhere.jsonl: cannot be read .*; give a .jsonl"),
     "look behind the last record": (f"{LENS} --row 25", None, "train.jsonl: has 24 records; give a --row up to that"),
     "look at no response": (f"{LENS} --response 1", None, "train.jsonl: record 1 has 0 responses; give a --response "),
-    "look at no gold": (f"{LENS} --row 3 --response 0", lambda: line(
+    "look at no gold": (f"{LENS} --row 3 --response 0", lambda: change_line(
         lambda record: record | {"answer": None, "responses": [{"text": "x"}]}), "train.jsonl: record 3 has no gold a"),
-    "look at another rendering": (f"{LENS} --row 3", lambda: line(
+    "look at another rendering": (f"{LENS} --row 3", lambda: change_line(
         lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
     "a picture of a response": (f"{LENS} --out page.png", None, "page.png: .*; give an --out that ends in .html"),
     "demo exists": ("demo --out teacher", None, "teacher: exists already; use --resume .* or --overwrite"),
@@ -316,17 +334,25 @@ def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags
     assert files(here) == before
 
 
-DIVERGED = (r"star.py \w+: run: step (\d+): (the gradient norm|the validation nll) is (nan|inf), training has diverged; "
+DIVERGED = (r"star.py \w+: run: step (\d+): (the gradient norm|the validation nll|a weight) is (nan|inf), "
+            r"training has diverged; "
             r"(the last good checkpoint is (run/checkpoints/step-\d{6})|there is no checkpoint yet); "
             r"start again with --overwrite and a lower --lr, or with --dtype float32")
 
 
-@pytest.mark.parametrize("flags, step, name, checkpoint", [
-    ("--steps 4 --save-every 1", "2", "the gradient norm", "run/checkpoints/step-000001"),
-    ("--steps 4", "2", "the gradient norm", None), ("--steps 1", "1", "the validation nll", None)])
-@pytest.mark.parametrize("command", [SFT, CKD])
-def test_diverged_training_stops(here, capsys, command, flags, step, name, checkpoint):
-    assert run(f"{command} --lr 1e20 {flags}") == 2
+@pytest.mark.parametrize("command, step, name, checkpoint", [
+    (f"{SFT} --lr 1e20 --steps 4 --save-every 1", "2", "the gradient norm", "run/checkpoints/step-000001"),
+    (f"{CKD} --lr 1e20 --steps 4 --save-every 1", "2", "the gradient norm", "run/checkpoints/step-000001"),
+    (f"{SFT} --lr 1e20 --steps 4", "2", "the gradient norm", None),
+    (f"{CKD} --lr 1e20 --steps 4", "2", "the gradient norm", None),
+    (f"{SFT} --lr 1e39 --steps 1", "1", "the validation nll", None),  # more than a float32 can hold
+    (f"{CKD} --lr 1e39 --steps 1", "1", "the validation nll", None),
+    (f"{SFT} --lr 1e39 --steps 1 --hold-out 0", "1", "a weight", None),
+    (f"{CKD} --lr 1e39 --steps 1 --hold-out 0", "1", "a weight", None),
+    (f"{SIMRL} --lr 1e39 --steps 2", "1", "the gradient norm", None),  # of its second update
+    (f"{SIMRL} --lr 1e39 --steps 2 --batch-size 8", "1", "a weight", None)])
+def test_diverged_training_stops(here, capsys, command, step, name, checkpoint):
+    assert run(command) == 2
     errors = capsys.readouterr().err.splitlines()
     match = re.fullmatch(DIVERGED, errors[-1])
     assert match and match.group(1, 2, 5) == (step, name, checkpoint), errors[-1]
@@ -335,7 +361,7 @@ def test_diverged_training_stops(here, capsys, command, flags, step, name, check
     assert folders == ([checkpoint] if checkpoint else [])
     for path, state in tensors("run").items():
         assert all(tensor.isfinite().all() for tensor in state.values()), path
-    for row in rows("run/metrics.jsonl"):
+    for row in rows("run/metrics.jsonl") if Path("run/metrics.jsonl").exists() else []:
         assert np.isfinite(list(row.values())).all(), row
     assert not Path("run/model").exists() and not Path("run/summary.json").exists()
 
@@ -537,7 +563,7 @@ def test_results_are_on_disk_before_anything_is_printed(here, name, unbuffered):
     process = start(RESULTS[name], ["-u"] * unbuffered, write_end)
     os.close(write_end)
     _, error = process.communicate()
-    assert process.returncode != 0 and "Traceback" not in error, error
+    assert process.returncode == 141 and "BrokenPipe" not in error, error  # the exit code of SIGPIPE in a shell
     assert results(here) == expected
 
 

@@ -1,75 +1,247 @@
-"""The stages in their order: each the single command, skipped, resumed, and scored."""
+"""Lists of command lines: they run in order, stop at an error, resume, and their scores end in a table."""
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 
 import star
-from data.curriculum import demo
+from apps.curriculum import COLUMNS, demo_lines, print_examples, split_lines
 
-FLAGS = ["--think", "off", "--device", "cpu", "--dtype", "float32", "--rollout", "--n 2 --max-new-tokens 8 --keep-all",
-         "--ckd", "--steps 2 --batch 4 --hold-out 2 --samples 1 --lr 1e-3",
-         "--eval", "--n 2 --limit 4 --max-new-tokens 8",
-         "--refine", "--steps 1 --prompts 2 --n 2 --filter none --max-new-tokens 8",
-         "--simrl", "--steps 1 --prompts 2 --n 2 --filter none --max-new-tokens 8"]
+MACHINE = "--think off --device cpu --dtype float32"
+EVAL = f"--data train.jsonl --n 2 --limit 8 --max-new-tokens 8 {MACHINE}"
+SIMRL = f"--data train.jsonl --steps 1 --prompts-per-step 2 --n 2 --filter none --max-new-tokens 8 {MACHINE}"
+ROLLOUT = f"--data train.jsonl --n 2 --max-new-tokens 8 {MACHINE}"
+CKD = f"--steps 2 --save-every 1 --batch-size 4 --hold-out 2 --samples 1 --lr 1e-3 {MACHINE}"
+PLAN = f"""
+# The paper's order on two random models.
+eval --model teacher {EVAL} --out run/eval/teacher
+python star.py eval --model student {EVAL} --out run/eval/student   # as it is typed in a shell
+simrl --model teacher {SIMRL} --out run/refine
+rollout --model run/refine/model {ROLLOUT} \\
+--keep-all --out run/rollouts.jsonl
+
+ckd --teacher run/refine/model --student student   # an indent continues the line
+    --data run/rollouts.jsonl {CKD}
+    # a comment between its parts
+
+    --out run/ckd
+eval --model run/ckd/model {EVAL} --out run/eval/after-CKD
+simrl --model run/ckd/model {SIMRL} --out run/star
+eval --model run/star/model {EVAL} --out run/eval/after-STAR
+table run/eval/teacher run/eval/student run/eval/after-CKD run/eval/after-STAR
+"""
+ORDER = ["eval", "eval", "simrl", "rollout", "ckd", "eval", "simrl", "eval", "table"]
 
 
 @pytest.fixture
 def here(world, tmp_path, monkeypatch):
+    """A copy of the world with PLAN as plan.txt, and the current folder."""
     shutil.copytree(world, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    Path("plan.txt").write_text(PLAN)
 
 
-def run(*words, flags=FLAGS):
-    return star.main(["curriculum", "--teacher", "teacher", "--student", "student", "--data", "train.jsonl", "--out",
-                      "run", *flags, *words])
+def run(*flags):
+    return star.main(["curriculum", "plan.txt", *flags])
 
 
-def commands(said):
-    return [line.split()[3] for line in said.splitlines() if line.startswith("$ python star.py ")]
+def printed_lines(output):
+    """The command lines that a curriculum printed, as lists of words."""
+    lines = [line for line in output.splitlines() if line.startswith("$ python star.py ")]
+    return [line.split()[3:] for line in lines]
 
 
-def test_all_stages_then_nothing_left_to_do(here, capsys):
-    assert run("--valid", "train.jsonl") == 0
-    said = capsys.readouterr().out
-    assert commands(said) == ["eval", "eval", "simrl", "eval", "rollout", "ckd", "eval", "simrl", "eval"]
-    assert "--teacher run/refine/model" in said and "--data run/rollouts.jsonl" in said  # each goes on with the last
-    summary = json.loads(Path("run/summary.json").read_text())
-    assert list(summary["models"]) == ["teacher", "student", "refined teacher", "after CKD", "after STAR"]
-    for name, figures in summary["models"].items():
-        metrics = json.loads(Path("run/eval", name.replace(" ", "-"), "summary.json").read_text())["metrics"]
-        assert figures["exact calls"] == metrics["exact calls"]["mean"] and "pass@2" in figures
-        assert ("seconds" in figures) == (name not in ("teacher", "student"))
-        assert name in said
-    weights = {path: path.read_bytes() for path in Path("run").rglob("model.safetensors")}
-    assert len(weights) == 3
-    shutil.rmtree("run/star")  # as if it had been stopped before the last stage
-    assert run("--valid", "train.jsonl") == 2 and "run: exists already" in capsys.readouterr().err
-    assert run("--valid", "train.jsonl", "--resume") == 0
-    assert {path: path.read_bytes() for path in Path("run").rglob("model.safetensors")} == weights
+def commands(output):
+    return [words[0] for words in printed_lines(output)]
 
 
-def test_skipped_stages_hand_on_what_they_were_given(here, capsys):
-    assert run("--skip", "refine", "rollout", "simrl") == 0
-    said = capsys.readouterr().out
-    assert commands(said) == ["ckd"] and "--teacher teacher --student student --data train.jsonl" in said
-    assert not Path("run/summary.json").exists()  # no --valid: no scores
+def weights():
+    """{path: content} of all models and checkpoints of the run."""
+    return {path: path.read_bytes() for path in Path("run").rglob("*.safetensors")}
 
 
-def test_a_mistyped_flag_of_the_last_stage_ends_it_at_once(here, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run("--simrl", "--prompt 2 --promts 3")
-    assert stopped.value.code == 2 and "--promts" in capsys.readouterr().err and not Path("run").exists()
+def table_of(output, names):
+    """{name: {column: cell}} of the table at the end of an output."""
+    lines = output.rstrip().splitlines()[-1 - len(names):]
+    heads, *rows = (re.split(" {2,}", line.strip()) for line in lines)
+    assert [row[0] for row in rows] == names
+    return {name: dict(zip(heads, cells)) for name, *cells in rows}
 
 
-def test_a_failing_stage_ends_it(here, capsys):
-    assert run("--rollout", "--n 2 --max-new-tokens 8 --min-reward 1", "--skip", "refine") == 2
-    assert "no response is left" in capsys.readouterr().err and not Path("run/ckd").exists()
+# ---- Running -----------------------------------------------------------------------------------------------------
 
+def test_continuation_lines_and_comments():
+    lines = split_lines(PLAN)
+    assert [line.split()[0] for line in lines] == ORDER
+    assert lines[3] == f"rollout --model run/refine/model {ROLLOUT} --keep-all --out run/rollouts.jsonl"
+    assert lines[4] == f"ckd --teacher run/refine/model --student student --data run/rollouts.jsonl {CKD} --out run/ckd"
+    assert split_lines("# nothing\n\n   \n") == []
+    quoted, = split_lines("eval --model 'two words' --data '#1.jsonl'")
+    assert shlex.split(quoted) == ["eval", "--model", "two words", "--data", "#1.jsonl"]
+
+
+def test_lines_run_in_order_and_end_in_a_table(here, capsys):
+    assert run() == 0
+    output = capsys.readouterr().out
+    assert [shlex.join(words) for words in printed_lines(output)] == split_lines(PLAN)
+    assert commands(output) == ORDER
+    models = [path for path in weights() if path.name == "model.safetensors"]
+    assert len(models) == 3
+    names = ["teacher", "student", "after-CKD", "after-STAR"]
+    for name, cells in table_of(output, names).items():
+        summary = json.loads(Path("run/eval", name, "summary.json").read_text())
+        expected = {}
+        for measure, metric in summary["metrics"].items():
+            if measure in COLUMNS or measure == "pass@2":
+                expected[measure] = f"{metric['mean']:.3f}"
+        assert {"exact calls", "pass@2"} < expected.keys()
+        trained = {"after-CKD": "run/ckd", "after-STAR": "run/star"}
+        if name in trained:
+            figures = json.loads(Path(trained[name], "summary.json").read_text())
+            seconds = [value for key, value in figures.items() if key.startswith("seconds")]
+            assert len(seconds) == {"after-CKD": 1, "after-STAR": 3}[name]
+            expected["seconds"] = f"{sum(seconds):.0f}"
+        assert cells == expected
+    assert star.main(["table", "run/eval/after-STAR", "run/eval/teacher"]) == 0  # the command alone, in any order
+    assert table_of(capsys.readouterr().out, ["after-STAR", "teacher"])["teacher"] == table_of(output, names)["teacher"]
+
+
+def test_a_mistyped_flag_in_the_last_line_stops_everything(here, capsys):
+    Path("plan.txt").write_text(PLAN.replace("table run", "table --columms 3 run"))
+    with pytest.raises(SystemExit) as error:
+        run()
+    output, message = capsys.readouterr()
+    assert error.value.code == 2 and "--columms" in message and output == "" and not Path("run").exists()
+
+
+def test_an_unknown_command_stops_everything(here, capsys):
+    Path("plan.txt").write_text(PLAN + "distil --teacher teacher\n")
+    with pytest.raises(SystemExit) as error:
+        run()
+    assert error.value.code == 2 and "distil" in capsys.readouterr().err and not Path("run").exists()
+
+
+def test_a_failing_line_stops_the_rest(here, capsys):
+    Path("plan.txt").write_text(PLAN.replace("--keep-all", "--min-reward 1"))
+    assert run() == 2
+    output, message = capsys.readouterr()
+    assert "no response is left" in message and not Path("run/ckd").exists()
+    assert commands(output) == ORDER[:4]
+
+
+@pytest.mark.parametrize("content, message", [
+    (None, "plan.txt: .*; give a text file of star.py command lines"),
+    (b"eval \xff", "plan.txt: .*; give a text file of star.py command lines"),
+    (b"eval --model 'teacher", "plan.txt: .*quotation.*")])
+def test_a_file_that_is_no_list_of_command_lines(here, capsys, content, message):
+    if content is None:
+        Path("plan.txt").unlink()
+    else:
+        Path("plan.txt").write_bytes(content)
+    assert run() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.match(f"star.py curriculum: {message}", error), error
+
+
+# ---- Running again -----------------------------------------------------------------------------------------------
+
+def test_resume_skips_finished_lines_and_continues_the_stopped_one(here, capsys):
+    assert run() == 0
+    expected = weights()
+    rollouts = Path("run/rollouts.jsonl").read_bytes()
+    capsys.readouterr()
+
+    assert run() == 2  # neither --resume nor --overwrite
+    assert "run/eval/teacher: exists already" in capsys.readouterr().err
+
+    # A run stopped in its last line: everything else is skipped.
+    shutil.rmtree("run/star")
+    assert run("--resume") == 0
+    output = capsys.readouterr().out
+    lines = printed_lines(output)
+    assert commands(output) == ORDER and weights() == expected
+    assert [words[-1] == "finished" for words in lines] == [True] * 6 + [False, True, False]
+
+    # A run stopped in ckd, after its first step.
+    for name in ("star", "eval/after-CKD", "eval/after-STAR", "ckd/model", "ckd/checkpoints/step-000002"):
+        shutil.rmtree(f"run/{name}")
+    Path("run/ckd/summary.json").unlink()
+    assert run("--resume") == 0
+    lines = printed_lines(capsys.readouterr().out)
+    assert [words[-1] for words in lines[:5]] == ["finished"] * 4 + ["--resume"] and weights() == expected
+    assert "finished" not in [words[-1] for words in lines[5:]]
+
+    # A run stopped in rollout: only OUT.part is there.
+    for name in ("ckd", "star", "eval/after-CKD", "eval/after-STAR"):
+        shutil.rmtree(f"run/{name}")
+    Path("run/rollouts.jsonl").unlink()
+    settings = json.loads(Path("run/rollouts.jsonl.arguments.json").read_text())
+    Path("run/rollouts.jsonl.part").write_text(json.dumps(settings) + "\n")
+    assert run("--resume") == 0
+    lines = printed_lines(capsys.readouterr().out)
+    assert [words[-1] for words in lines[:4]] == ["finished"] * 3 + ["--resume"] and weights() == expected
+    assert Path("run/rollouts.jsonl").read_bytes() == rollouts
+
+
+def test_overwrite_starts_every_line_again(here, capsys):
+    assert run() == 0
+    expected = weights()
+    Path("run/ckd/checkpoints/step-000002/weights.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert run("--overwrite") == 0
+    lines = printed_lines(capsys.readouterr().out)
+    assert [words[-1] == "--overwrite" for words in lines] == [True] * 8 + [False]  # table writes nothing
+    assert weights() == expected
+
+
+def test_resume_runs_lines_that_write_no_file_again(here, capsys):
+    Path("lines.jsonl").write_text('{"prompt": "", "generation": "<think></think>Yes.", "label": "Yes."}\n')
+    Path("plan.txt").write_text("reward --data lines.jsonl\n")
+    for flags in ([], ["--resume"], ["--overwrite"]):
+        assert run(*flags) == 0
+        assert '"reward"' in capsys.readouterr().out
+
+
+def test_resume_or_overwrite_not_both(here, capsys):
+    with pytest.raises(SystemExit) as error:
+        run("--resume", "--overwrite")
+    assert error.value.code == 2 and not Path("run").exists()
+
+
+# ---- The demo and the examples -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_the_demo_is_a_curriculum(quick):
-    words = demo("somewhere", quick, 1)
-    args = star.parser("", star.COMMANDS).parse_args(words)
-    assert args.command == "curriculum" and args.skip == ["refine"] and args.seed == 1
+def test_the_demo_is_a_list_of_command_lines(quick):
+    lines = demo_lines("some where", quick, 1)
+    stages = [star.parse(shlex.split(line))[0] for line in lines]
+    assert [args.command for args in stages] == ["eval", "eval", "rollout", "ckd", "eval", "simrl", "eval", "table"]
+    for args in stages[:-1]:
+        assert args.seed == 1 and args.device == "cpu" and Path(args.out).parts[0] == "some where"
+        assert Path(args.data).exists() or args.data == "some where/rollouts.jsonl"
+    evals = [args for args in stages if args.command == "eval"]
+    assert stages[-1].evals == [args.out for args in evals]
+    assert {(args.data, args.limit) for args in evals} == {(evals[0].data, 40 if quick else 200)}
+
+
+def test_the_examples_are_requests_that_only_the_last_model_answers(capsys):
+    def answer(request, exact, calls):
+        return {"messages": [{"role": "user", "content": request}], "answer": {"tool_calls": calls},
+                "responses": [{"exact": exact, "text": f"{request} {exact}"}]}
+
+    requests = ["both right", "only the last", "only the first", "a refusal", "second", "third", "fourth"]
+    first = [True, False, True, False, False, False, False]
+    last = [True, True, False, True, True, True, True]
+    answers = []
+    for exact in (first, last):
+        calls = [[] if request == "a refusal" else [{}] for request in requests]
+        answers.append([answer(*row) for row in zip(requests, exact, calls)])
+    print_examples(["student", "after-STAR"], answers)
+    paragraphs = capsys.readouterr().out.strip().split("\n\n")
+    assert [paragraph.splitlines()[0].split(None, 1)[1] for paragraph in paragraphs] == [
+        "only the last", "second", "third"]
+    student, star_model = paragraphs[0].splitlines()[1:]
+    assert student.split() == ["student", "wrong", "only", "the", "last", "False"]
+    assert star_model.split() == ["after-STAR", "right", "only", "the", "last", "True"]

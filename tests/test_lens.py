@@ -143,7 +143,8 @@ def test_texts_of_models_and_records_are_never_markup(world, tmp_path, response)
     record |= {"messages": [{"role": "user", "content": HOSTILE}], "id": HOSTILE, "responses": [{"text": HOSTILE}],
                "answer": {"tool_calls": [], "content": HOSTILE}}
     (tmp_path / "hostile.jsonl").write_text(json.dumps(record) + "\n")
-    text = make_page(world, tmp_path / "page.html", f"--response {response} --k {K} --m {M}", tmp_path / "hostile.jsonl")
+    flags = f"--response {response} --k {K} --m {M}"
+    text = make_page(world, tmp_path / "page.html", flags, tmp_path / "hostile.jsonl")
     page, template = Tags(text), Tags(TEMPLATE)
     assert page.tags == template.tags and not page.comments and template.comments
     assert page.texts[0] == HOSTILE and page.texts[1].startswith(HOSTILE) and HOSTILE in page.texts[2]

@@ -62,7 +62,7 @@ KINDS = [record(), record(calls=[CALL, CALL]), record(calls=[], content="No."),
 
 
 def pool(number=400):
-    """So many of each kind, with ids of their own."""
+    """`number` records of each kind, each with its own id."""
     return [kind | {"id": f"{i}-{n}"} for n in range(number) for i, kind in enumerate(KINDS)]
 
 

@@ -1,6 +1,6 @@
-"""The front pages: what they link to exists, what they show is what the code gives, what they tell to change works.
+"""The front pages: links resolve, formulas name their functions, the walk and the commands work, and so do the forks.
 
-    python tests/test_readme.py         puts the line numbers of [`function`](file.py#L123) links right
+    python tests/test_readme.py         corrects the line numbers of [`function`](file.py#L123) links
 """
 import doctest
 import json
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import ckd  # noqa: E402
 import star  # noqa: E402
+from apps.curriculum import split_lines  # noqa: E402
 from data.tiny.world import make_record  # noqa: E402
 
 PAGES = ("README.md", "tests/README.md", "data/tiny/README.md")
@@ -26,9 +27,10 @@ NUMBERED = r"\[`([\w.]+)`\]\(([\w/.]+\.py)#L(\d+)\)"  # [`function`](file.py#L12
 
 def line_of(name, file):
     """The number of the line that defines a function, class or constant of this (dotted) name; None without one."""
-    wanted = re.compile(rf"\s*(?:def|class) {name.split('.')[-1]}\b|{name.split('.')[-1]} = ")
+    name = name.split(".")[-1]
+    definition = re.compile(rf"\s*(?:def|class) {name}\b|{name} = ")
     lines = Path(file).read_text().splitlines()
-    return next((number for number, line in enumerate(lines, 1) if wanted.match(line)), None)
+    return next((number for number, line in enumerate(lines, 1) if definition.match(line)), None)
 
 
 def prose(page):
@@ -42,8 +44,8 @@ def blocks(kind, page="README.md"):
 
 def headings(page):
     """The anchors that GitHub gives a page's headings."""
-    found = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}
+    lines = re.findall(r"^#+ (.*)$", prose(page), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in lines}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -59,16 +61,22 @@ def test_every_link_has_a_target(page):
 
 
 def test_every_numbered_link_names_the_line():
-    found = re.findall(NUMBERED, prose("README.md"))
-    assert len(found) > 20
-    for name, file, number in found:
-        right = line_of(name, ROOT / file)
-        assert right == int(number), f"{name} is in {file}, line {right}: python tests/test_readme.py renumbers"
+    links = re.findall(NUMBERED, prose("README.md"))
+    assert len(links) > 15
+    for name, file, number in links:
+        line = line_of(name, ROOT / file)
+        assert line == int(number), f"{name} is in {file}, line {line}: python tests/test_readme.py corrects it"
+
+
+def test_the_front_page_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2_500
 
 
 def test_every_function_of_the_table_is_where_it_says():
-    rows = re.search(r"\| paper \| code \|\n\|---\|---\|\n((?:\|.*\n)+)", prose("README.md"))[1].splitlines()
-    assert len(rows) > 15
+    table = r"\| also in the paper \| code \|\n\|---\|---\|\n((?:\|.*\n)+)"
+    rows = re.search(table, prose("README.md"))[1].splitlines()
+    assert len(rows) > 5
     for row in rows:
         code = row.split("|")[2]
         names = re.findall(r"((?:`\w+`(?:, )?)+) in \[`[\w/.]+`\]\(([\w/.]+)\)", code)
@@ -78,21 +86,30 @@ def test_every_function_of_the_table_is_where_it_says():
                 assert line_of(name, ROOT / file), f"{name} is not in {file}"
 
 
+def commands_of(block):
+    """The `star.py` command lines of a code block."""
+    text = block.replace("\\\n", " ")
+    return re.findall(r"^(?:python|torchrun.* --) star\.py (.*)$", text, flags=re.M)
+
+
 def test_every_command_can_be_typed(monkeypatch):
-    """Each `star.py` line of a code block is one that the parser takes."""
-    monkeypatch.setitem(ckd.DIVERGENCES, "jsd", ckd.fkl)  # a forker has it by then
-    text = "\n".join(block for page in PAGES[:2] for block in blocks("bash", page)).replace("\\\n", " ")
-    commands = re.findall(r"^(?:python|torchrun.* --) star\.py (.*)$", text, flags=re.M)
-    assert len(commands) > 12
-    for words in commands:
-        words = shlex.split(words, comments=True)
+    """Each `star.py` line of a code block parses, and the files of data/ that it names exist."""
+    monkeypatch.setitem(ckd.DIVERGENCES, "jsd", ckd.forward_kl)  # the fork adds it
+    commands = [line for page in PAGES for block in blocks("bash", page) for line in commands_of(block)]
+    assert len(commands) > 9
+    for line in commands:
+        words = shlex.split(line, comments=True)
         for path in [word for word in words if re.match(r"data/.*\.(json|gz)$", word)]:
-            assert (ROOT / path).exists(), f"{path} is not there"
-        args = star.parser(star.__doc__, star.COMMANDS).parse_args(words)
-        if words[0] == "curriculum":  # which takes the flags of other commands as a text
-            for command, flags in ("rollout", args.rollout), ("simrl", args.simrl), ("eval", args.eval):
-                needed = ["--model", "m", "--data", "d", "--out", "o"]
-                star.parser(star.__doc__, star.COMMANDS).parse_args([command, *needed, *shlex.split(flags)])
+            assert (ROOT / path).exists(), f"{path} does not exist"
+        star.parse(words)
+
+
+def test_the_papers_list_is_a_curriculum():
+    """The commands for real models can be saved as they stand and run by `curriculum`."""
+    block, = [block for block in blocks("bash") if "Teacher-8B" in block]
+    lines = split_lines(block)
+    assert [line.split()[0] for line in lines] == ["prepare", "rollout", "ckd", "simrl", "eval", "eval"]
+    assert [line.split()[0] for line in lines] == [line.split()[0] for line in commands_of(block)]
 
 
 def test_two_lines_install():
@@ -100,22 +117,23 @@ def test_two_lines_install():
 
 
 def test_the_walk_is_true(monkeypatch):
-    """What stands behind >>> gives what stands below it; what is left out there is ... or white space."""
+    """Every >>> line gives the output below it; `...` and white space may differ."""
     monkeypatch.chdir(ROOT)
     walk = "\n".join(block for block in blocks("python") if block.startswith(">>> "))
     test = doctest.DocTestParser().get_doctest(walk, {}, "walk", "README.md", 0)
     assert len(test.examples) > 15
-    said = []
-    doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test, out=said.append)
-    assert not said, "".join(said)
+    failures = []
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    doctest.DocTestRunner(optionflags=flags).run(test, out=failures.append)
+    assert not failures, "".join(failures)
 
 
 # ---- fork here ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def fork(tmp_path):
-    """A copy of the code with the README's changes made, as a forker makes them by hand."""
-    for path in [*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")]:
+    """A copy of the code with the README's changes made, as a reader makes them by hand."""
+    for path in [*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py"), *(ROOT / "apps").glob("*.py")]:
         copy = tmp_path / path.relative_to(ROOT)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text(path.read_text())
@@ -128,6 +146,8 @@ def fork(tmp_path):
         after = "\n".join(line[1:] for line in lines if line[:1] != "-") + "\n"
         assert file.read_text().count(before) == 1, f"{file.name} does not hold\n{before}"
         file.write_text(file.read_text().replace(before, after))
+    simrl = tmp_path / "simrl.py"
+    simrl.write_text(simrl.read_text().replace("import train\n", "import train\nfrom reward import score\n", 1))
     return tmp_path
 
 
@@ -135,33 +155,36 @@ IN_THE_FORK = """
 import json, sys
 import simrl, star
 
-def refine(model, prompts, out, reward, *rest, **settings):  # instead of training: score the walk's four answers
-    record, right = prompts[0]["record"], prompts[0]["gold"]
+def refine(model, reference, prompts, chat, score, args, start):  # instead of training: score the walk's answers
+    record = prompts[0].record
+    right = chat.answer(record)
     texts = [right, right.replace("livono", "livona"),
              right.replace("set_lights", "dotiro").replace("area", "item").replace("brightness", "count"),
              right.replace("brightness", "percent")]
-    with open("found.json", "w") as file:
-        json.dump([reward(record, text) for text in texts], file)
+    with open("scores.json", "w") as file:
+        json.dump([score(record, text) for text in texts], file)
+    return False  # as after Ctrl-C
 
-simrl.refine, world = refine, sys.argv[1]
+world = sys.argv[1]
+simrl.refine = refine
 common = ["--device", "cpu", "--dtype", "float32"]
 star.main(["simrl", "--model", f"{world}/student", "--data", "walk.jsonl", "--think", "off", "--out", "rl", *common])
 sys.exit(star.main(["ckd", "--objective", "jsd", "--teacher", f"{world}/teacher", "--student", f"{world}/student",
-                    "--data", f"{world}/train.jsonl", "--steps", "2", "--batch", "4", "--hold-out", "2", "--samples",
-                    "0", "--lr", "0", "--out", "ckd", *common]))
+                    "--data", f"{world}/train.jsonl", "--steps", "2", "--batch-size", "4", "--hold-out", "2",
+                    "--samples", "0", "--lr", "0", "--out", "ckd", *common]))
 """
 
 
 def test_the_forks_work(fork, world):
-    """The new reward is what Sim-RL is handed, and the new objective trains; in one process, as torch loads slowly."""
-    (fork / "instead.py").write_text(IN_THE_FORK)
+    """Sim-RL is given the new reward, and the new objective trains; in one process, because torch loads slowly."""
+    (fork / "in_the_fork.py").write_text(IN_THE_FORK)
     (fork / "walk.jsonl").write_text(json.dumps(make_record(random.Random(4887))) + "\n")
-    done = subprocess.run([sys.executable, "instead.py", world], cwd=fork, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    found = json.loads((fork / "found.json").read_text())
-    assert [r["reward"] for r in found] == [1, 0.75, 0, -1]  # as the page says
-    assert [r["answer_score"] for r in found] == [1, 0.75, 0, 0]
+    process = subprocess.run([sys.executable, "in_the_fork.py", world], cwd=fork, capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.returncode == 0, process.stderr
+    scores = json.loads((fork / "scores.json").read_text())
+    assert [score["reward"] for score in scores] == [1, 0.75, 0, -1]  # as the page says
+    assert [score["answer_score"] for score in scores] == [1, 0.75, 0, 0]
     _, *rows = [json.loads(line) for line in (fork / "ckd/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 2
     assert all(0 < row["kl"] < 0.7 and row["loss"] == pytest.approx(row["kl"], abs=1e-6) for row in rows)  # <= log 2

@@ -159,6 +159,11 @@ CASES = {
                          "arguments is not JSON .*; correct it or remove"),
     "broken block": (given(ASK, {"role": "assistant", "content": "<tool_call>{</tool_call>"}),
                      "<tool_call> is not JSON .*; correct it or remove"),
+    "responses": (OURS | {"responses": "text"}, "responses must be a list .*; run rollout again"),
+    "a response": (OURS | {"responses": ["text"]}, "responses must be a list .*; run rollout again"),
+    "an empty response": (OURS | {"responses": [{"ids": []}]}, "responses must be a list .*; run rollout again"),
+    "ids": (OURS | {"responses": [{"text": "x", "ids": [1, -1]}]}, "responses must be a list .*; run rollout again"),
+    "fractional ids": (OURS | {"responses": [{"ids": [1.5]}]}, "responses must be a list .*; run rollout again"),
     "tools text": (given(ASK) | {"tools": "[x"}, "tools is not JSON .*; correct it or remove"),
     "nameless tool": (given(ASK, tools=[{"description": "x"}]), "a tool has no name; tools are"),
     "tools of another kind": (given(ASK) | {"tools": 3}, "a tool has no name; tools are"),
@@ -173,6 +178,13 @@ def test_a_bad_line_is_named(write, case):
     with pytest.raises(InputError, match=pattern) as error:
         read_records(path)
     assert str(error.value).startswith(f"{path}:2: ") and "\n" not in str(error.value)
+
+
+def test_ids_beyond_the_tokenizer(write):
+    path = write(OURS | {"responses": [{"text": "x"}, {"ids": [3, 10]}]})
+    assert len(read_records(path, vocab_size=11)) == 1
+    with pytest.raises(InputError, match="data.jsonl:1: responses have id 10, the tokenizer only 10 ids; run rollout"):
+        read_records(path, vocab_size=10)
 
 
 def test_a_prompt_without_a_question_is_an_error(write):

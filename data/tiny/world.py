@@ -262,7 +262,7 @@ def make_records(r, n=1, split="train", **settings):
 
     r: a random.Random; equal states give equal records
     split: one of SPLITS
-    settings: those that differ from SETTINGS
+    settings: replace values of SETTINGS
     """
     if unknown := settings.keys() - SETTINGS.keys():
         raise TypeError(f"unknown settings: {', '.join(unknown)}")
