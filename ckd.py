@@ -1,23 +1,25 @@
 """Constrained knowledge distillation (CKD, paper section 3.1; paper.md 1.2): the losses and the loop.
 
-At a position, p is the teacher's distribution and q the student's; V_k holds the teacher's k most likely tokens, V_m
-the student's own m most likely tokens. The student minimises
+At a position, p is the teacher's distribution and q the student's, softmaxes over the whole vocabulary at temperature
+1; V_k holds the teacher's k most likely tokens, V_m the student's own m most likely tokens. The student minimises
 
     L_CKD = sum_{v in V_k} p_v log(p_v / q_v)  +  lambda * sum_{v in V_m, not in V_k} q_v            Eqs. 3-5
 
-a forward KL on the teacher's top-k, plus a penalty on the tokens that the student is confident in and the teacher is
-not. Both are softmaxes over the whole vocabulary at temperature 1, and neither is renormalised over V_k, so the first
-sum is partial and can be negative. With P = sum_{V_k} p and S' = the sum that lambda multiplies, the gradient with
-respect to the student's logits is
+a forward KL on the teacher's top-k, plus a penalty on the student's mass on its own likely tokens that the teacher
+does not rank high. Neither p nor q is renormalised over V_k, so the first sum is partial and can be negative. With
+P = sum_{V_k} p and S' = the second sum, the gradient with respect to the student's logits, for V_m held fixed, is
 
     dL/dz_j = q_j (P - lambda S') - p_j [j in V_k] + lambda q_j [j in V_m, not in V_k]               Eqs. 14, 26, 27
+
+Shapes: N counted positions of a micro-batch, C of them in a chunk of the output head, V ids in the vocabulary.
 
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
 2. The loss is the mean over all counted tokens of the optimiser batch (see train.py).
-3. rskd is computed on the drawn tokens, not on a dense target. It has no tail penalty, as released.
+3. rskd is computed on the drawn tokens, not on a dense target.
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
+import itertools
 import time
 from functools import partial
 from pathlib import Path
@@ -26,7 +28,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import amount, natural, number, positive, read_json, runs, write_json
+from data import non_negative, natural, number, positive, read_json, runs, write_json
 from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.groups import read_groups
@@ -45,7 +47,7 @@ def forward_kl(teacher_log_p, student_log_p):
 
 
 def reverse_kl(teacher_log_p, student_log_p):
-    """Reverse KL on V_k. At its minimum q = p/e on V_k: 1 - P/e of the student's mass leaks outside."""
+    """Reverse KL on V_k. Its minimiser is q = p/e (e = 2.718...), which leaves the mass 1 - P/e outside V_k."""
     q = student_log_p.exp()  # [N, k]
     return (q * (student_log_p - teacher_log_p)).sum(-1)
 
@@ -53,8 +55,8 @@ def reverse_kl(teacher_log_p, student_log_p):
 def adaptive_kl(teacher_log_p, student_log_p):
     """Forward and reverse KL, weighted by the gap |p - q| on the head and on the tail of V_k.
 
-    The head is the leading tokens whose cumulative teacher mass is below 0.5, and always the first one, so
-    teacher_log_p must be in descending order. Gradient flows through the weights too, as released.
+    The head is the first token and all whose cumulative teacher mass is below 0.5; teacher_log_p must be in descending
+    order. Gradient flows through the weights too, as released.
     """
     p = teacher_log_p.exp()  # [N, k]
     q = student_log_p.exp()  # [N, k]
@@ -75,20 +77,18 @@ def sampled_kl(teacher_log_p, student_log_p):
 
 
 def tail_mass(student_topm, student_topm_log_p, teacher_ids):
-    """S', Eq. 5: the student's mass on its own top-m tokens that are not in the teacher's top-k.
+    """S', Eq. 5, [N]: the student's mass on its own top-m tokens that are not in the teacher's top-k.
 
     student_topm: [N, m] ids
-    student_topm_log_p: [N, m] the student's log-probs of them
+    student_topm_log_p: [N, m] the student's log-probs at those ids
     teacher_ids: [N, k]
-
-    Returns [N].
     """
     same = student_topm[:, :, None] == teacher_ids[:, None, :]  # [N, m, k]
     outside = ~same.any(-1)  # [N, m]
     return (student_topm_log_p.exp() * outside).sum(-1)
 
 
-# ce trains on cross-entropy alone; its forward KL is logged, to compare its curves with the others.
+# ce trains on cross-entropy; the forward KL is only logged, for comparison with the other objectives.
 DIVERGENCES = {
     "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl,
     "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
@@ -96,16 +96,16 @@ DIVERGENCES = {
 
 def ckd_loss(logits, target, teacher_ids, teacher_log_p,
              m=100, tail_weight=10.0, divergence=forward_kl, kd_ratio=1.0):
-    """The distillation loss at each position.
+    """The distillation loss at each position: Eq. 3, or with another divergence, mixed with cross-entropy.
 
     logits: [C, V], the student's
-    target: [C], the token of the trajectory
+    target: [C], the next token of the response
     teacher_ids: [C, k], V_k
-    teacher_log_p: [C, k], the teacher's log-probs of them
+    teacher_log_p: [C, k], the teacher's log-probs at those ids
     m: size of V_m
     tail_weight: lambda
     divergence: a value of DIVERGENCES
-    kd_ratio: the share of distillation; the rest is cross-entropy on the target
+    kd_ratio: weight of distillation; cross-entropy on the target has 1 - kd_ratio
 
     Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence), tail (S'), captured (P, the teacher's mass
     on V_k), inside (the student's mass on V_k).
@@ -113,18 +113,18 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p,
     log_q = logits.log_softmax(-1)  # [C, V]
     log_p = teacher_log_p.to(logits.dtype)  # [C, k]
     topm = log_q.detach().topk(m, dim=-1).indices  # [C, m], V_m
-    # One gather for all three, because the backward of each is a pass over the vocabulary.
+    # A single gather, because the backward of each allocates and fills a [C, V] gradient.
     ids = torch.cat((target[:, None], teacher_ids, topm), dim=-1)  # [C, 1 + k + m]
     sizes = (1, teacher_ids.shape[1], m)
     on_target, on_topk, on_topm = log_q.gather(-1, ids).split(sizes, dim=-1)
     nll = -on_target.squeeze(-1)  # [C]
-    kl = divergence(log_p, on_topk)  # [C], Eq. 4
+    kl = divergence(log_p, on_topk)  # [C], Eq. 4 for forward_kl
     tail = tail_mass(topm, on_topm, teacher_ids)  # [C], Eq. 5
     distillation = kl + tail_weight * tail  # [C], Eq. 3
     losses = kd_ratio * distillation + (1 - kd_ratio) * nll  # [C]
     captured = log_p.exp().sum(-1)  # [C]
     inside = on_topk.exp().sum(-1)  # [C]
-    if divergence is sampled_kl:  # a token drawn c times is c times among the ids: count it once
+    if divergence is sampled_kl:  # ids repeat: the mean over draws of q / (count / k) sums q once per token
         captured = torch.ones_like(kl)
         inside = (on_topk - log_p).exp().mean(-1)
     stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl}
@@ -133,7 +133,7 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p,
 
 
 def cross_entropy(logits, target):
-    """-log q of the target, without a teacher: [C, V], [C] -> losses [C], {nll, entropy: [C]}."""
+    """Cross-entropy on the target; needs no teacher: [C, V], [C] -> losses [C], {nll, entropy: [C]}."""
     log_q = logits.log_softmax(-1)  # [C, V]
     nll = -log_q.gather(-1, target[:, None]).squeeze(-1)  # [C]
     return nll, {"nll": nll, "entropy": entropy(log_q)}
@@ -145,22 +145,22 @@ def entropy(log_q):
     return -torch.linalg.vecdot(log_q.exp(), log_q)
 
 
-def objective_loss(objective, args):
+def objective_loss(args):
     """The loss function that `--objective` names, with the settings of its flags."""
     default = 10.0 if args.objective == "ckd" else 0.0
     tail_weight = default if args.tail_weight is None else args.tail_weight
     if args.objective == "rskd":  # as released
         tail_weight = 0.0
-    kd_ratio = 0.0 if objective == "ce" else args.kd_ratio
+    kd_ratio = 0.0 if args.objective == "ce" else args.kd_ratio
     return partial(ckd_loss, m=args.m, tail_weight=tail_weight,
-                   divergence=DIVERGENCES[objective], kd_ratio=kd_ratio)
+                   divergence=DIVERGENCES[args.objective], kd_ratio=kd_ratio)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
 def distill(student, teacher, groups, valid, args, start=0):
-    """Train a student on groups: by `--objective` with a teacher, by cross-entropy without one.
+    """Train a student on groups, with the `--objective` loss if there is a teacher, otherwise with cross-entropy.
 
     student: a Transformer with float32 weights, changed in place
     teacher: a `Teacher`, or None
@@ -170,7 +170,7 @@ def distill(student, teacher, groups, valid, args, start=0):
 
     Writes metrics.jsonl and checkpoints under --out. Returns False if Ctrl-C stopped the run.
     """
-    loss = objective_loss(args.objective, args) if teacher else cross_entropy
+    loss = objective_loss(args) if teacher else cross_entropy
     batches = plan_batches(groups, args)
     optimisers = train.make_optimisers(args.optimiser, student, args)
     if start:
@@ -179,11 +179,11 @@ def distill(student, teacher, groups, valid, args, start=0):
         row = validate(student, teacher, valid, args)
         if train.rank() == 0:
             runs.log_step(args.out, {"step": 0} | row)
-    run = train.Steps(start, len(batches), args.command)
-    for step in run:
+    steps = train.Steps(start, len(batches), args.command)
+    for step in steps:
         batch = batches[step - 1]
         clock = time.perf_counter()
-        # 1. The teacher's view, the student's loss, and its gradients, one micro-batch at a time.
+        # 1. The teacher's top-k, the student's loss and its gradients, one micro-batch at a time.
         row = loss_over_batch(student, teacher, batch, loss, args, step)
 
         # 2. Update.
@@ -199,31 +199,32 @@ def distill(student, teacher, groups, valid, args, start=0):
             row |= validate(student, teacher, valid, args)
             runs.check_finite(args.out, step, "the validation nll", row["valid_nll"])
 
-        # 4. Log, save, stop.
-        ends = run.ends_at(step, student.head_weight.device)
+        # 4. Log and save. After Ctrl-C on any rank, this step ends the loop.
+        ends = steps.ends_at(step, student.head_weight.device)
         if train.rank() == 0:
             runs.log_step(args.out, {"step": step} | row)
             if ends or step % args.save_every == 0:
                 progress = {"updates": step}
                 runs.save_checkpoint(args.out, step, student, optimisers, progress)
-        run.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
-    return not run.stopped
+        steps.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
+    return not steps.stopped
 
 
 def plan_batches(groups, args):
     """The optimiser batches of the whole run: --steps of them, or --epochs passes over the groups."""
     batches = []
-    epoch = 0
-    while len(batches) < args.steps if args.steps else epoch < args.epochs:
+    for epoch in itertools.count() if args.steps else range(args.epochs):
         batches += optimiser_batches(groups, args.batch_size, args.seed, epoch)
-        epoch += 1
+        if args.steps and len(batches) >= args.steps:
+            break
     return batches[:args.steps]
 
 
 def loss_over_batch(student, teacher, batch, loss, args, step=None):
-    """Means over the counted tokens of a batch, {name: float}; unless under no_grad, add its gradients.
+    """Means over the counted tokens of a batch, {name: float}. Also accumulates gradients, except under no_grad.
 
-    Every token has the weight 1 / tokens of the batch: any micro-batches and ranks give the same gradient.
+    Each token is weighted by 1 / (counted tokens in the batch), so the gradient does not depend on how the batch is
+    split into micro-batches or over ranks. step: with the micro-batch's number, it seeds the draws of rskd.
     """
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -231,22 +232,22 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     names = ["loss", "nll", "entropy"]
     if teacher:
         names += ["kl", "tail", "captured", "inside"]
-    sums = dict.fromkeys(names, 0.0)  # the same on a rank without a micro-batch
+    sums = dict.fromkeys(names, 0.0)  # the same names on a rank without a micro-batch
     total = counted_tokens(batch)
     parts = list(enumerate(micro_batches(batch, args.micro_batch_tokens)))
     parts = parts[train.rank()::train.world_size()]
     for i, micro in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
         head = student.head_weight  # [V, H]
-        view = ()
+        topk = ()
         if teacher:
             head = head[:teacher.vocab_size]
             draw = (step, i) if step else ()
-            view = teacher(packed, *draw)  # ids [N, k], log-probs [N, k]
+            topk = teacher(packed, *draw)  # ids [N, k], log-probs [N, k]
         hidden = train.hidden_states(student, packed, dtype)  # [N, H]
         weights = torch.full((len(hidden),), 1 / total, device=device, dtype=high)
         value, stats = train.head_loss(
-            hidden, head, weights, loss, packed["targets"], *view, dtype=dtype)
+            hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()
         sums["loss"] += value.detach()
@@ -257,15 +258,16 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
 
 @torch.no_grad()
 def validate(student, teacher, valid, args):
-    """{valid_name: mean over the held-out tokens}.
+    """Means over the held-out tokens, their names prefixed with valid_.
 
-    kl is the forward KL for every objective but rskd, so that the curves of different objectives compare.
+    kl is the forward KL for every objective but rskd, so that the curves of different objectives can be compared.
     """
     loss = cross_entropy
     if teacher:
-        loss = objective_loss("rskd" if args.objective == "rskd" else "fkl", args)
+        divergence = sampled_kl if args.objective == "rskd" else forward_kl
+        loss = partial(ckd_loss, m=args.m, divergence=divergence)
     means = loss_over_batch(student, teacher, valid, loss, args)
-    del means["loss"]
+    del means["loss"]  # not the training objective
     return {f"valid_{name}": value for name, value in means.items()}
 
 
@@ -277,23 +279,23 @@ def ckd_flags(parser):
     parser.add_argument("--student", required=True, help="model folder")
     add = parser.add_argument_group("objective").add_argument
     add("--objective", choices=tuple(DIVERGENCES), default="ckd",
-        help="ckd is fkl with the tail penalty")
+        help="ckd is fkl with the tail penalty; ce, cross-entropy, uses the teacher for logs only")
     add("--k", type=positive, default=100,
         help="teacher's most likely tokens (rskd: draws)")
     add("--m", type=positive, default=100,
         help="student's most likely tokens")
-    add("--tail-weight", type=amount,
-        help="lambda; default: 10 for ckd, 0 for the others")
+    add("--tail-weight", type=non_negative,
+        help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
-        help="share of distillation; the rest is cross-entropy")
+        help="weight of distillation; the rest is cross-entropy")
     add("--cache", metavar="DIR",
         help="store the teacher's log-probs: written once, then read")
-    add_supervised_flags(parser, 3e-6, 1e-4)
+    add_supervised_flags(parser, lr=3e-6, weight_decay=1e-4)
 
 
 def sft_flags(parser):
     parser.add_argument("--model", required=True, help="model folder to start from")
-    add_supervised_flags(parser, 1e-5, 0.0)
+    add_supervised_flags(parser, lr=1e-5, weight_decay=0.0)
 
 
 def add_supervised_flags(parser, lr, weight_decay):
@@ -311,8 +313,8 @@ def add_supervised_flags(parser, lr, weight_decay):
     add("--max-response-tokens", type=positive, default=512, metavar="N",
         help="skip longer responses")
     add("--mask", choices=("all", "think", "answer", "alter"), default="all",
-        help="response tokens in the loss: all, up to </think>, after it, "
-        "or these two alternately")
+        help="response tokens in the loss: all; think: up to </think>; answer: "
+        "after it; alter: think and answer for alternate responses")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps; overrides --epochs")
     add("--share-prefix", type=positive, default=1, metavar="N",
@@ -321,9 +323,9 @@ def add_supervised_flags(parser, lr, weight_decay):
     add("--samples", type=natural, default=3, metavar="N",
         help="held-out prompts to answer before and after")
     add("--optimiser", choices=("adamw", "muon"), default="adamw",
-        help="muon: for very small models; the layers' matrices at 5 times --lr")
+        help="muon, for very small models, trains the layers' matrices at 5 x --lr")
     add_prompt_flags(parser)
-    train.add_training_flags(parser, lr, weight_decay, 100)
+    train.add_training_flags(parser, lr, weight_decay, save_every=100)
 
 
 def run_ckd(args):
@@ -338,7 +340,7 @@ def run_sft(args):
 
 def run_training(args, student_folder, teacher_folder=None):
     """Read and check, load, train, save, show. Returns the exit code."""
-    # 1. Read everything, and refuse what cannot be used before anything is written.
+    # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args.device)
     chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
     if teacher_folder:
@@ -376,7 +378,7 @@ def run_training(args, student_folder, teacher_folder=None):
     summary = runs.summarise_training(args.out) | train.peak_memory(device)
     runs.finish_run(args, student, summary)
     after = greedy_answers(student, chat, shown, dtype, "after")
-    samples = [b | a for b, a in zip(read_json(path, kind=list), after)]
+    samples = [before | new for before, new in zip(read_json(path, kind=list), after)]
     write_json(path, samples)
     runs.show_training(args.out, samples, summary)
     return 0
@@ -389,11 +391,10 @@ def describe_run(args, student, groups, valid, start):
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
         f"{responses:,} responses to {len(groups):,} prompts, "
-        f"{len(valid)} prompts held out; {args.dtype} over float32, "
+        f"{len(valid)} prompts held out; {args.dtype} compute, float32 weights, "
         f"{student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     if args.valid and not valid:
-        train.note(f"{args.valid}: every record is over a cap: no validation")
+        train.note(f"no validation: every record of {args.valid} exceeds a length limit")
     if not args.steps and steps < 10:
-        train.note(
-            f"This is {steps:.1f} batches of {args.batch_size}, a step each; to "
-            "train longer use --steps, or --epochs and a smaller --batch-size")
+        train.note(f"That is only {steps:.1f} steps of {args.batch_size} responses. To train "
+                   "longer, use --steps, or --epochs and a smaller --batch-size")

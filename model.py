@@ -12,18 +12,17 @@ Departures from the released model code:
 2. A tied output head is not a parameter: `head_weight` is the embedding matrix itself.
 3. Dense models only. Mixture of experts, sliding windows, rope scaling and quantisation are refused by name.
 """
-import os
 import shutil
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
+from data.runs import save_tensors
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -384,16 +383,3 @@ def read_tensors(folder, known):
                                          "download or copy the folder again")
         except SafetensorError as e:
             raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e
-
-
-def save_tensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file and flush it to disk. OSError if it cannot be written."""
-    Path(path).touch()
-    mode = os.stat(path).st_mode  # set by the umask, which save_file ignores
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.chmod(path, mode)
-    except SafetensorError as e:  # for example a full disk
-        raise OSError(f"{path}: could not be written ({e})") from e
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())

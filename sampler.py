@@ -15,7 +15,7 @@ Departures from the released code:
 """
 import torch
 
-from data import amount, number, positive
+from data import non_negative, number, positive
 from data.groups import Response
 from model import KVCache
 
@@ -40,7 +40,7 @@ def add_length_flag(parser):
 def add_sampling_flags(parser, temperature):
     """Flags of the distribution that is sampled from."""
     add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=amount, default=temperature, help="0 is greedy")
+    add("--temperature", type=non_negative, default=temperature, help="0 is greedy")
     add("--top-p", type=number(float, 1e-6, 1.0), default=1.0,
         help="sample from the most likely tokens with this total probability")
 

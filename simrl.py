@@ -30,7 +30,7 @@ from functools import partial
 import torch
 
 import train
-from data import amount, number, positive, runs
+from data import non_negative, number, positive, runs
 from data.chat import Chat, add_prompt_flags
 from data.groups import Group, Response, counted_tokens, micro_batches
 from data.groups import next_prompts, optimiser_batches, pack
@@ -346,19 +346,19 @@ def simrl_flags(parser):
     add = parser.add_argument_group("loss").add_argument
     add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
         help="R - mean over the standard deviation, or R - mean")
-    add("--kl-weight", type=amount, default=1e-3,
+    add("--kl-weight", type=non_negative, default=1e-3,
         help="of the KL to pi_ref; 0: no reference model")
-    add("--clip", type=amount, nargs=2, default=[0.2, 0.2],
+    add("--clip", type=non_negative, nargs=2, default=[0.2, 0.2],
         metavar=("LOW", "HIGH"), help="of the ratio")
     add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
         help="over the tokens of a batch; of micro-batch means, as released; "
         "as in the paper")
-    train.add_training_flags(parser, 3e-7, 0.0, 10)
+    train.add_training_flags(parser, lr=3e-7, weight_decay=0.0, save_every=10)
 
 
 def run_simrl(args):
     """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
-    # 1. Read everything, and refuse what cannot be used before anything is written.
+    # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args.device)
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
     prompts = []

@@ -82,14 +82,14 @@ def run_all(lines, args):
     stages = [parse(shlex.split(line))[0] for line in lines]  # a wrong flag in the last line ends it here
     for line, stage in zip(lines, stages):
         words = shlex.split(line)
+        out = Path(getattr(stage, "out", None) or os.devnull)
+        if args.resume and (out.is_file() or (out / "summary.json").exists()):
+            print(f"\n$ python star.py {line}   # finished", flush=True)
+            continue
         if args.overwrite and hasattr(stage, "overwrite"):
             words.append("--overwrite")
-        if args.resume and hasattr(stage, "out"):
-            out = Path(stage.out)
-            if out.is_file() or (out / "summary.json").exists():
-                print(f"\n$ python star.py {line}   # finished", flush=True)
-                continue
-            if hasattr(stage, "resume") and (out.exists() or Path(f"{out}.part").exists()):
+        if args.resume and hasattr(stage, "resume"):
+            if stage.command == "curriculum" or out.exists() or Path(f"{out}.part").exists():
                 words.append("--resume")
         print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
         code = main(words)

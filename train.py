@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError, amount, number, positive
+from data import InputError, non_negative, number, positive
 from data.groups import attention_mask
 from data.runs import add_output_flags, prepare_folder
 from model import Transformer
@@ -44,9 +44,9 @@ def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
 def add_training_flags(parser, lr, weight_decay, save_every):
     """Flags of everything that trains."""
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=amount, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
+    group.add_argument("--lr", type=non_negative, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
     group.add_argument("--batch-size", type=positive, default=128, help="sequences per optimiser step, in whole groups")
-    group.add_argument("--weight-decay", type=amount, default=weight_decay, help="on matrices only")
+    group.add_argument("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
     group.add_argument("--micro-batch-tokens", type=positive, default=4096,
                        help="padded tokens per forward pass; changes memory and speed, not the gradient "
                        "(except with --loss-mean micro-batch)")

@@ -73,7 +73,16 @@ def run_curriculum(args):
         text = Path(args.file).read_text(encoding="utf-8")
     except (OSError, UnicodeError) as e:
         raise InputError(f"{args.file}: cannot be read ({e}); give a text file of star.py command lines") from e
-    return split_lines(text)
+    try:
+        lines = split_lines(text)
+    except ValueError as e:  # of shlex: a quote is not closed
+        raise InputError(f"{args.file}: {e}; correct the line") from e
+    if not lines:
+        raise InputError(f"{args.file}: has no command; write star.py command lines, one per line")
+    for line in lines:
+        if {"--resume", "--overwrite"} & set(shlex.split(line)):
+            raise InputError(f"{args.file}: {line!r}: give --resume and --overwrite to `curriculum` instead")
+    return lines
 
 
 def demo_flags(parser):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ckd import ckd_loss
-from data import InputError, amount, natural, positive, write_lines
+from data import InputError, non_negative, natural, positive, write_lines
 from data.chat import Chat, add_prompt_flags, text_of
 from data.groups import make_groups, pack
 from data.records import has_answer, read_records
@@ -34,7 +34,7 @@ def lens_flags(parser):
         help="which of its responses, from 1; 0: the gold answer; default: the first, if any")
     add("--k", type=positive, default=100, help="teacher's most likely tokens")
     add("--m", type=positive, default=100, help="student's most likely tokens")
-    add("--tail-weight", type=amount, default=10.0, metavar="X", help="lambda")
+    add("--tail-weight", type=non_negative, default=10.0, metavar="X", help="lambda")
     add("--out", required=True, metavar="FILE.html", help="page to write")
     add_prompt_flags(parser)
     add_machine_flags(parser, "weights and compute", "float32", seed=False)

@@ -11,9 +11,6 @@ import shutil
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-
 MODEL_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
 
 
@@ -63,19 +60,6 @@ def write_lines(path, lines):
         new.unlink(missing_ok=True)  # if the generator of lines failed, or the disk is full
 
 
-def save_tensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
-    Path(path).touch()
-    mode = os.stat(path).st_mode  # safetensors would leave a file that only its owner can read
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.chmod(path, mode)
-    except SafetensorError as e:  # raised when the disk is full
-        raise OSError(f"{path}: could not be written ({e})") from e
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextmanager
 def atomic_folder(folder):
     """Yield a temporary folder, which replaces `folder` at the end, or is removed after an error."""
@@ -112,7 +96,7 @@ def number(kind, low, high=math.inf):
 
 positive = number(int, 1)
 natural = number(int, 0)
-amount = number(float, 0.0)
+non_negative = number(float, 0.0)
 
 
 def one_line(text, width=160):

@@ -9,6 +9,7 @@ position are: the most likely tokens, or random draws.
 """
 import hashlib
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
     k = made_from["k"]
     gigabytes = positions * k * 6 / 1e9
     print(f"Teacher cache: {positions:,} positions x {k} x 6 bytes = {6 * k:,} bytes per token, "
-          f"{gigabytes:.2f} GB in {folder}")
+          f"{gigabytes:.2f} GB in {folder}", file=sys.stderr)
     with atomic_folder(folder) as new:
         if shutil.disk_usage(new).free < gigabytes * 1e9:
             raise InputError(f"{folder}: {gigabytes:.1f} GB do not fit on this disk; use a smaller --k "

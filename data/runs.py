@@ -8,6 +8,7 @@
 """
 import json
 import math
+import os
 import shutil
 import statistics
 import sys
@@ -15,11 +16,12 @@ from collections import deque
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import InputError, atomic_folder, one_line, print_table, read_json, refuse_changes
-from data import save_tensors, write_json, write_lines
+from data import write_json, write_lines
 from data.groups import counted_tokens
 
 # A resumed run may change these: they affect memory, speed, or the filters at the end of a rollout.
@@ -114,8 +116,8 @@ def summarise_training(out):
     for name in ("sequences", "tokens", "packed_tokens", "seconds"):
         summary[name] = round(sum(row[name] for row in trained), 1)
     summary["response_tokens"] = summary.pop("tokens")
-    speed = statistics.fmean(row["tokens_per_s"] for row in trained)
-    summary["tokens_per_s"] = round(speed, 1)
+    seconds = sum(row["seconds"] for row in trained)
+    summary["tokens_per_s"] = round(summary["packed_tokens"] / seconds, 1)
     summary["valid_before"] = valid[0] if valid else None
     summary["valid_after"] = valid[-1] if valid else None
     return summary
@@ -267,6 +269,19 @@ def check_finite(out, step, name, value):
     raise InputError(
         f"{out}: step {step}: {name} is {value}, training has diverged; {state}; "
         "start again with --overwrite and a lower --lr, or with --dtype float32")
+
+
+def save_tensors(tensors, path):
+    """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode  # safetensors would leave a file that only its owner can read
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, mode)
+    except SafetensorError as e:  # raised when the disk is full
+        raise OSError(f"{path}: could not be written ({e})") from e
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def save_checkpoint(out, step, model, optimisers, progress, keep=2):
