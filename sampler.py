@@ -1,8 +1,8 @@
-"""The sampler: prompts in, sampled responses out, with the model that trains.
+"""The sampler: prompts in, responses sampled from the model that is being trained out.
 
-It mirrors the group layout of data/groups.py. A prompt is prefilled once, and its n samples share one cache row: a
-decoding step feeds one token per sample, and a mask lets that token attend to the prompt and to the earlier tokens
-of its own sample. The prompt's keys and values are stored once and read once a step instead of n times.
+A prompt is prefilled once, and its n samples share one cache row: a decoding step feeds one token per sample, and a
+mask lets that token attend to the prompt and to the earlier tokens of its own sample. The prompt's keys and values are
+stored once and read once a step instead of n times. Training packs groups in the same layout (data/groups.py).
 
     generate    prefill -> (draw a token per sample -> retire finished samples -> decode) until all are finished
     next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
@@ -10,8 +10,8 @@ of its own sample. The prompt's keys and values are stored once and read once a 
 Departures from the released code:
 1. No vLLM: the released run hands its weights to another engine and recomputes the log-probs.
 2. Ids beyond the tokenizer (padding rows of the embedding) are never sampled.
-3. The stop token is the last id of a response, and may be its first (released: at least one token precedes it).
-   Nothing is appended to a response that reached the length limit (released: an end token).
+3. The stop token is the last id of a response. An immediate stop is allowed; the released code forces one other token
+   first. Nothing is appended to a response that reached the length limit (released: an end token).
 """
 import torch
 
@@ -19,13 +19,13 @@ from data import non_negative, number, positive
 from data.groups import Response
 from model import KVCache
 
-FINISHED = -2  # in `slots`: no sample decodes here
+FINISHED = -2  # in `slots`: no sample decodes here; slot + 1 is -1, the segment of padding
 
 
-def add_count_flags(parser, n, least=1, help="responses per prompt"):
+def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     """Flags that say how many responses are sampled, and of what length."""
     add = parser.add_argument_group("samples").add_argument
-    add("--n", type=number(int, least), default=n, help=help)
+    add("--n", type=number(int, least), default=n, help=n_help)
     add("--max-concurrent", type=positive, default=64, metavar="N",
         help="sequences generated concurrently")
     add_length_flag(parser)
@@ -53,7 +53,7 @@ def next_token(logits, uniform, temperature, top_p):
     temperature: 0 takes the most likely token
     top_p: below 1, keep the fewest tokens whose total probability reaches it
 
-    Returns ids [R] and log-probs [R] under the distribution sampled from; for temperature 0, under the softmax.
+    Returns ids [R] and log-probs [R], after temperature and top-p; for temperature 0, under the plain softmax.
 
     >>> logits = torch.tensor([[0., 2., 1.]]).log()
     >>> [next_token(logits, torch.tensor([u]), 1.0, 1.0)[0].item() for u in (0.1, 0.6, 0.7)]
@@ -97,7 +97,7 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
 
     Returns a list of n `Response` for each prompt, its finish_reason "stop" (the stop token is the last id) or
     "length". A (prompt, sample, step) gets the same uniform number no matter which others are still running.
-    The samples of a prompt share a cache row of len(prompt) + n x steps keys, so n should be some tens at most.
+    The samples of a prompt share a cache row of len(prompt) + n x steps keys, so keep n to a few tens.
     """
     generators = generator if isinstance(generator, list) else [generator] * len(prompts)
     head = model.head_weight[:vocab_size]  # [V, H]
@@ -105,14 +105,15 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
     cache = KVCache(len(model.model.layers))
     hidden, segment = prefill(model, prompts, cache)  # [P, H], [P, S]
     hidden = hidden[:, None].expand(-1, n, -1)  # [P, n, H]
-    # Cache row r decodes prompt rows[r]; its slots hold the numbers of the samples that are still running.
+    # Cache row r decodes prompt rows[r]; slots[r, k] is the number of the sample decoded there, or FINISHED.
     rows = torch.arange(len(prompts))
     slots = torch.arange(n).expand(len(prompts), n)  # [rows, slots]
     for step in range(max_new_tokens):
         # 1. Draw a token for every slot.
         logits = hidden.flatten(0, 1) @ head.T  # [rows * slots, V]
         uniform = torch.stack([torch.rand(n, generator=g) for g in generators])  # [P, n]
-        uniform = uniform[rows[:, None], slots].flatten().to(logits.device)  # [rows * slots]
+        uniform = uniform[rows[:, None], slots]  # [rows, slots]; FINISHED reads one that is not used
+        uniform = uniform.flatten().to(logits.device)  # [rows * slots]
         ids, log_probs = next_token(logits, uniform, temperature, top_p)
         ids = ids.cpu().view_as(slots)  # [rows, slots]
         log_probs = log_probs.cpu().view_as(slots)  # [rows, slots]
@@ -123,7 +124,7 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
         running = (slots >= 0).sum(1)  # [rows]
         if step + 1 == max_new_tokens or not running.any():
             break
-        # 3. A prompt without running samples leaves the cache; the others close their gaps.
+        # 3. Drop finished prompts; move running samples to the front of each row and trim the width.
         keep = running.nonzero().squeeze(1)
         if len(keep) < len(rows):
             cache.keep_rows(keep.to(logits.device))
@@ -131,7 +132,8 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
             slots = slots[keep]
             ids = ids[keep]
             segment = segment[keep]
-        order = (slots < 0).sort(dim=1, stable=True).indices[:, :running.max()]  # [rows, slots]
+        order = (slots < 0).sort(dim=1, stable=True).indices  # [rows, slots], running ones first
+        order = order[:, :running.max()]  # [rows, slots]
         slots = slots.gather(1, order)  # [rows, slots]
         ids = ids.gather(1, order)  # [rows, slots]
         # 4. Decode: one new key per slot. Sample j is segment j + 1, as in a packed group.
@@ -163,7 +165,8 @@ def prefill(model, prompts, cache):
     for i, prompt in enumerate(prompts):
         ids[i, :len(prompt)] = torch.tensor(prompt)
         segment[i, len(prompt):] = -1
-    hidden = model.hidden_states(ids.to(model.head_weight.device), cache=cache)  # [P, S, H]
+    ids = ids.to(model.head_weight.device)
+    hidden = model.hidden_states(ids, cache=cache)  # [P, S, H], causal
     return hidden[torch.arange(len(prompts)), lengths - 1], segment
 
 
@@ -176,14 +179,14 @@ def append_tokens(samples, rows, slots, ids, log_probs, stop_ids):
     new_ids = {}
     for row, slot in (slots >= 0).nonzero().tolist():
         prompt = rows[row].item()
-        number = slots[row, slot].item()
+        sample = slots[row, slot].item()
         token = ids[row, slot].item()
-        response = samples[prompt][number]
+        response = samples[prompt][sample]
         response.ids.append(token)
         response.log_probs.append(log_probs[row, slot].item())
         response.span = (0, len(response.ids))
-        response.finish_reason = "length"
-        new_ids[prompt, number] = token
+        response.finish_reason = "length"  # unless a later token is a stop token
+        new_ids[prompt, sample] = token
         if token in stop_ids:
             response.finish_reason = "stop"
             remaining[row, slot] = FINISHED
@@ -191,7 +194,7 @@ def append_tokens(samples, rows, slots, ids, log_probs, stop_ids):
 
 
 def sample_groups(model, groups, seeds, chat, args):
-    """Sample the responses of groups, some prompts at a time, those of similar length together.
+    """Sample the responses of groups, in chunks of prompts of similar length.
 
     groups: a list of `Group`; their responses are replaced
     seeds: one for each group
@@ -210,7 +213,7 @@ def sample_groups(model, groups, seeds, chat, args):
 
 
 def greedy_answers(model, chat, groups, dtype, name):
-    """Greedy answers to a few groups' prompts: [{"request", "gold" or None, name: text}]."""
+    """Greedy answers to a few groups' prompts: [{"request": text, "gold": text or None, name: text}]."""
     if not groups:
         return []
     prompts = [group.prompt for group in groups]

@@ -8,19 +8,22 @@ groups with a learning signal, and improves the policy pi in a few optimiser ste
 
 The reward is a function of a record and a text; the loop knows nothing of tool calls. The sampler is sampler.py.
 
-Departures from the paper and from the released code:
-1. One model samples and trains (see sampler.py). Log-probs are recomputed before the update, as released.
-2. Ids beyond the tokenizer (padding rows of the embedding) are cut off, in the sampler and in the trainer.
-3. A response that reached the length limit trains as it is (released: an end token is appended, and counts as an
-   action of the policy, which never took it).
-4. The loss is the token mean over the optimiser batch. `--loss-mean sequence` is the paper's Eq. 11; `micro-batch`
-   is a mean of micro-batch means as released, in which the weight of a token depends on its neighbours.
-5. The KL is the k2 estimate as a loss, and groups are filtered by their answer scores, both as released. That filter
-   also drops groups of rewards -1 and 0; `--filter rewards` keeps them. Paper: a KL; drop means of 0 or 1.
-6. The number of steps is fixed; dropped groups are replaced by later prompts, at most max_draws times a step's
-   prompts. A step with too few groups makes fewer updates, so the learning rate ends higher. (Released: the run ends
-   with the prompts, and what remains of a rollout batch is dropped.)
-7. An optimiser batch is made of whole groups (released: of sequences of many prompts).
+Shapes: N counted tokens of a micro-batch, C of them in a chunk of the output head, V ids in the vocabulary. A step is
+a rollout batch and several updates, which are optimiser steps.
+
+Where paper, released code and this file differ:
+1. Sampler: released, vLLM; here, the model that trains (sampler.py). Log-probs are recomputed before the updates.
+2. Vocabulary: ids beyond the tokenizer (padding rows of the embedding) are cut off, in the sampler and in the trainer.
+3. Truncation: a truncated response is trained on unchanged. The released code appends an end token and trains on it,
+   though the policy never sampled it.
+4. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
+   so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
+5. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
+6. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
+   which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
+7. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples up to --max-draws
+   batches of prompts until it has enough groups, and discards the surplus. With too few, it makes fewer updates.
+8. An optimiser batch is made of whole groups (released: of sequences of many prompts).
 """
 import math
 import statistics
@@ -43,7 +46,7 @@ from sampler import add_count_flags, sample_groups
 # The formulas
 
 def advantages(rewards, kind="group_norm"):
-    """Eq. 12: how much better than its group each response is. std is the unbiased estimate.
+    """Eq. 12: how much better than its group each response is. std is the sample standard deviation (n - 1).
 
     kind: "group_norm", or "dr_grpo" for R - mean(R)
 
@@ -60,7 +63,7 @@ def advantages(rewards, kind="group_norm"):
 
 
 def has_signal(rewards, scores, rule="scores"):
-    """Whether a group is trained on; scores are rewards with format failures at 0. Departure 5.
+    """Whether a group is trained on; scores are rewards with format failures at 0. Difference 6.
 
     >>> has_signal([-1, 0], [0, 0]), has_signal([-1, 0], [0, 0], "rewards")
     (False, True)
@@ -93,10 +96,10 @@ def policy_loss(logits, target, advantage, old_log_p, ref_log_p=None,
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
     ratio = (log_p - old_log_p).exp()  # [C], r
     unclipped = ratio * advantage  # [C]
-    clipped = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage  # [C]
-    policy = -torch.minimum(unclipped, clipped)  # [C], Eq. 11
+    limited = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage  # [C]
+    policy = -torch.minimum(unclipped, limited)  # [C], Eq. 11
     stats = {"policy": policy, "entropy": entropy}
-    stats["clipped"] = clipped < unclipped
+    stats["clipped"] = limited < unclipped
     if ref_log_p is None:
         return policy, stats
     k2 = 0.5 * (log_p - ref_log_p) ** 2  # [C], estimates the KL
@@ -104,21 +107,21 @@ def policy_loss(logits, target, advantage, old_log_p, ref_log_p=None,
     return policy + kl_weight * kl, stats | {"kl": kl}
 
 
-def token_weights(kind, response, batch, parts, dtype=torch.float32):
+def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32):
     """The factor of each token's loss [N], such that the sum over an optimiser batch is the mean that `kind` names.
 
     kind: "token", "sequence" or "micro-batch"
-    response: [N], the number of the response of each token of a micro-batch
+    response: [N], the index of the response that each token belongs to
     batch: the groups of the optimiser batch
-    parts: its number of micro-batches
+    num_micro_batches: of the optimiser batch, over all ranks
     """
     if kind == "sequence":  # Eq. 11
         lengths = response.bincount()[response].to(dtype)  # [N]
         return 1 / (lengths * sum(len(group.responses) for group in batch))
-    tokens = counted_tokens(batch)
-    if kind == "micro-batch":  # departure 4
-        tokens = len(response) * parts
-    return torch.full_like(response, 1 / tokens, dtype=dtype)
+    denominator = counted_tokens(batch)
+    if kind == "micro-batch":
+        denominator = len(response) * num_micro_batches
+    return torch.full_like(response, 1 / denominator, dtype=dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,88 +131,90 @@ def refine(model, reference, prompts, chat, score, args, start=0):
     """Train a model by GRPO.
 
     model: a Transformer with float32 weights, changed in place
-    reference: pi_ref in the precision of --dtype; None exactly if --kl-weight is 0
+    reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0
     prompts: a list of `Group` without responses
     chat: the model's Chat
-    score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]; and
-        anything else worth a place in samples.jsonl}
+    score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]}; other
+        keys are copied to samples.jsonl
     args: the parsed flags of `simrl`
     start: the step to resume after
 
     Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns False if Ctrl-C
-    stopped the run. The p-th prompt of a run and the randomness of its samples depend on (seed, p) alone.
+    stopped the run. Which prompt is p-th in a run, and the seed of its samples, depend on --seed and p only.
     """
     if (args.kl_weight > 0) != (reference is not None):
-        raise ValueError("pass a reference exactly if kl_weight > 0")
+        raise ValueError("a reference is required when kl_weight > 0, and only then")
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
-    steps, updates = plan_steps(len(prompts), args)
-    most = args.max_draws * args.prompts_per_step  # prompts of a step
+    num_steps, num_updates = plan_steps(len(prompts), args)
+    max_prompts = args.max_draws * args.prompts_per_step  # in a step
     optimisers = train.make_optimisers("adamw", model, args)
     progress = {"prompts": 0, "updates": 0}
     if start:
         progress = runs.load_checkpoint(args.out, start, model, optimisers)
-    own = slice(train.rank(), None, train.world_size())  # of a list, this rank's
-    run = train.Steps(start, steps, "sim-rl")
-    for step in run:
+    share = slice(train.rank(), None, train.world_size())  # picks this rank's items
+    steps = train.Steps(start, num_steps, "sim-rl")
+    for step in steps:
         seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
         groups = []
         kept = []
         policy = model.in_dtype(dtype)
-        while len(kept) < args.prompts_per_step and len(groups) < most:
+        while len(kept) < args.prompts_per_step and len(groups) < max_prompts:
             # 1. Sample n responses to each prompt from the policy as it is now, pi_old.
             first = progress["prompts"]
-            batch = next_prompts(prompts, args.seed, first, args.prompts_per_step)
-            seed = args.seed * 1_000_003 + first  # of the first prompt
-            seeds = range(seed, seed + len(batch))
+            drawn_groups = next_prompts(prompts, args.seed, first, args.prompts_per_step)
+            first_seed = args.seed * 1_000_003 + first
+            seeds = range(first_seed, first_seed + len(drawn_groups))
             with train.timed(seconds, "seconds_sampling"):
-                sample_groups(policy, batch[own], seeds[own], chat, args)
+                sample_groups(policy, drawn_groups[share], seeds[share], chat, args)
 
             # 2. Score them, and keep the groups with a signal. Sample more prompts until the step is full.
             with train.timed(seconds, "seconds_scoring"):
-                score_responses(batch[own], score, chat, args.advantage)
-                share_responses(batch, own, device)
-            groups += batch
+                score_responses(drawn_groups[share], score, chat, args.advantage)
+                share_responses(drawn_groups, share, device)
+            groups += drawn_groups
             kept = [g for g in groups if has_signal(g.rewards, g.answer_scores, args.filter)]
-            progress["prompts"] += len(batch)
-        del policy  # before the training, which needs the memory
+            progress["prompts"] += len(drawn_groups)
+        del policy  # free its memory before training
+        log_probs = sum(sum(r.log_probs) for g in groups for r in g.responses)
+        runs.check_finite(args.out, step, "a sampled log-prob", log_probs)
         row = runs.describe_responses(groups) | {"signal": len(kept) / len(groups)}
         kept = kept[:args.prompts_per_step]
         row |= {"groups_kept": len(kept), "tokens": counted_tokens(kept)}
 
         with train.timed(seconds, "seconds_training"):
-            # 3. Freeze the log-probs of pi_old and pi_ref, for all updates of this step.
-            batches = freeze(model, reference, kept, chat.vocab_size, args, step)
+            # 3. Freeze the log-probs of pi_old and pi_ref: the updates change the model.
+            batches = prepare_batches(model, reference, kept, chat.vocab_size, args, step)
 
-            # 4. Update: one optimiser step per batch.
-            losses = []  # sums over the tokens of each batch
+            # 4. Update: gradients (summed over ranks, clipped) and an optimiser step for each batch.
+            batch_sums = []
             for batch in batches:
-                losses.append(accumulate_gradients(model, batch, chat.vocab_size, args))
+                batch_sums += [accumulate_gradients(model, batch, chat.vocab_size, args)]
                 norm = train.clip_gradients(model)
                 runs.check_finite(args.out, step, "the gradient norm", norm)
                 progress["updates"] += 1
-                rate = train.learning_rate(progress["updates"], updates, args.lr)
+                rate = train.learning_rate(progress["updates"], num_updates, args.lr)
                 train.optimiser_step(optimisers, rate)
                 row |= {"lr": rate, "grad_norm": norm}
-            row |= mean_losses(losses, counted_tokens(kept), device)
+            row |= mean_metrics(batch_sums, counted_tokens(kept), device)
 
-        # 5. Log, save, stop.
+        # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
         row |= {"updates": progress["updates"]} | seconds
-        ends = run.ends_at(step, device)
+        ends = steps.ends_at(step, device)
         if train.rank() == 0:
-            samples = runs.describe_groups(step, groups, kept, chat)
-            runs.log_metrics(args.out, *samples, name="samples.jsonl")
+            lines = runs.describe_groups(step, groups, kept, chat)
+            runs.log_metrics(args.out, *lines, name="samples.jsonl")
             runs.log_metrics(args.out, {"step": step} | row)
             if ends or step % args.save_every == 0:
                 runs.save_checkpoint(args.out, step, model, optimisers, progress)
-        run.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
-    return not run.stopped
+        steps.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
+    return not steps.stopped
 
 
-def plan_steps(prompts, args):
-    """(steps, optimiser steps) of the whole run, if every step is full."""
-    steps = args.steps or max(1, prompts * args.episodes // args.prompts_per_step)
-    groups_per_batch = math.ceil(args.batch_size / args.n)
+def plan_steps(num_prompts, args):
+    """(steps, updates) of the whole run, if every step is full."""
+    steps = args.steps or max(1, num_prompts * args.episodes // args.prompts_per_step)
+    groups_per_batch = math.ceil(args.batch_size / args.n)  # a batch counts responses
     return steps, steps * math.ceil(args.prompts_per_step / groups_per_batch)
 
 
@@ -227,12 +232,12 @@ def score_responses(groups, score, chat, advantage_kind):
             response.advantage = advantage
 
 
-def share_responses(groups, own, device):
-    """Give every rank the responses that the others sampled."""
+def share_responses(groups, share, device):
+    """Give every rank the responses that the others sampled. share: the slice of this rank."""
     if train.world_size() == 1:
         return
     rows = []
-    for i in range(len(groups))[own]:
+    for i in range(len(groups))[share]:
         rows += [[i, asdict(response)] for response in groups[i].responses]
         groups[i].responses = []
     for i, fields in train.gather_over_ranks(rows, device):
@@ -240,37 +245,37 @@ def share_responses(groups, own, device):
 
 
 @torch.no_grad()
-def freeze(model, reference, groups, vocab_size, args, step):
-    """Pack the optimiser batches of a step: a list of this rank's micro-batches for each.
+def prepare_batches(model, reference, groups, vocab_size, args, step):
+    """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
     Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p, ref_log_p (None
     without a reference), token_weights.
     """
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
-    high = torch.promote_types(dtype, torch.float32)
-    frozen = []
+    wide_dtype = torch.promote_types(dtype, torch.float32)
+    batches = []
     for batch in optimiser_batches(groups, args.batch_size, args.seed, step):
         parts = micro_batches(batch, args.micro_batch_tokens)
-        frozen.append([])
+        batches.append([])
         for micro in parts[train.rank()::train.world_size()]:
             packed = pack(micro, device)
             responses = [r for group in micro for r in group.responses]
             advantage = [r.advantage for r in responses]
-            advantage = torch.tensor(advantage, dtype=high, device=device)
+            advantage = torch.tensor(advantage, dtype=wide_dtype, device=device)
             packed["advantage"] = advantage[packed["response"]]
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
             packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args)
             packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args)
             packed["token_weights"] = token_weights(
-                args.loss_mean, packed["response"], batch, len(parts), high)
-            frozen[-1].append(packed)
-    return frozen
+                args.loss_mean, packed["response"], batch, len(parts), wide_dtype)
+            batches[-1].append(packed)
+    return batches
 
 
 def log_probs_of(policy, packed, vocab_size, args):
-    """Log-probs [N] of a packed batch's targets, the numbers that the loss sees; None without a policy."""
+    """Log-probs [N] of a packed batch's targets, computed as the loss computes them; None without a policy."""
     if policy is None:
         return None
     dtype = getattr(torch, args.dtype)
@@ -281,17 +286,14 @@ def log_probs_of(policy, packed, vocab_size, args):
 
 
 def accumulate_gradients(model, batch, vocab_size, args):
-    """Add the gradients of an optimiser batch. Returns its loss and {name: sum over its tokens}, of this rank.
-
-    mismatch: |log-prob of the trainer - log-prob of the sampler|
-    """
+    """Accumulate the gradients of an optimiser batch on this rank. Returns one dict: its part of the loss, and sums over
+    its tokens of `policy_loss`'s statistics and of mismatch, |log-prob of the trainer - log-prob of the sampler|."""
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
                    temperature=args.temperature)
     names = ["loss", "policy", "entropy", "clipped", "mismatch"]
-    if args.kl_weight > 0:
-        names.append("kl")
-    sums = dict.fromkeys(names, 0.0)  # the same on a rank without a micro-batch
+    names += ["kl"] if args.kl_weight else []
+    sums = dict.fromkeys(names, 0.0)  # the same names on a rank without a micro-batch
     for packed in batch:
         hidden = train.hidden_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
@@ -307,14 +309,14 @@ def accumulate_gradients(model, batch, vocab_size, args):
     return sums
 
 
-def mean_losses(batches, tokens, device):
-    """The mean loss of a step's batches, and the means over its tokens, of all ranks."""
-    if not batches:
+def mean_metrics(batch_sums, tokens, device):
+    """The mean loss of a step's batches, and the statistics' means over its tokens, across all ranks."""
+    if not batch_sums:
         return {}
-    means = dict.fromkeys(batches[0], 0.0)
-    for sums in batches:
+    means = dict.fromkeys(batch_sums[0], 0.0)
+    for sums in batch_sums:
         for name, value in sums.items():
-            means[name] += value / (len(batches) if name == "loss" else tokens)
+            means[name] += value / (len(batch_sums) if name == "loss" else tokens)
     return train.sum_over_ranks(means, device)
 
 
@@ -328,31 +330,29 @@ def simrl_flags(parser):
     add_count_flags(parser, 8, least=2)
     add = parser.add_argument_group("steps").add_argument
     add("--prompts-per-step", type=positive, default=128, help="groups per step")
-    add("--temperature", type=number(float, 1e-6), default=1.0,
-        help="of the sampler and of the loss")
-    add("--episodes", type=positive, default=3,
-        help="passes over the prompts, if no group is dropped")
-    add("--steps", type=positive, help="rollout batches; overrides --episodes")
+    add("--temperature", type=number(float, 1e-6), default=1.0, help="not 0")
+    add("--episodes", type=positive, default=3, help="passes over the prompts")
+    add("--steps", type=positive, help="overrides --episodes")
     add = parser.add_argument_group("reward and filter").add_argument
     add("--reward", choices=("similarity", "binary"), default="similarity",
         help="binary: all or nothing")
     add("--strip-eos", action="store_true",
         help="remove the end token from text replies before scoring")
     add("--filter", choices=("scores", "rewards", "none"), default="scores",
-        help="train on groups whose answer scores differ, with a mean in 0.01-0.99; "
-        "whose rewards differ; all")
-    add("--max-draws", type=positive, default=4,
+        help="groups to train on: scores differ, with a mean in 0.01-0.99; "
+        "rewards differ; none: no filter")
+    add("--max-draws", type=positive, default=4, metavar="N",
         help="to fill a step, sample at most N x prompts-per-step prompts")
     add = parser.add_argument_group("loss").add_argument
     add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
         help="R - mean over the standard deviation, or R - mean")
     add("--kl-weight", type=non_negative, default=1e-3,
-        help="of the KL to pi_ref; 0: no reference model")
+        help="weight of the KL to pi_ref; 0: no reference model")
     add("--clip", type=non_negative, nargs=2, default=[0.2, 0.2],
-        metavar=("LOW", "HIGH"), help="of the ratio")
+        metavar=("LOW", "HIGH"), help="clip the ratio to [1 - LOW, 1 + HIGH]")
     add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
-        help="over the tokens of a batch; of micro-batch means, as released; "
-        "as in the paper")
+        help="token: over the tokens of a batch; micro-batch: of micro-batch means, "
+        "as released; sequence: of responses first, as in the paper")
     train.add_training_flags(parser, lr=3e-7, weight_decay=0.0, save_every=10)
 
 
@@ -395,6 +395,6 @@ def run_simrl(args):
 
 
 def training_reward(chat, args, record, text):
-    """The reward of Sim-RL: {"reward", "answer_score", "case", "exact"} of a response to a record."""
+    """The reward of Sim-RL. Returns {"reward", "answer_score", "case": why, "exact": is it the gold answer}."""
     binary = args.reward == "binary"
     return score_response(chat, record, text, strip_eos=args.strip_eos, binary=binary)

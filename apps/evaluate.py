@@ -52,7 +52,7 @@ def eval_flags(parser):
         help="a second model folder, which is also evaluated (into OUT-compared), "
         "or the --out of an earlier eval on the same records")
     add_count_flags(parser, 0, least=0,
-                    help="also sample N answers at temperature 1: pass@n, entropy")
+                    n_help="also sample N answers at temperature 1: pass@n, entropy")
     add_prompt_flags(parser)
     add_machine_flags(parser, "weights and compute")
 

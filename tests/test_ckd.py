@@ -402,7 +402,7 @@ def test_defaults_are_the_released_settings():
     a = settings("ckd")
     assert (a.objective, a.k, a.m, a.kd_ratio, a.mask, a.batch_size, a.epochs) == ("ckd", 100, 100, 1.0, "all", 128, 1)
     assert (a.lr, a.weight_decay, a.max_prompt_tokens, a.max_response_tokens, a.seed) == (3e-6, 1e-4, 5120, 512, 42)
-    loss = objective_loss(a.objective, a)
+    loss = objective_loss(a)
     assert loss.func is ckd_loss and loss.keywords == {
         "m": 100, "tail_weight": 10.0, "divergence": DIVERGENCES["ckd"], "kd_ratio": 1.0}
     parameters = inspect.signature(ckd_loss).parameters
@@ -414,15 +414,15 @@ def test_defaults_are_the_released_settings():
 
 @pytest.mark.parametrize("objective,expected", [("ckd", 10.0), ("fkl", 0.0), ("akl", 0.0)])
 def test_lambda_is_ten_for_ckd_and_none_for_the_others(objective, expected):
-    assert objective_loss(objective, settings("ckd", objective=objective)).keywords["tail_weight"] == expected
+    assert objective_loss(settings("ckd", objective=objective)).keywords["tail_weight"] == expected
     a = settings("ckd", objective="akl", tail_weight=2.0)
-    assert objective_loss("akl", a).keywords["tail_weight"] == 2.0
+    assert objective_loss(a).keywords["tail_weight"] == 2.0
 
 
 def test_an_objective_is_a_divergence_and_two_weights():
     """ce has no distillation and rskd no tail penalty, for any flags."""
     for objective in OBJECTIVES:
-        loss = objective_loss(objective, settings("ckd", objective=objective, tail_weight=2.0, kd_ratio=0.7, m=9))
+        loss = objective_loss(settings("ckd", objective=objective, tail_weight=2.0, kd_ratio=0.7, m=9))
         assert loss.func is ckd_loss and loss.keywords == {
             "m": 9, "tail_weight": 0.0 if objective == "rskd" else 2.0, "divergence": DIVERGENCES[objective],
             "kd_ratio": 0.0 if objective == "ce" else 0.7}
