@@ -117,7 +117,7 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
         ids, log_probs = next_token(logits, uniform, temperature, top_p)
         ids = ids.cpu().view_as(slots)  # [rows, slots]
         log_probs = log_probs.cpu().view_as(slots)  # [rows, slots]
-        # 2. Append it to the samples; retire those that end.
+        # 2. Append it to the samples; retire finished samples.
         slots, new_ids = append_tokens(samples, rows, slots, ids, log_probs, stop_ids)
         if on_token is not None:
             on_token(new_ids)

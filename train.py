@@ -42,7 +42,7 @@ def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
 
 
 def add_training_flags(parser, lr, weight_decay, save_every):
-    """Flags of everything that trains."""
+    """Flags of all training commands."""
     group = parser.add_argument_group("optimisation")
     group.add_argument("--lr", type=non_negative, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
     group.add_argument("--batch-size", type=positive, default=128, help="sequences per optimiser step, in whole groups")
@@ -380,7 +380,7 @@ class Steps:
         return requests > 0 or step == self.last
 
     def show(self, row, names):
-        """Advance the bar, and show these metrics beside it."""
+        """Advance the bar, and show these metrics next to it."""
         shown = [f"{name} {row[name]:.3g}" for name in names if name in row]
         self.bar.set_postfix_str(" ".join(shown))
         self.bar.update()

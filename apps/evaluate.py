@@ -5,7 +5,7 @@ records it applies to:
 
     exact calls        records with gold calls: the same calls in any order, every argument equal
     valid calls        records with gold calls: calls that pass the reward's format check, right or wrong
-    correct refusals   records with a gold text: a reply without a call, whatever its text
+    correct refusals   records with a gold text: a reply without a call; its text is not compared
     reward             all records: the released reward of the greedy answer (reward.py)
     pass@1, pass@n     records with gold calls: exact calls, averaged over the n samples; in any of them
     reward at T = 1    all records: the mean reward of the n samples

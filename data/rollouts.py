@@ -109,7 +109,7 @@ def read_part(part, arguments):
 
 
 def batches_to_sample(prompts, rows, size):
-    """Batches of prompts of similar length, longest first, without those that are complete in `rows`.
+    """Batches of prompts of similar length, longest first; skips batches that are complete in `rows`.
 
     Returns [(start, indices)]. `start`, the place of the batch in that order, seeds it, so that a resumed run
     samples the same responses.
