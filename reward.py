@@ -9,6 +9,7 @@
 R_format is 0 if the response does not contain exactly one think block, or if a call cannot be parsed, names
 an unknown tool or has an unknown argument. Otherwise it is 1, and R is R_fc if response and gold answer are
 both calls, R_response if both are text, and 0 if one is calls and the other text. Model output is never run.
+(The paper numbers these formulas 6 to 10; paper.md gives the range only, so 7 to 10 follow its order.)
 
 Where the paper is silent, this follows the released function; 3,000 of its values are tests:
 1. Matching is greedy. Calls are matched in the order in which they were written. Each takes the most similar

@@ -7,6 +7,8 @@ stored once and read once a step instead of n times. Training packs groups in th
     generate    prefill -> (draw a token per sample -> retire finished samples -> decode) until all are finished
     next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
 
+Shapes: P prompts, B cache rows in use, K slots in a row, S cached keys, V ids in the vocabulary, H hidden size.
+
 Departures from the released code:
 1. No vLLM: the released run hands its weights to another engine and recomputes the log-probs.
 2. Ids beyond the tokenizer (padding rows of the embedding) are never sampled.
@@ -107,21 +109,21 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
     hidden = hidden[:, None].expand(-1, n, -1)  # [P, n, H]
     # Cache row r decodes prompt rows[r]; slots[r, k] is the number of the sample decoded there, or FINISHED.
     rows = torch.arange(len(prompts))
-    slots = torch.arange(n).expand(len(prompts), n)  # [rows, slots]
+    slots = torch.arange(n).expand(len(prompts), n)  # [B, K]
     for step in range(max_new_tokens):
         # 1. Draw a token for every slot.
-        logits = hidden.flatten(0, 1) @ head.T  # [rows * slots, V]
+        logits = hidden.flatten(0, 1) @ head.T  # [B * K, V]
         uniform = torch.stack([torch.rand(n, generator=g) for g in generators])  # [P, n]
-        uniform = uniform[rows[:, None], slots]  # [rows, slots]; FINISHED reads one that is not used
-        uniform = uniform.flatten().to(logits.device)  # [rows * slots]
+        uniform = uniform[rows[:, None], slots]  # [B, K]; FINISHED reads one that is not used
+        uniform = uniform.flatten().to(logits.device)  # [B * K]
         ids, log_probs = next_token(logits, uniform, temperature, top_p)
-        ids = ids.cpu().view_as(slots)  # [rows, slots]
-        log_probs = log_probs.cpu().view_as(slots)  # [rows, slots]
+        ids = ids.cpu().view_as(slots)  # [B, K]
+        log_probs = log_probs.cpu().view_as(slots)  # [B, K]
         # 2. Append it to the samples; retire finished samples.
         slots, new_ids = append_tokens(samples, rows, slots, ids, log_probs, stop_ids)
         if on_token is not None:
             on_token(new_ids)
-        running = (slots >= 0).sum(1)  # [rows]
+        running = (slots >= 0).sum(1)  # [B]
         if step + 1 == max_new_tokens or not running.any():
             break
         # 3. Drop finished prompts; move running samples to the front of each row and trim the width.
@@ -132,24 +134,24 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
             slots = slots[keep]
             ids = ids[keep]
             segment = segment[keep]
-        order = (slots < 0).sort(dim=1, stable=True).indices  # [rows, slots], running ones first
-        order = order[:, :running.max()]  # [rows, slots]
-        slots = slots.gather(1, order)  # [rows, slots]
-        ids = ids.gather(1, order)  # [rows, slots]
+        order = (slots < 0).sort(dim=1, stable=True).indices  # [B, K], running ones first
+        order = order[:, :running.max()]  # [B, K]
+        slots = slots.gather(1, order)  # [B, K]
+        ids = ids.gather(1, order)  # [B, K]
         # 4. Decode: one new key per slot. Sample j is segment j + 1, as in a packed group.
-        segment = torch.cat((segment, slots + 1), dim=1)  # [rows, S]
-        lengths = torch.tensor([len(prompts[p]) for p in rows.tolist()])  # [rows]
-        positions = (lengths + step)[:, None].expand_as(slots)  # [rows, slots]
-        mask = sample_mask(segment, slots)  # [rows, 1, slots, S]
+        segment = torch.cat((segment, slots + 1), dim=1)  # [B, S]
+        lengths = torch.tensor([len(prompts[p]) for p in rows.tolist()])  # [B]
+        positions = (lengths + step)[:, None].expand_as(slots)  # [B, K]
+        mask = sample_mask(segment, slots)  # [B, 1, K, S]
         inputs = [tensor.to(logits.device) for tensor in (ids, positions, mask)]
-        hidden = model.hidden_states(*inputs, cache)  # [rows, slots, H]
+        hidden = model.hidden_states(*inputs, cache)  # [B, K, H]
     return samples
 
 
 def sample_mask(segment, slots):
-    """A slot attends to its prompt and to its own sample: [rows, S], [rows, slots] -> [rows, 1, slots, S]."""
-    in_prompt = segment[:, None] == 0  # [rows, 1, S]
-    same_sample = segment[:, None] == slots[:, :, None] + 1  # [rows, slots, S]
+    """A slot attends to its prompt and to its own sample: [B, S], [B, K] -> [B, 1, K, S]."""
+    in_prompt = segment[:, None] == 0  # [B, 1, S]
+    same_sample = segment[:, None] == slots[:, :, None] + 1  # [B, K, S]
     return (in_prompt | same_sample)[:, None]
 
 
@@ -171,7 +173,7 @@ def prefill(model, prompts, cache):
 
 
 def append_tokens(samples, rows, slots, ids, log_probs, stop_ids):
-    """Append the tokens just drawn, [rows, slots], to the samples they belong to.
+    """Append the tokens just drawn, [B, K], to the samples they belong to.
 
     Returns the slots with finished samples marked, and the new tokens as {(prompt, sample): id}.
     """
