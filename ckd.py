@@ -345,8 +345,6 @@ def run_training(args, student_folder, teacher_folder=None):
     chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
     if teacher_folder:
         vocab_size = check_pair(teacher_folder, student_folder)
-        args.k = clamp_to_vocab("k", args.k, vocab_size)
-        args.m = clamp_to_vocab("m", args.m, vocab_size)
     groups, valid, skipped = read_groups(args, chat)
     for reason, count in skipped.items():
         if count:
@@ -358,6 +356,8 @@ def run_training(args, student_folder, teacher_folder=None):
     # 2. Load the models; write the teacher's cache if it is missing.
     teacher = None
     if teacher_folder:
+        args.k = clamp_to_vocab("k", args.k, vocab_size)
+        args.m = clamp_to_vocab("m", args.m, vocab_size)
         teacher = load_teacher(args, groups + valid, vocab_size, key, device)
     student = Transformer.from_pretrained(student_folder, device=device)
     student.model.gradient_checkpointing = args.gradient_checkpointing

@@ -9,24 +9,25 @@
 R_format is 0 if the response does not contain exactly one think block, or if a call cannot be parsed, names
 an unknown tool or has an unknown argument. Otherwise it is 1, and R is R_fc if response and gold answer are
 both calls, R_response if both are text, and 0 if one is calls and the other text. Model output is never run.
-(The paper numbers these formulas 6 to 10; paper.md gives the range only, so 7 to 10 follow its order.)
+An unclosed call scores 0. (paper.md gives the equation numbers as a range, so 7 to 10 follow its order.)
 
-Where the paper is silent, this follows the released function; 3,000 of its values are tests:
+Where the paper is silent, this follows the function that the authors released (`simrl.py` of their repository);
+tests/test_reward.py compares 3,000 of its values:
 1. Matching is greedy. Calls are matched in the order in which they were written. Each takes the most similar
-   unmatched gold call of its name and uses it up, even at similarity 0. The order of the calls matters, and
-   the matching is not always the best assignment.
-2. |P and G| is the number of matched pairs.
+   unmatched gold call of its name, even if the similarity is 0. The order of the calls matters, and the
+   matching is not always the best assignment.
+2. |P and G|, the size of the intersection, is the number of matched pairs.
 3. Numbers and booleans are compared with ==, so True equals 1 and 5.0 equals 5. Values of different types and
    nested values are compared as Python text, so "5" equals 5 and the order of a list matters.
 4. The end token is part of a text reply. ROUGE-L reads it as the words "im" and "end".
-5. Required arguments, types and enums are not checked. An empty string or list stands for no arguments.
+5. Required arguments, types and enums are not checked. `"arguments": ""` and `[]` are treated as `{}`.
 
 Departures from the released code:
-1. Where that raises, this returns a value. Arguments that are a string or list of known argument names are a
-   format failure, and so is nesting too deep for Python. The answer of a label starts after its last </think>
-   (released: raises unless there is exactly one). If its calls cannot be parsed, every response scores 0.
+1. Where the released code raises, `score` returns a result. `arguments` that are a string or a list of argument
+   names are a format failure, and so is nesting too deep for Python. The answer of a label starts after its last
+   </think> (released: raises unless there is exactly one). If a label's calls cannot be parsed, every response
+   scores 0.
 2. Tools in OpenAI's wrapped form are unwrapped (released: every call to such a tool is a format failure).
-3. There are three options, off by default: think="none", strip_eos and binary, see `score`.
 """
 import json
 import re
@@ -48,7 +49,7 @@ class FormatError(Exception):
 def blocks(text, opening, closing):
     """List the text between each opening tag and the next closing tag.
 
-    Takes linear time; a regular expression would take hours for a megabyte of opening tags.
+    Linear time; a regular expression would be quadratic on repeated opening tags.
 
     >>> blocks("<a>1</a> <a>2<a>3</a> <a>4", "<a>", "</a>")
     ['1', '2<a>3']
@@ -60,8 +61,8 @@ def blocks(text, opening, closing):
 def parse(answer):
     """Parse the text after the thinking. Returns (calls, None) or (None, reply). Raises FormatError.
 
-    If the answer contains `<tool_call>`, each closed block is one call and all other text is ignored.
-    A block that is never closed is not a call, so the list may be empty.
+    If the answer contains `<tool_call>`, each `<tool_call>...</tool_call>` block is one call, and all other text
+    is ignored. An unclosed block is skipped, so the list may be empty.
     """
     if "<tool_call>" not in answer:
         return None, answer.strip()
@@ -83,12 +84,12 @@ def parse(answer):
 
 def tools_in(prompt):
     """Parse the tools of a prompt: one JSON object per line of its last <tools> block."""
-    lists = blocks(prompt, "<tools>", "</tools>") or [""]
+    tool_blocks = blocks(prompt, "<tools>", "</tools>") or [""]
     tools = []
-    for line in lists[-1].splitlines():
+    for line in tool_blocks[-1].splitlines():
         try:
             tools.append(json.loads(line))
-        except (ValueError, RecursionError):  # calls to this tool are calls to an unknown tool
+        except (ValueError, RecursionError):  # calls to this tool then fail as "unknown tool"
             continue
     return tools
 
@@ -106,7 +107,7 @@ def tools_by_name(tools):
 
 
 def known_arguments(tool):
-    """Return {argument: its schema}. The parameters of a tool are such a dictionary or a JSON schema.
+    """Return {argument: its schema}. `parameters` is either that flat dictionary or a JSON schema object.
 
     >>> known_arguments({"parameters": {"type": "object", "properties": {"city": {"type": "string"}}}})
     {'city': {'type': 'string'}}
@@ -120,16 +121,17 @@ def known_arguments(tool):
 
 
 def check(calls, tools):
-    """Raise FormatError if a call breaks a rule.
+    """Raise FormatError if a call names an unknown tool or argument. Only responses are checked, never labels.
 
     Add further rules here, for example that required arguments are present or that types are right: an `if`
-    and a `raise` at the end of the loop, and the new message in FORMAT_FAILURES.
+    and a `raise` at the end of the loop, which must survive any schema. Then add the message to FORMAT_FAILURES
+    and correct the docstring of this file. Count the labels that break the new rule: an exact copy scores -1.
     """
-    tools = tools_by_name(tools)
+    by_name = tools_by_name(tools)
     for call in calls:
-        if not isinstance(call["name"], str) or call["name"] not in tools:
+        if not isinstance(call["name"], str) or call["name"] not in by_name:
             raise FormatError("unknown tool")
-        tool = tools[call["name"]]
+        tool = by_name[call["name"]]
         if not call["arguments"].keys() <= known_arguments(tool).keys():
             raise FormatError("unknown argument")
 
@@ -148,8 +150,8 @@ def words(text):
 def lcs(a, b):
     """Return the length of the longest common subsequence of two lists.
 
-    Bit i of each integer stands for a[i], so one operation computes a whole row of the usual table. A 0 in
-    `row` marks a place in `a` where the length grows by one. Addition carries a match to the next free place.
+    Bit-parallel (Crochemore et al.; Hyyro): bit i of each integer stands for a[i], so one operation computes a
+    whole row of the usual table. A 0 in `row` marks where the length grows; addition carries a match there.
     """
     positions = {}
     for i, word in enumerate(a):
@@ -167,7 +169,7 @@ def rouge_l(text, gold):
     """Return the ROUGE-L F1 of two texts, in [0, 1]. Equal texts give 1, even if they contain no words."""
     if text == gold:
         return 1.0
-    a, b = sorted((words(text), words(gold)), key=len)  # F1 is symmetric; a short `a` makes short integers
+    a, b = sorted((words(text), words(gold)), key=len)  # F1 is symmetric; the shorter list makes shorter integers
     return 2 * lcs(a, b) / (len(a) + len(b)) if a else 0.0
 
 
@@ -185,14 +187,14 @@ def similarity(arguments, gold):
     union = arguments.keys() | gold.keys()
     if not union:
         return 1.0
-    # Sum in the order of `arguments`: the order of a set varies between runs and would change the last bit.
+    # Sum in the order of `arguments`: the order of a set varies between runs and would change the rounding.
     shared = [name for name in arguments if name in gold]
     return sum(value_similarity(arguments[name], gold[name]) for name in shared) / len(union)
 
 
 # ---- Match: which gold call each call is compared with -----------------------------------------------------
 def match(calls, gold):
-    """Match each call, in order, with the most similar unmatched gold call of its name (Algorithm 2).
+    """Match each call, in order, with the most similar unmatched gold call of its name (the paper's Algorithm 2).
 
     Returns (pairs, left):
     pairs: one (index of the gold call, similarity) per call; (None, 0.0) if no gold call of its name is left
@@ -203,7 +205,7 @@ def match(calls, gold):
     for call in calls:
         candidates = [i for i in left if gold[i]["name"] == call["name"]]
         sims = {i: similarity(call["arguments"], gold[i]["arguments"]) for i in candidates}
-        best = max(sims, key=sims.get, default=None)  # the first of equals
+        best = max(sims, key=sims.get, default=None)  # ties go to the first
         if best is not None:
             left.remove(best)
         pairs.append((best, sims.get(best, 0.0)))
@@ -245,20 +247,20 @@ def compare(calls, reply, gold, gold_reply):
 def score(text, label, tools, think="on", strip_eos=False, binary=False):
     """Score one generation. Never raises.
 
-    text: prompt and generation; the response starts after the last assistant header, so that a <think> with
-        which the prompt ends belongs to it
+    text: prompt and generation; the response starts after the last assistant header, so a <think> at the end of
+        the prompt counts as part of the response
     label: the gold response; its reasoning, up to the last </think>, is ignored
     tools: list of the tools in the prompt
     think: "none" requires no think block (for models without think tags)
-    strip_eos: cut text replies at the end token; an empty reply to a short refusal then scores 0, not 0.5
-    binary: score 1 if `exact` and otherwise 0 (the paper's ablation)
+    strip_eos: cut text replies at the end token; without it, that token alone gives an empty reply about 0.5
+    binary: 1 for exactly the gold calls, or for any text where the label is text; else 0 (the paper's ablation)
 
     Returns a dictionary:
     reward: the training signal, in [-1, 1]
-    answer_score: the signal by which groups are filtered, in [0, 1]: the reward, or 0 for format failures
-    case: the row of the table in paper.md 1.5, for format failures one of FORMAT_FAILURES
-    exact: whether the calls equal the gold calls; True for a text reply where text is due
-    calls, gold: the calls of response and label, None for text and for calls that fail the checks
+    answer_score: used to filter groups of samples, in [0, 1]: the reward, or 0 for format failures
+    case: which rule decided (paper.md 1.5); for format failures one of FORMAT_FAILURES
+    exact: whether the calls equal the gold calls; True for any text reply if the label is text
+    calls, gold: the calls of response and label, None for text and for calls that are a format failure
     pairs, left: see `match`
     """
     result = {  # Eq. 6 with R_format = 0

@@ -286,8 +286,8 @@ def log_probs_of(policy, packed, vocab_size, args):
 
 
 def accumulate_gradients(model, batch, vocab_size, args):
-    """Accumulate the gradients of an optimiser batch on this rank. Returns one dict: its part of the loss, and sums over
-    its tokens of `policy_loss`'s statistics and of mismatch, |log-prob of the trainer - log-prob of the sampler|."""
+    """Accumulate the gradients of an optimiser batch on this rank. Returns one dict: its loss, and the token sums of
+    `policy_loss`'s statistics and of mismatch, |log-prob of the trainer - log-prob of the sampler|."""
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
                    temperature=args.temperature)

@@ -8,9 +8,7 @@
 import argparse
 import importlib
 import os
-import shlex
 import sys
-from pathlib import Path
 
 from data import InputError
 
@@ -43,7 +41,8 @@ def parse(argv):
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
     run = getattr(module, f"run_{command}")
-    parser = argparse.ArgumentParser(prog=f"star.py {command}", description=run.__doc__)
+    parser = argparse.ArgumentParser(prog=f"star.py {command}", description=run.__doc__,
+                                     usage=f"star.py {command} [flags]   (--help explains them)")
     getattr(module, f"{command}_flags")(parser)
     for action in parser._actions:
         if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
@@ -61,7 +60,7 @@ def main(argv=None):
             raise InputError("this command is one process: start it without torchrun, once for each part of the data")
         result = run(args)
         if isinstance(result, list):  # of command lines: curriculum and demo
-            return run_all(result, args)
+            return importlib.import_module("apps.curriculum").run_all(result, args, parse, main)
         sys.stdout.flush()
         return result or 0
     except BrokenPipeError:  # `| head` has closed it; results were written before
@@ -72,30 +71,11 @@ def main(argv=None):
         if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a failed write
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
     except KeyboardInterrupt:
+        again = "; continue with the same command and --resume" if "resume" in args else ""
+        print(f"star.py {args.command}: interrupted{again}", file=sys.stderr)
         return 130
     print(f"star.py {args.command}: {message}", file=sys.stderr)  # last, so that progress bars have ended their line
     return 2
-
-
-def run_all(lines, args):
-    """Run command lines in order, until one fails; with --resume, skip the finished ones. Returns the exit code."""
-    stages = [parse(shlex.split(line))[0] for line in lines]  # a wrong flag in the last line ends it here
-    for line, stage in zip(lines, stages):
-        words = shlex.split(line)
-        out = Path(getattr(stage, "out", None) or os.devnull)
-        if args.resume and (out.is_file() or (out / "summary.json").exists()):
-            print(f"\n$ python star.py {line}   # finished", flush=True)
-            continue
-        if args.overwrite and hasattr(stage, "overwrite"):
-            words.append("--overwrite")
-        if args.resume and hasattr(stage, "resume"):
-            if stage.command == "curriculum" or out.exists() or Path(f"{out}.part").exists():
-                words.append("--resume")
-        print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
-        code = main(words)
-        if code:
-            return code
-    return 0
 
 
 if __name__ == "__main__":

@@ -4,9 +4,8 @@ Departures from the released code:
 1. A loss is a mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a mean
    of micro-batch means, in which the weight of a token depends on its neighbours).
 2. No tensor of positions x vocabulary exists: the head runs on chunks of the counted positions only.
-3. A checkpoint is safetensors and JSON. All randomness is a function of the seed and of counts (steps, prompts used),
-   so a few numbers are the whole random state and data position. A resumed run repeats the uninterrupted one, to the
-   bit on a CPU; the sums of a GPU have no fixed order.
+3. A checkpoint is safetensors and JSON. Randomness is a function of the seed and of counts (steps, prompts used), which
+   are saved: a resumed run repeats the uninterrupted one, to the bit on a CPU (the sums of a GPU have no fixed order).
 4. Gradient checkpointing is a flag, not the rule.
 """
 import atexit
@@ -34,27 +33,33 @@ from model import Transformer
 
 def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device to compute on")
-    group.add_argument("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="device to compute on")
+    add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
     if seed:
-        group.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
+        add("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
 
 
 def add_training_flags(parser, lr, weight_decay, save_every):
     """Flags of all training commands."""
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--lr", type=non_negative, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
-    group.add_argument("--batch-size", type=positive, default=128, help="sequences per optimiser step, in whole groups")
-    group.add_argument("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
-    group.add_argument("--micro-batch-tokens", type=positive, default=4096,
-                       help="padded tokens per forward pass; changes memory and speed, not the gradient "
-                       "(except with --loss-mean micro-batch)")
-    group.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--lr", type=non_negative, default=lr,
+        help="peak learning rate; 3%% warm-up, cosine to a tenth")
+    add("--batch-size", type=positive, default=128, metavar="N",
+        help="responses per optimiser step, in whole groups")
+    add("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
+    add("--micro-batch-tokens", type=positive, default=4096, metavar="N",
+        help="padded tokens per forward pass; changes memory and speed, not the gradient "
+        "(except with simrl --loss-mean micro-batch)")
+    add("--gradient-checkpointing", action="store_true",
+        help="recompute activations: less memory")
     add_output_flags(parser, "folder of the run")
-    group = parser.add_argument_group("checkpoints")
-    group.add_argument("--save-every", type=positive, default=save_every, help="steps between checkpoints; two are kept")
-    group.add_argument("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--save-every", type=positive, default=save_every, metavar="N",
+        help="steps between checkpoints; two are kept")
+    add("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16",
+        help="of the final model")
     add_machine_flags(parser, "compute; weights and optimiser are float32")
 
 

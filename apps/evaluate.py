@@ -17,123 +17,93 @@ bootstrap of the paired differences, and a permutation test that flips their sig
 import json
 import sys
 from argparse import Namespace
-from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import reward
-from data import InputError, natural, one_line, positive, print_table
-from data import read_json, write_json, write_lines
+from apps.rollout import print_examples, sample_responses
+from data import InputError, one_line, positive, print_table, read_json, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.prepare import turns
 from data.records import add_data_flags, read_lines
-from data.rollouts import append_rollouts, batches_to_sample, finish_rollouts
-from data.rollouts import open_rollouts, read_prompts, response_row, score_response
-from data.runs import add_output_flags, settings
-from model import Transformer
-from sampler import add_count_flags, generate
+from data.rollouts import finish_rollouts, open_rollouts, read_prompts, score_response
+from data.runs import add_output_flags
+from sampler import add_count_flags
 from train import add_machine_flags, open_run, pick_device
 
 RESAMPLES = 5_000
+INTERVAL = "{mean:.3f} [{low:.3f}, {high:.3f}]"
+identity = itemgetter("id", "messages", "tools", "answer")  # of a record
 LINE_KEYS = ("prompt", "generation", "label")  # of a line that `reward` scores
 
-
-# ---- eval --------------------------------------------------------------------------------------------------
 
 def eval_flags(parser):
     add = parser.add_argument
     add("--model", required=True, help="model folder")
     add_data_flags(parser, "records with gold answers")
     add_output_flags(parser, "folder for the generations, their scores and summary.json")
-    add("--compare", metavar="DIR",
-        help="a second model folder, which is also evaluated (into OUT-compared), "
-        "or the --out of an earlier eval on the same records")
-    add_count_flags(parser, 0, least=0,
-                    n_help="also sample N answers at temperature 1: pass@n, entropy")
+    add("--compare", metavar="DIR", help="a second model folder, which is also evaluated (into "
+        "OUT-compared), or the --out of an earlier eval on the same records")
+    add_count_flags(parser, 0, 0, "also sample N answers at temperature 1: pass@n, entropy")
     add_prompt_flags(parser)
     add_machine_flags(parser, "weights and compute")
 
 
 def run_eval(args):
     """Score a model's answers to records with gold answers, with intervals; compare two models on them."""
-    out = Path(args.out)
     device = pick_device(args.device)
-    models = [(args.model, out)]
+    flags = vars(args) | {"compare": None}
+    runs = [Namespace(**flags)]
     files = [args.data]
     results = []
     if args.compare and (Path(args.compare) / "config.json").exists():
-        models.insert(0, (args.compare, Path(f"{out}-compared")))
+        flags |= {"model": args.compare, "out": f"{args.out}-compared"}
+        runs.insert(0, Namespace(**flags))
     elif args.compare:
         results.append(read_evaluation(Path(args.compare)))
         files.append(args.compare)
-    runs = []
-    for model, folder in models:  # refuse bad input before anything is written
-        flags = vars(args) | {"model": model, "out": folder, "compare": None}
-        chat = Chat.from_pretrained(model, args.think, args.tools)
-        prompts = read_prompts(args.data, chat, args.max_prompt_tokens, args.limit)
-        runs.append((Namespace(**flags), chat, *prompts))
-    for run, *_ in runs:
-        open_run(run, device, [model for model, _ in models], files)
-    for run, chat, records, prompts in runs:
-        rows = answer_records(run, device, chat, records, prompts)
-        results.append((settings(run), rows))
-    report(out / "summary.json", *reversed(results))
-    print(f"\nThe generations with their scores are in {out}/generations.jsonl")
+    inputs = []
+    for run in runs:  # refuse bad input before anything is written
+        chat = Chat.from_pretrained(run.model, run.think, run.tools)
+        inputs.append((chat, *read_prompts(run.data, chat, run.max_prompt_tokens, run.limit)))
+    for run in runs:
+        open_run(run, device, [run.model for run in runs], files)
+    for run, (chat, records, prompts) in zip(runs, inputs):
+        results.append((run.model, answer_records(run, chat, records, prompts)))
+    report(Path(args.out), *reversed(results))
 
 
-def answer_records(args, device, chat, records, prompts):
-    """Answer the records and score the answers. Returns the records, as written to OUT/generations.jsonl.
-
-    The first of a record's `responses` is greedy. Each has the keys of a rollout and of `score_response`.
-    """
+def answer_records(args, chat, records, prompts):
+    """Answer the records and score the answers. Returns them with `responses`; the first is greedy."""
     out = Path(args.out) / "generations.jsonl"
     finished, rows = open_rollouts(out, records, resume=True)
     if finished is not None:
         return finished
-    draws = [(1, 0.0), (args.n, 1.0)] if args.n else [(1, 0.0)]
-    size = max(1, args.max_concurrent // max(1, args.n))
-    batches = batches_to_sample(prompts, rows, size)
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-    for start, batch in tqdm(batches, "eval", unit="batch"):
-        generator = torch.Generator()
-        generator.manual_seed(args.seed * 1_000_003 + start)
-        sampled = {i: records[i] | {"responses": []} for i in batch}
-        for n, temperature in draws:
-            samples = generate(
-                model, [prompts[i] for i in batch], n,
-                args.max_new_tokens, chat.stop_ids, generator,
-                temperature, vocab_size=chat.vocab_size,
-            )
-            for i, responses in zip(batch, samples):
-                for response in responses:
-                    response = response_row(chat, response)
-                    response |= score_response(chat, records[i], response["text"])
-                    sampled[i]["responses"].append(response)
-        append_rollouts(out, sampled)
-        rows |= sampled
-    rows = [rows[i] for i in sorted(rows)]
+    draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
+    draws = [draw for draw in draws if draw[0] > 0]
+    rows = sample_responses(args, out, chat, records, prompts, rows, draws)
+    for row in tqdm(rows, "score", unit="record", delay=2):
+        for response in row["responses"]:
+            response.update(score_response(chat, row, response["text"]))
     finish_rollouts(out, rows)
     return rows
 
 
 def read_evaluation(folder):
-    """(settings, records) of an earlier eval."""
+    """(model, records) of an earlier eval."""
     remedy = "--compare takes a model folder or the --out of an eval"
-    saved = read_json(folder / "arguments.json", remedy)
+    flags = read_json(folder / "arguments.json", remedy)
     path = folder / "generations.jsonl"
     try:
         rows = [json.loads(line) for _, line in read_lines(path)]
         metric_values(rows)
+        return flags["model"], rows
     except (ValueError, KeyError, TypeError) as e:
-        why = f"is not what eval writes ({type(e).__name__}: {e})"
-        raise InputError(f"{path}: {why}; run that eval again") from e
-    return saved, rows
+        raise InputError(f"{path}: is not what eval writes ({e!r}); run that eval again") from e
 
-
-# ---- Metrics -----------------------------------------------------------------------------------------------
 
 def record_metrics(row):
     """{metric: value} of one record with scored responses, for the metrics that apply to it."""
@@ -165,33 +135,24 @@ def metric_values(rows):
     return values
 
 
-def kinds(row):
-    """The kinds of a record: by its gold answer, and by its number of turns."""
-    calls = len(row["answer"]["tool_calls"])
-    kind = ("text", "one call", "several calls")[min(calls, 2)]
-    return [kind, "multi-turn" if turns(row) > 1 else "single-turn"]
-
-
-def bootstrap_ci(values, seed=0):
+def bootstrap_ci(values):
     """{"mean", "low", "high"}: the mean and its 95 % bootstrap interval."""
     values = np.asarray(values, dtype=float)
-    generator = np.random.default_rng(seed)
-    means = []
-    for _ in range(RESAMPLES):
-        sample = generator.integers(len(values), size=len(values))
-        means.append(values[sample].mean())
+    generator = np.random.default_rng(0)
+    samples = (generator.integers(len(values), size=len(values)) for _ in range(RESAMPLES))
+    means = [values[sample].mean() for sample in samples]
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def sign_flip_p(differences, seed=0):
+def sign_flip_p(differences):
     """The p-value of paired differences: how often random signs give a mean at least as far from 0.
 
     >>> round(sign_flip_p([1.0] * 6), 2), sign_flip_p([0.0] * 6)
     (0.03, 1.0)
     """
     differences = np.asarray(differences, dtype=float)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     observed = abs(differences.sum()) - 1e-9
     extreme = 0
     for _ in range(RESAMPLES):
@@ -202,129 +163,80 @@ def sign_flip_p(differences, seed=0):
 
 def summarise(rows):
     """The metrics with intervals, and their means "by" kind and source."""
-    metrics = {}
-    for name, values in metric_values(rows).items():
-        metrics[name] = bootstrap_ci(values) | {"items": len(values)}
+    metrics = {name: bootstrap_ci(values) | {"items": len(values)}
+               for name, values in metric_values(rows).items()}
+    kinds = {}
+    sources = {}
+    for row in rows:
+        calls = min(2, len(row["answer"]["tool_calls"]))
+        length = "multi-turn" if turns(row) > 1 else "single-turn"
+        for kind in (("text", "one call", "several calls")[calls], length):
+            kinds.setdefault(kind, []).append(row)
+        sources.setdefault(row["source"], []).append(row)
     by = {}
-    for names in (kinds, lambda row: [row["source"]]):
-        counts = Counter(name for row in rows for name in names(row))
-        for group, count in counts.most_common():
-            values = metric_values([row for row in rows if group in names(row)])
-            means = {name: float(np.mean(values[name])) for name in values}
-            by[group] = {"items": count} | means
+    for groups in (kinds, sources):
+        for name in sorted(groups, key=lambda name: -len(groups[name])):
+            values = metric_values(groups[name])
+            means = {metric: float(np.mean(values[metric])) for metric in values}
+            by[name] = {"items": len(groups[name])} | means
     return {"items": len(rows), "metrics": metrics, "by": by}
-
-
-def record_key(row):
-    """A string that is the same for the same record."""
-    return json.dumps([row[name] for name in ("id", "messages", "tools", "answer")])
 
 
 def compare(rows, others):
     """{metric: {"mean", "low", "high", "p", "items"}} of the paired differences rows - others."""
-    others = {record_key(row): record_metrics(row) for row in others}
+    others = {json.dumps(identity(row)): record_metrics(row) for row in others}
     differences = {}
     for row in rows:
-        other = others.get(record_key(row), {})
+        other = others.get(json.dumps(identity(row)), {})
         for name, value in record_metrics(row).items():
             if name in other:
                 differences.setdefault(name, []).append(value - other[name])
     if not differences:
-        raise InputError("--compare: the two evaluations have no record in common; "
-                         "run both on the same --data")
-    for name, values in differences.items():
-        p = sign_flip_p(values)
-        differences[name] = bootstrap_ci(values) | {"p": p, "items": len(values)}
-    return differences
+        why = "the two evaluations have no record in common"
+        raise InputError(f"--compare: {why}; run both on the same --data")
+    return {name: bootstrap_ci(values) | {"p": sign_flip_p(values), "items": len(values)}
+            for name, values in differences.items()}
 
 
-# ---- The report --------------------------------------------------------------------------------------------
-
-def report(path, result, other=None):
-    """Write the summary of an evaluation, then print it. result, other to compare: (settings, records)."""
-    flags, rows = result
-    summary = {"model": str(flags["model"])} | summarise(rows)
-    write_json(path, summary)
-    notes = []
+def report(out, result, other=None):
+    """Write OUT/summary.json, then print it. result, other to compare: (model, records)."""
+    model, rows = result
+    summary = {"model": model} | summarise(rows)
+    write_json(out / "summary.json", summary)
+    table = [["", "items", model]]
+    note = "95 % bootstrap intervals over items"
+    difference = {}
     if other:
-        other_flags, other_rows = other
-        summary["compared_with"] = {"model": str(other_flags["model"])} | summarise(other_rows)
-        summary["difference"] = compare(rows, other_rows)
-        write_json(path, summary)
-        changed = [name for name in sorted(flags) if flags[name] != other_flags.get(name)]
-        changed = [name for name in changed if name != "model"]
-        if changed:
-            notes.append(f"The two evaluations differ in {', '.join(changed)}.")
-        items = summary["difference"]["reward"]["items"]
-        if items < max(len(rows), len(other_rows)):
-            notes.append(f"Differences are over the {items} records that both have.")
-    print_answers(rows)
-    print_means(summary)
-    print("\n".join(["", *notes]))
-    print_intervals(summary)
-
-
-def print_answers(rows):
-    """Print three requests for calls, with their answers."""
-    for row in [row for row in rows if row["answer"]["tool_calls"]][:3]:
-        calls = row["answer"]["tool_calls"]
-        gold = " ".join(f"{call['name']}({call['arguments']})" for call in calls)
-        answer = row["responses"][0]
-        print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
-        print(f"gold     {one_line(gold)}\nanswer   {one_line(answer['text'])}")
-        print(f"reward   {answer['reward']:.3f}, {answer['case']}")
-
-
-def print_means(summary):
-    """Print the mean of each metric by kind and source."""
-    names = list(summary["metrics"])
-    table = [["by kind and source", "items", *names]]
-    for group, means in summary["by"].items():
-        cells = [f"{means[name]:.3f}" if name in means else "" for name in names]
-        table.append([group, means["items"], *cells])
+        compared = {"model": other[0]} | summarise(other[1])
+        difference = compare(rows, other[1])
+        both = {"compared_with": compared, "difference": difference}
+        write_json(out / "summary.json", summary | both)
+        table[0] += [other[0], "difference", "more than chance?"]
+        items = difference["reward"]["items"]
+        note += f"; differences paired by item, {items} in both; p from sign flips"
+    for name, metric in summary["metrics"].items():
+        line = [name, metric["items"], INTERVAL.format(**metric)]
+        if name in difference:
+            paired = INTERVAL.replace(":", ":+").format(**difference[name])
+            p = difference[name]["p"]
+            chance = f"{'yes' if p < 0.05 else 'no'} (p = {p:.4f})"
+            line += [INTERVAL.format(**compared["metrics"][name]), paired, chance]
+        table.append(line)
+    print_examples(rows)
     print()
     print_table(table)
+    print(f"\n{note}\n\nThe generations with their scores are in {out}/generations.jsonl")
 
-
-def print_intervals(summary):
-    """Print each metric with its interval, and the comparison if there is one."""
-    other = summary.get("compared_with")
-    table = [["", "items", summary["model"]]]
-    if other:
-        table[0] += [other["model"], "difference", "more than chance?"]
-    for name, metric in summary["metrics"].items():
-        line = [name, metric["items"], interval(metric)]
-        if other and name in summary["difference"]:
-            difference = summary["difference"][name]
-            chance = "yes" if difference["p"] < 0.05 else "no"
-            chance += f" (p = {difference['p']:.4f})"
-            line += [interval(other["metrics"][name]), interval(difference, "+"), chance]
-        table.append(line)
-    print_table(table)
-    note = "; differences paired by item, p from sign flips" if other else ""
-    print(f"\n95 % bootstrap intervals over items{note}")
-
-
-def interval(metric, sign=""):
-    """`mean [low, high]`. sign: "+" writes the sign of positive numbers."""
-    mean, low, high = [f"{metric[name]:{sign}.3f}" for name in ("mean", "low", "high")]
-    return f"{mean} [{low}, {high}]"
-
-
-# ---- reward ------------------------------------------------------------------------------------------------
 
 def reward_flags(parser):
     add = parser.add_argument
-    add("--data", required=True,
-        help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
+    add("--data", required=True, help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
     add("--out", metavar="FILE", help="file to write; default: the terminal")
-    add("--explain", type=positive, metavar="LINE",
-        help="explain the reward of this line instead")
+    add("--explain", type=positive, metavar="LINE", help="explain the reward of this line instead")
     add("--think", choices=("on", "none"), default="on",
         help="none: for models without think tags, require no think block")
-    add("--strip-eos", action="store_true",
-        help="cut text replies at the end token; in the released reward it counts, "
-        "so that an empty reply to a short refusal scores 0.5")
+    add("--strip-eos", action="store_true", help="cut text replies at the end token; in the "
+        "released reward it counts, so that an empty reply to a short refusal scores 0.5")
     add("--binary", action="store_true", help="1 or 0, the paper's ablation")
 
 
@@ -340,26 +252,24 @@ def run_reward(args):
 
 def score_file(args):
     """Yield {"reward", "answer_score"} of each line as JSON, or only the explanation of line --explain."""
-    options = (args.think, args.strip_eos, args.binary)
-    empty = True
+    count = 0
     lines = read_lines(Path(args.data))
     for number, line in tqdm(lines, "reward", unit=" lines", disable=bool(args.explain)):
         if not line.strip() or args.explain not in (None, number):
             continue
-        empty = False
+        count += 1
         prompt, generation, label = read_line(line, f"{args.data}:{number}")
-        tools = reward.tools_in(prompt)
-        result = reward.score(prompt + generation, label, tools, *options)
+        options = (reward.tools_in(prompt), args.think, args.strip_eos, args.binary)
+        result = reward.score(prompt + generation, label, *options)
         if args.explain:
             page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n"
             page += reward.explain(result) + "\n"
-            yield page.encode(errors="replace").decode()  # half a surrogate pair cannot be printed
+            yield page.encode(errors="replace").decode()  # half a surrogate pair is unprintable
             return
-        scores = {name: result[name] for name in ("reward", "answer_score")}
-        yield json.dumps(scores) + "\n"
-    if empty:
-        raise InputError(f"{args.data}: has no line {args.explain or 1}; "
-                         "give a file with one JSON object a line")
+        yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
+    if not count:
+        number = args.explain or 1
+        raise InputError(f"{args.data}: has no line {number}; give one JSON object a line")
 
 
 def read_line(line, where):
@@ -367,8 +277,7 @@ def read_line(line, where):
     try:
         item = json.loads(line)
     except (ValueError, RecursionError) as e:
-        why = f"not JSON ({e})"
-        raise InputError(f"{where}: {why}; each line must be one JSON object") from e
+        raise InputError(f"{where}: not JSON ({e}); each line must be one JSON object") from e
     values = [item.get(key) for key in LINE_KEYS] if isinstance(item, dict) else [None]
     if not all(isinstance(value, str) for value in values):
         raise InputError(f"{where}: lacks one of {', '.join(LINE_KEYS)}, each a string; add it")

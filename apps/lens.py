@@ -1,8 +1,8 @@
 """CKD as a picture: one response, token by token, on a self-contained HTML page.
 
-The numbers are those of training: `teacher.Teacher` and `ckd.ckd_loss` compute them, and the arrows are the gradient of
-that loss by autograd. Text from models and records is untrusted: lens.html takes it HTML-escaped, or in JSON that its
-script turns into text nodes, and its content security policy forbids it to load anything.
+The numbers are those of training: `Teacher` and `ckd_loss` compute them; the arrows are the gradient of that loss.
+Text from models and records is untrusted: lens.html takes it HTML-escaped, or in JSON that its script turns into
+text nodes, and its content security policy forbids it to load anything.
 """
 import html
 import json
@@ -21,8 +21,6 @@ from model import Transformer
 from teacher import Teacher, check_pair, clamp_to_vocab
 from train import add_machine_flags, hidden_states, pick_device
 
-ROWS = 10  # most likely tokens listed for each model
-
 
 def lens_flags(parser):
     add = parser.add_argument
@@ -31,7 +29,7 @@ def lens_flags(parser):
     add("--data", required=True, help="records or rollouts, .jsonl or .jsonl.gz")
     add("--row", type=positive, default=1, metavar="N", help="which record, from 1")
     add("--response", type=natural, metavar="N",
-        help="which of its responses, from 1; 0: the gold answer; default: the first, if any")
+        help="which response, from 1; 0: the gold answer; default: the first, if any")
     add("--k", type=positive, default=100, help="teacher's most likely tokens")
     add("--m", type=positive, default=100, help="student's most likely tokens")
     add("--tail-weight", type=non_negative, default=10.0, metavar="X", help="lambda")
@@ -44,8 +42,6 @@ def run_lens(args):
     """Show one response token by token as CKD sees it: both models' tokens, both loss terms, the gradient."""
     if Path(args.out).suffix != ".html":
         raise InputError(f"{args.out}: is not a page; give an --out that ends in .html")
-    device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype)
     chat = Chat.from_pretrained(args.student, args.think, args.tools)
     vocab_size = check_pair(args.teacher, args.student)
     records = read_records(args.data, vocab_size=chat.vocab_size)
@@ -53,6 +49,8 @@ def run_lens(args):
     k = clamp_to_vocab("k", args.k, vocab_size)
     m = clamp_to_vocab("m", args.m, vocab_size)
 
+    device = pick_device(args.device)
+    dtype = getattr(torch, args.dtype)
     packed = pack([group], device)
     teacher = Transformer.from_pretrained(args.teacher, dtype, device)
     topk = Teacher(teacher, k, vocab_size)(packed)  # ids, log-probs [N, k]
@@ -63,42 +61,46 @@ def run_lens(args):
     means = {}
     for name in ("loss", "kl", "tail", "inside", "captured", "nll", "entropy"):
         means[name] = sum(token[name] for token in tokens) / len(tokens)
-    data = {"k": k, "m": m, "weight": args.tail_weight, "means": means}
-    data |= {"tokens": tokens, "texts": token_texts(chat, tokens)}
+    rows = []
+    for token in tokens:
+        rows += token["teacher"] + token["student"]
+    ids = {token["id"] for token in tokens} | {row[0] for row in rows}
+    texts = {i: token_text(chat, i) for i in sorted(ids)}
+    data = {
+        "k": k, "m": m, "weight": args.tail_weight,
+        "means": means, "tokens": tokens, "texts": texts,
+    }
     record = group.record
-    gold = chat.answer(record) if has_answer(record) else "none"
-    tools = ", ".join(tool["name"] for tool in record["tools"])
+    tools = [tool["name"] for tool in record["tools"]]
     write_page(args.out, data, {
         "title": f"{title} of record {args.row} in {args.data}",
         "teacher": args.teacher,
         "student": args.student,
         "request": text_of(record["messages"][-1]),
-        "tools": tools or "none",
-        "gold": gold,
+        "tools": ", ".join(tools) or "none",
+        "gold": chat.answer(record) if has_answer(record) else "none",
     })
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-    print(f"wrote {args.out}; means: {figures}")
+    figures = [f"{name} {value:.4f}" for name, value in means.items()]
+    print(f"wrote {args.out}; means: {'  '.join(figures)}")
 
 
 def choose_response(records, chat, args):
     """The response that --row and --response name: (a group with this response alone, its title)."""
     if args.row > len(records):
-        count = len(records)
-        raise InputError(f"{args.data}: has {count} records; give a --row up to that")
+        raise InputError(f"{args.data}: has {len(records)} records; give a --row up to it")
     record = records[args.row - 1]
     responses = record.get("responses") or []
     count = len(responses)
-    where = f"{args.data}: record {args.row} has"
     number = min(1, count) if args.response is None else args.response
+    where = f"{args.data}: record {args.row} has"
     if number > count:
-        raise InputError(f"{where} {count} responses; give a --response up to that, or 0")
+        raise InputError(f"{where} {count} responses; give a --response up to it, or 0")
     if number == 0 and not has_answer(record):
-        raise InputError(f"{where} no gold answer; give a --response from 1 to {count}")
+        raise InputError(f"{where} no gold answer; give a --response up to {count}")
     # For 0 no response is left, and the group is made with the gold answer.
     record = record | {"responses": responses[number - 1:number]}
     (group,), _ = make_groups([record], chat, math.inf, math.inf)
-    title = f"response {number} of {count}" if number else "the gold answer"
-    return group, title
+    return group, f"response {number} of {count}" if number else "the gold answer"
 
 
 def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
@@ -113,13 +115,12 @@ def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
     with torch.no_grad():
         hidden = hidden_states(student, packed, torch.float32)  # [N, H], without autocast
     tokens = []
-    for start in range(0, len(hidden), 64):
-        rows = slice(start, start + 64)
+    for at in range(0, len(hidden), 64):
+        rows = slice(at, at + 64)
         target = packed["targets"][rows]  # [C]
         ids, log_p = (part[rows] for part in topk)  # [C, k]
         logits = (hidden[rows] @ head.T).float().requires_grad_()  # [C, V]
-        losses, stats = ckd_loss(
-            logits, target, ids, log_p, m=m, tail_weight=tail_weight)
+        losses, stats = ckd_loss(logits, target, ids, log_p, m, tail_weight)
         gradient, = torch.autograd.grad(losses.sum(), logits)  # [C, V], a row for each loss
         q = logits.detach().softmax(-1)  # [C, V]
         topm = q.topk(m)  # [C, m]
@@ -136,9 +137,9 @@ def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
 
 
 def candidates(ids, p, q, gradient):
-    """[id, p or None outside the teacher's top k, q, dL/dz] for the first ROWS ids of a position."""
+    """[id, p or None outside the teacher's top k, q, dL/dz] for the first ten ids of a position."""
     rows = []
-    for i in ids[:ROWS].tolist():
+    for i in ids[:10].tolist():
         teacher_p = rounded(p[i]) if i in p else None
         rows.append([i, teacher_p, rounded(q[i]), rounded(gradient[i])])
     return rows
@@ -147,14 +148,6 @@ def candidates(ids, p, q, gradient):
 def rounded(number):
     """A tensor with one number as a float of six significant digits."""
     return float(f"{number.item():.6g}")
-
-
-def token_texts(chat, tokens):
-    """{id: text} of every token that the page shows."""
-    ids = {token["id"] for token in tokens}
-    for token in tokens:
-        ids.update(row[0] for row in token["teacher"] + token["student"])
-    return {i: token_text(chat, i) for i in sorted(ids)}
 
 
 def token_text(chat, token):
@@ -166,7 +159,7 @@ def token_text(chat, token):
     if "\ufffd" not in text:
         return text or f"[{token}]"
     unprintable = [*range(33), *range(127, 161), 173]
-    byte_of = dict(enumerate(unprintable, start=256))
+    byte_of = dict(enumerate(unprintable, 256))
     piece = chat.tokenizer.id_to_token(token)
     return "".join(f"\\x{byte_of.get(ord(c), ord(c)):02x}" for c in piece)
 
@@ -177,7 +170,7 @@ def write_page(path, data, texts):
     One pass, so a text that looks like a placeholder stays text.
     """
     parts = {name: html.escape(text) for name, text in texts.items()}
-    parts["data"] = json.dumps(data).replace("<", "\\u003c")  # cannot end its script element
+    parts["data"] = json.dumps(data).replace("<", "\\u003c")  # cannot end its element
     template = Path(__file__).with_name("lens.html").read_text(encoding="utf-8")
     page = re.sub("<!--([a-z]+)-->", lambda match: parts[match[1]], template)
     Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Rebuild the embedded world's teacher and student from random weights: `python -m apps.make_tiny --out runs/tiny`.
 
-It writes records and two random models, then runs the commands of PLAN there: 37 minutes on two idle cores. The same
-command resumes an interrupted rebuild. data/tiny holds copies of the results: runs/tiny/teacher/model,
+It writes records and two random models, then runs the commands of PLAN there: 37 minutes on two idle cores. The
+same command resumes an interrupted rebuild. data/tiny holds copies of the results: runs/tiny/teacher/model,
 runs/tiny/student/model and the record files that PLAN does not train on.
 
 The teacher learns easy records (two tools offered, one call requested), then records a little harder than the
@@ -22,61 +22,42 @@ from data.tiny.tokenizer import make_tokenizer
 from data.tiny.world import SPLITS, make_record, make_records
 from model import Transformer
 
-EASY = {"offered": (2,), "two": 0.0, "none": 0.1, "optional": 0.3, "two_words": 0.0}
-FULL = {"offered": (1, 2, 2), "two": 0.1, "real": 0.1}
-SLOPPY = {"offered": (2,), "sloppy": 0.7}
-STAR = Path(__file__).parents[1] / "star.py"
-
 PLAN = """
 sft --model teacher-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out teacher-easy {sft}
 sft --model teacher-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out teacher-full {sft}
 sft --model teacher-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out teacher {sft}
-eval --model teacher/model --data values.jsonl.gz --out teacher-on-values {eval}
-eval --model teacher/model --data phrasings.jsonl.gz --out teacher-on-phrasings {eval}
-eval --model teacher/model --data tools.jsonl.gz --out teacher-on-tools {eval}
 sft --model student-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out student-easy {sft}
 sft --model student-easy/model --data sloppy.jsonl.gz --steps 1100 --lr 2e-3 --out student {sft}
-eval --model student/model --data values.jsonl.gz --out student-on-values {eval}
-eval --model student/model --data phrasings.jsonl.gz --out student-on-phrasings {eval}
-eval --model student/model --data tools.jsonl.gz --out student-on-tools {eval}
 """
 CEILING = """
 sft --model student-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out ceiling-full {sft}
 sft --model ceiling-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out ceiling {sft}
-eval --model ceiling/model --data values.jsonl.gz --out ceiling-on-values {eval}
-eval --model ceiling/model --data phrasings.jsonl.gz --out ceiling-on-phrasings {eval}
-eval --model ceiling/model --data tools.jsonl.gz --out ceiling-on-tools {eval}
 """
 SFT = """
     --optimiser muon --share-prefix 8 --batch-size 96 --micro-batch-tokens 2048
     --valid values.jsonl.gz --valid-limit 128 --valid-every 250"""
-EVAL = "--max-concurrent 256 --max-new-tokens 128"
+EVAL = """
+eval --model {name}/model --data {split}.jsonl.gz --out {name}-on-{split}
+    --max-concurrent 256 --max-new-tokens 128"""
 
 
 def make_model(folder, tokenizer, seed, hidden, layers, heads, think="on"):
     """Write a random Qwen3-shaped model folder. heads: (query, key/value); think: its default for --think."""
     end_id = tokenizer.token_to_id("<|im_end|>")
     config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
+        "hidden_size": hidden, "intermediate_size": 3 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads[0],
-        "num_key_value_heads": heads[1],
+        "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
         "head_dim": hidden // heads[0],
-        "hidden_act": "silu",
-        "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "eos_token_id": end_id,
-        "tie_word_embeddings": True,
+        "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "max_position_embeddings": 2048,
+        "eos_token_id": end_id, "tie_word_embeddings": True,
         "vocab_size": tokenizer.get_vocab_size(),
     }
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
         "default_think": think,
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,17 +78,18 @@ def write_records(path, lists, seed, split="train", shared=8, **settings):
     r = random.Random(f"{seed} {path.name}")
     lines = []
     for _ in tqdm(range(lists), path.name):
-        for record in make_records(r, shared, split, **settings):
-            lines.append(json.dumps(record) + "\n")
+        records = make_records(r, shared, split, **settings)
+        lines += [json.dumps(record) + "\n" for record in records]
     write_lines(path, lines)
 
 
 def write_inputs(out, seed):
     """Write the record files and the two random models."""
-    write_records(out / "easy.jsonl.gz", 4_800, seed, **EASY)
-    write_records(out / "full.jsonl.gz", 9_600, seed, **FULL)
+    write_records(out / "easy.jsonl.gz", 4_800, seed, offered=(2,), two=0.0, none=0.1,
+                  optional=0.3, two_words=0.0)
+    write_records(out / "full.jsonl.gz", 9_600, seed, offered=(1, 2, 2), two=0.1, real=0.1)
     write_records(out / "world.jsonl.gz", 3_600, seed)
-    write_records(out / "sloppy.jsonl.gz", 6_600, seed, **SLOPPY)
+    write_records(out / "sloppy.jsonl.gz", 6_600, seed, offered=(2,), sloppy=0.7)
     write_records(out / "train.jsonl.gz", 800, seed)  # to distil and refine with
     for split in SPLITS[1:]:
         write_records(out / f"{split}.jsonl.gz", 640, seed, split, shared=1)
@@ -120,21 +102,25 @@ def write_inputs(out, seed):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="runs/tiny", help="folder for everything")
-    parser.add_argument("--ceiling", action="store_true", help="also train the ceiling of README.md")
-    parser.add_argument("--seed", type=int, default=42, help="random seed")
+    add = parser.add_argument
+    add("--out", default="runs/tiny", help="folder for everything")
+    add("--ceiling", action="store_true", help="also train the ceiling of README.md")
+    add("--seed", type=int, default=42, help="random seed")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_inputs(out, args.seed)
     machine = f"--think off --dtype float32 --device cpu --seed {args.seed}"
-    plan = PLAN + CEILING * args.ceiling
-    plan = plan.format(sft=f"{SFT} {machine}", eval=f"{EVAL} {machine}")
+    plan = (PLAN + CEILING * args.ceiling).format(sft=f"{SFT} {machine}")
+    for name in ["teacher", "student", "ceiling"][:2 + args.ceiling]:
+        for split in SPLITS[1:]:
+            plan += EVAL.format(name=name, split=split) + f" {machine}"
     (out / "plan.txt").write_text(plan)
     print(f"$ cd {out}", flush=True)
     os.chdir(out)
-    command = [str(STAR), "curriculum", "plan.txt", "--resume"]
-    os.execv(sys.executable, [sys.executable, *command])  # Ctrl-C then reaches only the training
+    star = str(Path(__file__).resolve().parents[1] / "star.py")
+    command = [sys.executable, star, "curriculum", "plan.txt", "--resume"]
+    os.execv(sys.executable, command)  # Ctrl-C then reaches only the training
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The curves of runs as a picture, from their metrics.jsonl. Needs matplotlib, which nothing else here does."""
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,20 @@ from data import InputError
 # A panel for each of these that any run has: its name in the rows of `read_run`, its title.
 PANELS = {
     "reward": "Reward", "answer_score": "Answer score",
-    "signal": "Share of groups with signal", "format_failures": "Share of broken responses",
+    "signal": "Share of groups with signal",
+    "format_failures": "Share of broken responses",
     "length": "Response length, tokens", "kl_start": "KL to the starting model",
     "clipped": "Share of ratios clipped", "kl": "KL to the teacher",
     "tail": "Confident mistakes (S′)", "outside": "Mass outside the top k",
-    "nll": "Negative log-likelihood", "loss": "Loss in training", "entropy": "Entropy",
+    "nll": "Negative log-likelihood",
+    "loss": "Loss in training", "entropy": "Entropy",
 }
 # Okabe and Ito's palette, for colour-blind readers too
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLE = {
     "font.size": 13, "axes.titlesize": 14, "axes.titlelocation": "left",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 4,
+    "grid.alpha": 0.3, "lines.linewidth": 2, "lines.markersize": 4, "legend.frameon": False,
 }
 
 
@@ -32,30 +35,16 @@ def plot_flags(parser):
 
 def run_plot(args):
     """Draw the curves of one or more runs, overlaid, from their metrics.jsonl."""
-    runs = {label: read_run(folder) for label, folder in label_runs(args.runs).items()}
-    panels = {title: read_curves(runs, name) for name, title in PANELS.items()}
+    # A run's label is its path below the folder that contains all runs.
+    parents = [os.path.dirname(os.path.abspath(folder)) for folder in args.runs]
+    common = os.path.commonpath(parents)
+    runs = {os.path.relpath(folder, common): read_run(folder) for folder in args.runs}
+    panels = {PANELS[name]: read_curves(runs, name) for name in PANELS}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         raise InputError(f"{args.runs[0]}: nothing is logged yet; plot it after its first step")
     draw_picture(panels, list(runs), args.out)
     print(f"wrote {args.out}")
-
-
-def label_runs(folders):
-    """{label: folder}; a label is the shortest end of the folder's path that no other has.
-
-    >>> list(label_runs(["runs/a/ckd", "runs/b/ckd/", "runs/sft"]))
-    ['a/ckd', 'b/ckd', 'sft']
-    """
-    # A folder given twice is one run.
-    paths = {Path(folder).resolve(): folder for folder in folders}
-    labels = {}
-    for path, folder in paths.items():
-        n = 1
-        while sum(other.parts[-n:] == path.parts[-n:] for other in paths) > 1:
-            n += 1
-        labels[str(Path(*path.parts[-n:]))] = folder
-    return labels
 
 
 def read_run(folder):
@@ -64,13 +53,13 @@ def read_run(folder):
         text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run") from e
-    rows = [json.loads(line) for line in text.split("\n")[:-1]]  # the last line may be incomplete
+    lines = text.split("\n")[:-1]  # the last line may be incomplete
+    rows = [json.loads(line) for line in lines]
     for row in rows:
         # The KL of Sim-RL is to its starting model, and its loss is about 0 by construction.
         if "reward" in row:
             row.pop("loss", None)
-            if "kl" in row:
-                row["kl_start"] = row.pop("kl")
+            row["kl_start"] = row.pop("kl", None)
         for prefix in ("", "valid_"):
             if f"{prefix}inside" in row:
                 row[f"{prefix}outside"] = 1 - row[f"{prefix}inside"]
@@ -78,14 +67,21 @@ def read_run(folder):
 
 
 def read_curves(runs, name):
-    """{label: (points [(step, value)], held_out)} of the runs with this quantity: held-out values if a run has any."""
+    """{label: (steps, values, held_out)} of the runs with this quantity; held-out values if a run has any.
+
+    A curve of over 200 points becomes a running mean over a fortieth of it.
+    """
     curves = {}
     for label, rows in runs.items():
         held_out = any(f"valid_{name}" in row for row in rows)
         key = f"valid_{name}" if held_out else name
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         if points:
-            curves[label] = (points, held_out)
+            steps, values = np.array(points, dtype=float).T  # [points] each
+            window = np.ones(len(points) // 40 if len(points) > 200 else 1)
+            counts = np.convolve(values ** 0, window, "same")
+            values = np.convolve(values, window, "same") / counts
+            curves[label] = (steps, values, held_out)
     return curves
 
 
@@ -103,33 +99,21 @@ def draw_picture(panels, labels, out):
     with rc_context(STYLE):
         figure = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
-        handles = [Line2D([], [], color=color, label=label) for label, color in colors.items()]
-        dotted = Line2D([], [], color="gray", linestyle=":", label="dotted: in training")
+        handles = [Line2D([], [], color=colors[name], label=name) for name in labels]
+        dotted = Line2D([], [], color="gray", ls=":", label="dotted: in training")
         for axis, (title, curves) in zip(axes, panels.items()):
-            any_held_out = any(held_out for _, held_out in curves.values())
-            for label, (points, held_out) in curves.items():
-                style = "o-" if held_out else ":" if any_held_out else "-"
-                draw_curve(axis, points, colors[label], style)
+            in_training = ":" if any(curve[2] for curve in curves.values()) else "-"
+            for label, (steps, values, held_out) in curves.items():
+                style = "o-" if held_out else in_training
+                axis.plot(steps, values, style, color=colors[label])
                 if style == ":" and dotted not in handles:
                     handles.append(dotted)
-            axis.set(title=title + ", held out" * any_held_out, xlabel="step")
+            suffix = ", held out" if in_training == ":" else ""
+            axis.set(title=title + suffix, xlabel="step")
         for axis in axes[len(panels):]:
             axis.set_visible(False)
-        figure.legend(
-            handles=handles, ncols=columns + 1, frameon=False, loc="outside upper left")
+        figure.legend(handles=handles, ncols=columns + 1, loc="outside upper left")
         try:
             figure.savefig(out, dpi=100)
         except ValueError as e:
             raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e
-
-
-def draw_curve(axis, points, color, style):
-    """Draw a curve; over 200 points as a running mean over a fortieth of it, with the values faint behind."""
-    steps, values = np.array(points, dtype=float).T  # [points] each
-    if len(points) > 200:
-        axis.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-        window = np.ones(len(points) // 40)
-        counts = np.convolve(np.ones(len(points)), window, "same")
-        values = np.convolve(values, window, "same") / counts
-        style = style.replace("o", "")
-    axis.plot(steps, values, style, color=color)

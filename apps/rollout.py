@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, number, one_line, positive, print_table
+from data import InputError, number, one_line, print_table
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
 from data.rollouts import append_rollouts, batches_to_sample, filter_responses
@@ -20,8 +20,7 @@ from train import add_machine_flags, pick_device
 
 
 def rollout_flags(parser):
-    add = parser.add_argument
-    add("--model", required=True, help="model folder")
+    parser.add_argument("--model", required=True, help="model folder")
     add_data_flags(parser, "records, with or without gold answers")
     add_output_flags(parser, "file to write: the records with `responses`")
     group = parser.add_argument_group("filters, at the end of a run")
@@ -50,60 +49,61 @@ def run_rollout(args):
         out, records, settings(args), args.resume, args.overwrite)
     dropped = {}
     if finished is None:
-        sample_responses(args, chat, records, prompts, rows)
-        rows = [rows[i] for i in sorted(rows)]
-        finished, dropped = filter_responses(
-            rows, chat, args.keep_all, args.min_reward)
+        draws = [(args.n, args.temperature, args.top_p)]
+        rows = sample_responses(args, out, chat, records, prompts, rows, draws)
+        finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)
         if not finished:
-            reasons = [f"{reason}: {n}" for reason, n in dropped.items()]
-            raise InputError(
-                f"{out}: no response is left ({', '.join(reasons)}); all of them "
-                f"are in {out}.part: use --resume with --keep-all")
+            reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
+            remedy = f"all of them are in {out}.part: use --resume with --keep-all"
+            raise InputError(f"{out}: no response is left ({reasons}); {remedy}")
         finish_rollouts(out, finished, settings(args))
-    seconds = time.perf_counter() - start
-    print_summary(out, finished, dropped, seconds)
-
-
-def sample_responses(args, chat, records, prompts, rows):
-    """Sample the missing responses; add them to `rows`, {index: record with `responses`}, and to OUT.part."""
-    size = max(1, args.max_concurrent // args.n)
-    batches = batches_to_sample(prompts, rows, size)
-    if not batches:
-        return
-    device = pick_device(args.device)
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-    for start, batch in tqdm(batches, "rollout", unit="batch"):
-        generator = torch.Generator()
-        generator.manual_seed(args.seed * 1_000_003 + start)
-        samples = generate(
-            model, [prompts[i] for i in batch], args.n,
-            args.max_new_tokens, chat.stop_ids, generator,
-            args.temperature, args.top_p, chat.vocab_size,
-        )
-        sampled = {}
-        for i, responses in zip(batch, samples):
-            responses = [response_row(chat, r) for r in responses]
-            sampled[i] = records[i] | {"responses": responses}
-        append_rollouts(Path(args.out), sampled)
-        rows |= sampled
-
-
-def print_summary(out, rows, dropped, seconds):
-    """Print a few responses and the counts."""
-    for row in rows[:2]:
-        request = row["messages"][-1]["content"]
-        print(f"\nrequest  {one_line(request)}")
-        for r in row["responses"][:2]:
-            print(f"{r['finish_reason']:8s} {one_line(r['text'])}")
-    responses = [r for row in rows for r in row["responses"]]
+    print_examples(finished)
+    responses = [r for row in finished for r in row["responses"]]
     stopped = sum(r["finish_reason"] == "stop" for r in responses)
-    table = {"prompts": len(rows), "responses": len(responses)}
-    table |= {f"- {reason}": n for reason, n in dropped.items()}
-    table |= {
-        "seconds": round(seconds, 1),
-        "finished": f"{stopped / max(1, len(responses)):.1%}",
-        "response_tokens": sum(len(r["ids"]) for r in responses),
-        "written_to": out,
-    }
     print()
-    print_table(table.items())
+    print_table([
+        ("prompts", len(finished)),
+        ("responses", len(responses)),
+        *((f"- {reason}", n) for reason, n in dropped.items()),
+        ("seconds", round(time.perf_counter() - start, 1)),
+        ("finished", f"{stopped / max(1, len(responses)):.1%}"),
+        ("response_tokens", sum(len(r["ids"]) for r in responses)),
+        ("written_to", out),
+    ])
+
+
+def print_examples(rows):
+    """Print two requests with two responses each, and the rewards of scored responses."""
+    for row in rows[:2]:
+        print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
+        for r in row["responses"][:2]:
+            label = f"{r['reward']:.3f}" if "reward" in r else "response"
+            print(f"{label:8s} {one_line(r['text'])}")
+
+
+def sample_responses(args, out, chat, records, prompts, rows, draws):
+    """Sample the responses that `rows` lacks and append them to OUT.part. Returns the records with `responses`.
+
+    args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
+    records, prompts: of `read_prompts`
+    rows: {index: record with `responses`} of a stopped run
+    draws: [(n, temperature, top_p)]; a record gets n responses from each
+    """
+    size = max(1, args.max_concurrent // max(n for n, _, _ in draws))  # prompts
+    batches = batches_to_sample(prompts, rows, size)
+    if batches:
+        device = pick_device(args.device)
+        model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+    for start, batch in tqdm(batches, args.command, unit="batch"):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
+        sampled = {i: records[i] | {"responses": []} for i in batch}
+        for n, temperature, top_p in draws:
+            samples = generate(
+                model, [prompts[i] for i in batch], n,
+                args.max_new_tokens, chat.stop_ids, generator,
+                temperature, top_p, chat.vocab_size)
+            for i, responses in zip(batch, samples):
+                sampled[i]["responses"] += [response_row(chat, r) for r in responses]
+        append_rollouts(out, sampled)
+        rows |= sampled
+    return [rows[i] for i in sorted(rows)]

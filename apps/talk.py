@@ -11,10 +11,9 @@ from train import add_machine_flags, pick_device
 
 
 def chat_flags(parser):
-    add = parser.add_argument
-    add("--model", required=True, help="model folder")
-    add("--tools", metavar="FILE", help="JSON list of tools")
-    add("--system", help="system message; default: the model's own")
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--tools", metavar="FILE", help="JSON list of tools")
+    parser.add_argument("--system", help="system message; default: the model's own")
     add_prompt_flags(parser, "--tools-form")
     add_length_flag(parser)
     add_sampling_flags(parser, temperature=0.0)
@@ -29,25 +28,20 @@ def run_chat(args):
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     generator = torch.Generator().manual_seed(args.seed)
     print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
-    messages = []
-    if args.system:
-        messages.append({"role": "system", "content": args.system})
+    messages = [{"role": "system", "content": args.system}] if args.system else []
     role = "user"
     while text := read_input("tool result> " if role == "tool" else "you> "):
         messages.append({"role": role, "content": text})
-        prompt = chat.prompt({"messages": messages, "tools": tools})
+        prompt = chat.encode(chat.prompt({"messages": messages, "tools": tools}))
         ids = []
         generate(
-            model, [chat.encode(prompt)], 1, args.max_new_tokens,
-            chat.stop_ids, generator, args.temperature, args.top_p,
-            chat.vocab_size, on_token=partial(print_tokens, chat, ids),
-        )
+            model, [prompt], 1, args.max_new_tokens, chat.stop_ids, generator,
+            args.temperature, args.top_p, chat.vocab_size, partial(print_token, chat, ids))
         print()
-        reply = decode_reply(chat, ids)
+        reply = chat.decode(ids)
         role = "tool" if "<tool_call>" in reply else "user"
-        if chat.think == "on":  # the prompt ends in the opening tag
-            reply = "<think>" + reply
-        messages.append({"role": "assistant", "content": reply})
+        opened = "<think>" if chat.think == "on" else ""  # the prompt ends in the opening tag
+        messages.append({"role": "assistant", "content": opened + reply})
     print()
 
 
@@ -59,14 +53,11 @@ def read_input(prompt):
         return ""
 
 
-def print_tokens(chat, ids, new_ids):
-    """Append new tokens to `ids` and print the text that they add. Half a character waits for the rest."""
-    printed = decode_reply(chat, ids).rstrip("\ufffd")
-    ids.extend(new_ids.values())
-    text = decode_reply(chat, ids).rstrip("\ufffd")
-    print(text[len(printed):], end="", flush=True)
+def print_token(chat, ids, new_ids):
+    """Append a new token to `ids`, unless it ends the reply, and print the text that it adds.
 
-
-def decode_reply(chat, ids):
-    """The text of a reply, without the token that ends it."""
-    return chat.decode([i for i in ids if i not in chat.stop_ids])
+    Half a character waits for the rest.
+    """
+    printed = chat.decode(ids).rstrip("\ufffd")
+    ids += [i for i in new_ids.values() if i not in chat.stop_ids]
+    print(chat.decode(ids).rstrip("\ufffd")[len(printed):], end="", flush=True)

@@ -9,16 +9,14 @@ import math
 import os
 import shutil
 from contextlib import contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 
 MODEL_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
 
 
 class InputError(Exception):
-    """The user's input cannot be used. The message is one line: file, line number if there is one, and the remedy.
-
-    `star.py` prints it and exits with code 2; a program that imports these modules may catch it.
-    """
+    """The user's input cannot be used. The message is one line: file, line number if there is one, and the remedy."""
 
 
 def read_json(path, remedy="download or copy it again", kind=dict):
@@ -32,8 +30,7 @@ def read_json(path, remedy="download or copy it again", kind=dict):
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: is not UTF-8 text ({e.reason}); {remedy}") from e
     if not isinstance(value, kind):
-        kind_of_value = type(value).__name__
-        raise InputError(f"{path}: holds a JSON {kind_of_value}, which is not expected here; {remedy}")
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not what belongs here; {remedy}")
     return value
 
 
@@ -43,16 +40,12 @@ def write_json(path, value):
 
 
 def write_lines(path, lines):
-    """Write text lines atomically: to a file beside `path`, which is then renamed.
-
-    A path that ends in .gz is compressed; the same lines give the same bytes.
-    """
+    """Write text lines atomically; compressed, always to the same bytes, if the path ends in .gz."""
     new = Path(f"{path}.tmp")
+    zipped = str(path).endswith(".gz")
     try:
         with open(new, "wb") as file:
-            sink = nullcontext(file)
-            if str(path).endswith(".gz"):
-                sink = gzip.GzipFile("", "wb", 6, file, mtime=0)
+            sink = gzip.GzipFile("", "wb", 6, file, mtime=0) if zipped else nullcontext(file)
             with sink as stream:
                 stream.writelines(line.encode() for line in lines)
         os.replace(new, path)
@@ -108,9 +101,7 @@ def one_line(text, width=160):
 def print_table(rows):
     """Print rows of cells in aligned columns."""
     rows = [[f"{cell:,}" if isinstance(cell, (int, float)) else str(cell) for cell in row] for row in rows]
-    widths = [0] * max(map(len, rows))
-    for row in rows:
-        for i, cell in enumerate(row):
-            widths[i] = max(widths[i], len(cell))
+    columns = zip_longest(*rows, fillvalue="")
+    widths = [max(map(len, column)) for column in columns]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

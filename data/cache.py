@@ -4,8 +4,7 @@
     DIR/ids.npy      [positions, k] int32      one row per counted position, group by group
     DIR/log_p.npy    [positions, k] float16
 
-A cache is refused for anything but exactly what it was computed from. teacher.py says what the k ids of a
-position are: the most likely tokens, or random draws.
+A cache is refused unless it was made from exactly the same. teacher.py says what the k ids of a position are.
 """
 import hashlib
 import shutil
@@ -46,10 +45,7 @@ def number_rows(groups):
 
 
 def open_cache(folder, made_from):
-    """Open a cache as memory maps (ids, log_p), [positions, k] each.
-
-    Returns None if `folder` is empty or missing. InputError if it is not a cache, or one of something else.
-    """
+    """A cache as memory maps (ids, log_p), [positions, k] each; None if `folder` is empty or missing."""
     folder = Path(folder)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
@@ -64,32 +60,28 @@ def open_cache(folder, made_from):
 
 
 def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
-    """Run a teacher once over all groups and store ids (int32) and log-probs (float16) of every counted position.
+    """Run a teacher once over all groups and store its log-probs of every counted position. Written atomically.
 
     groups: numbered by `number_rows`
     made_from: what `open_cache` compares; holds `positions` and `k`
     teacher: function of a packed batch on `device` -> (ids [N, k], log_p [N, k])
     micro_batch_tokens: padded tokens per forward pass
-
-    Written atomically. InputError if the disk is too small.
     """
-    positions = made_from["positions"]
-    k = made_from["k"]
-    gigabytes = positions * k * 6 / 1e9
-    print(f"Teacher cache: {positions:,} positions x {k} x 6 bytes = {6 * k:,} bytes per token, "
-          f"{gigabytes:.2f} GB in {folder}", file=sys.stderr)
+    shape = (made_from["positions"], made_from["k"])
+    size = shape[0] * shape[1] * 6
+    print(f"Teacher cache: {shape[0]:,} positions x {shape[1]} x 6 bytes, "
+          f"{size / 1e9:.2f} GB in {folder}", file=sys.stderr)
     with atomic_folder(folder) as new:
-        if shutil.disk_usage(new).free < gigabytes * 1e9:
-            raise InputError(f"{folder}: {gigabytes:.1f} GB do not fit on this disk; use a smaller --k "
-                             "or another disk")
-        settings = {"mode": "w+", "shape": (positions, k)}
-        ids = np.lib.format.open_memmap(new / "ids.npy", dtype=np.int32, **settings)
-        log_p = np.lib.format.open_memmap(new / "log_p.npy", dtype=np.float16, **settings)
+        if shutil.disk_usage(new).free < size:
+            raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; "
+                             "use a smaller --k or another disk")
+        ids = np.lib.format.open_memmap(new / "ids.npy", "w+", np.int32, shape)
+        log_p = np.lib.format.open_memmap(new / "log_p.npy", "w+", np.float16, shape)
         batches = micro_batches(groups, micro_batch_tokens)
-        for micro in tqdm(batches, desc="teacher cache", unit="batch"):
+        for micro in tqdm(batches, "teacher cache", unit="batch"):
             packed = pack(micro, device)
-            batch_ids, batch_log_p = teacher(packed)
             rows = packed["rows"].cpu().numpy()
+            batch_ids, batch_log_p = teacher(packed)
             ids[rows] = batch_ids.cpu().numpy()
             log_p[rows] = batch_log_p.cpu().numpy()
         ids.flush()

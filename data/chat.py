@@ -1,7 +1,7 @@
 """Records to text and token ids: exactly the text of the models' chat templates, without a template engine.
 
-Two families are supported. Both write ChatML turns, `<|im_start|>role\\n ... <|im_end|>\\n`, list the tools in
-the system turn and put consecutive tool results into one user turn. They differ in this:
+Both families write ChatML turns, `<|im_start|>role\\n ... <|im_end|>\\n`, list the tools in the system turn and put
+consecutive tool results into one user turn. They differ in this:
 
                           qwen2.5                                  qwen3
     no system message     the template's default prompt            no system text
@@ -9,12 +9,9 @@ the system turn and put consecutive tool results into one user turn. They differ
     string arguments      quoted as JSON                           inserted raw
     reasoning             never written                            written after the last user query only
 
-`Chat.from_pretrained(folder)` recognises the family by the text of the folder's template. Training and sampling
-use the same two methods: `prompt` (the model's input) and `answer` (its target).
-
-Departures from the templates:
-1. Content that is null renders as ''. The Qwen2.5 template and the older of Qwen3's two revisions fail on it, or
-   print a null tool result as "None".
+`Chat.from_pretrained(folder)` recognises the family by the folder's template. Training and sampling use the same two
+methods: `prompt` (the model's input) and `answer` (its target). Departures from the templates:
+1. Content that is null renders as ''. Qwen2.5's template and the older of Qwen3's two revisions fail, or print "None".
 2. With think "on" the prompt ends in "<think>", as in the released runs; Qwen3's template leaves it to the model.
 """
 import json
@@ -48,43 +45,33 @@ def add_prompt_flags(parser, tools="--tools"):
 
 
 class Chat:
-    """A model folder's tokenizer and chat format, made by `from_pretrained`.
+    """A model folder's tokenizer and chat format, made by `from_pretrained`, whose parameters are attributes too.
 
-    tokenizer: a tokenizers.Tokenizer
-    think, tools: as in `from_pretrained`
     family: "qwen2.5" or "qwen3"
     default_system: Qwen2.5's system prompt for conversations without one; None for Qwen3
-    example_call: the example in the tools section
-    end_id: id of <|im_end|>
-    stop_ids: sorted ids that end a response, end_id among them
+    stop_ids: sorted ids that end a response, among them end_id, the id of <|im_end|>
     think_end_id: id of </think>, or None if that is not one token
     vocab_size: number of ids of the tokenizer (the model's embedding is usually padded to more)
     """
 
     @classmethod
     def from_pretrained(cls, folder, think=None, tools="flat"):
-        """Read the tokenizer, the chat template and the stop tokens of a Hugging Face model folder.
+        """Read a Hugging Face model folder. InputError for a broken file, or a template of another family.
 
         think: "on" opens a think block at the end of every prompt, "off" writes an empty one, "none" writes none;
-            None takes `default_think` of tokenizer_config.json (only data/tiny has it), else "on" for Qwen3 and
-            "none" for Qwen2.5
+            None takes `default_think` of tokenizer_config.json (only data/tiny has it), else what the family knows
         tools: "flat" writes a tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
             {"type": "function", "function": {...}}
-
-        Raises InputError for a missing or broken file, and for a template of another family.
         """
         folder = Path(folder)
         chat = cls()
         chat.family, chat.default_system, chat.example_call = read_flavour(folder)
         chat.tools = tools
         config = read_optional(folder / "tokenizer_config.json")
-        chat.think = think or config.get("default_think")
-        if chat.think is None:
-            chat.think = "on" if chat.family == "qwen3" else "none"
+        family_think = "on" if chat.family == "qwen3" else "none"
+        chat.think = think or config.get("default_think") or family_think
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
-            rule = "think is on, off or none; tools is flat or wrapped"
-            raise InputError(f"think={think!r}, tools={tools!r}: {rule}")
-
+            raise InputError("think is on, off or none; tools is flat or wrapped")
         path = folder / "tokenizer.json"
         chat.tokenizer = read_tokenizer(folder)
         vocabulary = chat.tokenizer.get_vocab(with_added_tokens=True)
@@ -92,17 +79,15 @@ class Chat:
         chat.end_id = vocabulary.get("<|im_end|>")
         chat.think_end_id = vocabulary.get("</think>")
         if chat.end_id is None:
-            why = "no token <|im_end|>, the end of a turn"
-            raise InputError(f"{path}: {why}; use the tokenizer of Qwen2.5 or Qwen3")
+            remedy = "use the tokenizer of Qwen2.5 or Qwen3"
+            raise InputError(f"{path}: no token <|im_end|>; {remedy}")
         if chat.think != "none" and chat.think_end_id is None:
-            why = f"has no token </think>, so --think {chat.think} cannot work"
-            raise InputError(f"{path}: {why}; use --think none")
+            raise InputError(f"{path}: no token </think>; use --think none")
         stop_ids = {chat.end_id}
         for name in ("generation_config.json", "config.json"):
             eos = read_optional(folder / name).get("eos_token_id")
-            if eos is not None:
-                stop_ids.update(eos if isinstance(eos, list) else [eos])
-        chat.stop_ids = sorted(stop_ids)
+            stop_ids.update(eos if isinstance(eos, list) else [eos])
+        chat.stop_ids = sorted(stop_ids - {None})
         return chat
 
     def prompt(self, record):
@@ -115,26 +100,18 @@ class Chat:
 
     def answer(self, record):
         """The gold response that continues `prompt`, up to <|im_end|>; with its reasoning if think is "on".
-
-        prompt + answer + "\\n" is the template's rendering of the finished conversation (except for Qwen3 with
-        think "none", where the template would write a think block).
+        prompt + answer + "\\n" is the template's finished conversation (Qwen3's writes a think block with "none" too).
         """
         gold = record.get("answer")
         if not gold:
-            remedy = "add one, or train on responses"
-            raise InputError(f"record {record.get('id')}: has no gold answer; {remedy}")
+            raise InputError(f"record {record.get('id')}: has no gold answer; add one")
         reasoning = {"on": gold.get("reasoning") or "", "off": "", "none": None}[self.think]
         text = self._assistant(text_of(gold), gold.get("tool_calls"), reasoning)
         return text.removeprefix(THINK[self.think]) + "<|im_end|>"
 
     def render(self, messages, tools, generation_prompt=False):
-        """The conversation as the template writes it.
-
-        messages: a list in the record format (see data/records.py)
-        tools: a list of dicts, written unchanged
-
-        Equal to transformers' `tokenizer.apply_chat_template(messages, tools=tools, tokenize=False,
-        add_generation_prompt=generation_prompt)`.
+        """The conversation as the template writes it: messages in the record format, tools unchanged.
+        Equal to `tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, ...)` of transformers.
         """
         system = self.default_system
         if messages[0]["role"] == "system":
@@ -146,8 +123,7 @@ class Chat:
                 "# Tools\n",
                 TOOLS_INTRO,
                 "\nYou are provided with function signatures within <tools></tools> XML tags:",
-                "<tools>", *tools,
-                "</tools>\n",
+                "<tools>", *tools, "</tools>\n",
                 CALLS_INTRO,
                 "<tool_call>", self.example_call, "</tool_call>",
             ]))
@@ -162,8 +138,8 @@ class Chat:
                 reasoning = None
                 if self.family == "qwen3":
                     text, reasoning = split_reasoning(message)
-                    if i <= last_query or (i < last and not reasoning):
-                        reasoning = None
+                if i <= last_query or (i < last and not reasoning):
+                    reasoning = None
                 text = self._assistant(text, message.get("tool_calls"), reasoning)
                 turns.append(turn(role, text))
             elif role == "tool":  # consecutive results share one user turn
@@ -172,7 +148,7 @@ class Chat:
                 turns.append(f"\n<tool_response>\n{text}\n</tool_response>")
                 if i == last or messages[i + 1]["role"] != "tool":
                     turns.append("<|im_end|>\n")
-            elif role == "user" or i > 0:  # a system message at 0 is written already
+            elif role == "user" or i > 0:  # message 0 is written already
                 turns.append(turn(role, text))
         if generation_prompt:
             turns.append("<|im_start|>assistant\n")
@@ -183,8 +159,7 @@ class Chat:
         opening = ""
         lines = [content] if content else []
         if reasoning is not None:
-            reasoning = reasoning.strip("\n")
-            opening = f"<think>\n{reasoning}\n</think>\n\n"
+            opening = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n"
             lines = [line.lstrip("\n") for line in lines]
         for call in tool_calls or []:
             arguments = call["arguments"]
@@ -226,9 +201,9 @@ def split_reasoning(message):
     content = text_of(message)
     reasoning = message.get("reasoning_content")
     if reasoning is None and "</think>" in content:
-        reasoning = content.split("</think>")[0].rstrip("\n")
-        reasoning = reasoning.split("<think>")[-1].lstrip("\n")
-        content = content.split("</think>")[-1].lstrip("\n")
+        first, *_, content = content.split("</think>")
+        reasoning = first.rstrip("\n").split("<think>")[-1].lstrip("\n")
+        content = content.lstrip("\n")
     return content, reasoning or ""
 
 
@@ -252,10 +227,7 @@ def read_tokenizer(folder):
 
 
 def read_flavour(folder):
-    """(family, default system prompt or None, example call) of a model folder.
-
-    They follow from the text of the chat template or, without a template, from `model_type` in config.json.
-    """
+    """(family, default system prompt, example call) from the chat template; without one, from `model_type`."""
     path = folder / "chat_template.jinja"
     if path.exists():  # it overrides tokenizer_config.json
         template = path.read_text(encoding="utf-8")
@@ -269,22 +241,19 @@ def read_flavour(folder):
             return "qwen3", None, EXAMPLE_CALL
         if model_type == "qwen2":
             return "qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL
-        why = f"no chat template, and none is known for model_type {model_type!r}"
-        remedy = "use a Qwen2.5 or Qwen3 folder, or add its chat_template.jinja"
-        raise InputError(f"{path}: {why}; {remedy}")
+        raise InputError(f"{path}: no chat template is known for model_type {model_type!r}; "
+                         "use a Qwen2.5 or Qwen3 folder")
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default", "")
-
     tools = TOOLS_INTRO in template and CALLS_INTRO in template
-    thinks = "<think>" in template or "enable_thinking" in template
-    hybrid = "enable_thinking" in template and "last_query_index" in template
-    if tools and hybrid:
+    switch = "enable_thinking" in template
+    if tools and switch and "last_query_index" in template:
         return "qwen3", None, EXAMPLE_CALL
     system = re.search(r"'<\|im_start\|>system(?:\\n|\n)([^']+)<\|im_end\|>", template)
-    if not tools or thinks or system is None:
-        why = "the chat template is neither Qwen2.5's nor (hybrid) Qwen3's"
-        raise InputError(f"{path}: {why}; use a folder with one of these")
+    if not tools or switch or "<think>" in template or system is None:
+        raise InputError(f"{path}: the chat template is neither Qwen2.5's nor Qwen3's; "
+                         "use a folder with one of these")
     # Evaluate escapes as the template engine does.
     system = system[1].encode("ascii", "backslashreplace").decode("unicode-escape")
     # In some templates the example stands inside a string, so its doubled braces reach the model.

@@ -6,10 +6,8 @@ A group is packed as one run of tokens `prompt r1 r2 ... rn`, so the prompt is c
     segment    0 0 0 0 | 1 1 1 | 2 2 | 3 3 3 3
     position   0 1 2 3 | 4 5 6 | 4 5 | 4 5 6 7      each response continues at len(prompt)
 
-A token attends to the prompt and to the earlier tokens of its own response. This is exact: hidden states and
-gradients equal those of n separate rows. The last prompt token predicts the first token of all n responses.
-
-Departures from the released code:
+A token attends to the prompt and to the earlier tokens of its own response: hidden states and gradients equal those of
+n separate rows. The last prompt token predicts the first token of all n responses. Departures from the released code:
 1. The released trainer pads n separate rows; here a prompt is computed once.
 2. An optimiser batch is made of whole groups (128 sequences = 16 prompts x 8), not of trajectories of many prompts.
 3. A prompt over the cap is skipped, never truncated (released: cut on the right, which loses the generation header),
@@ -29,7 +27,6 @@ from data.records import read_records
 @dataclass
 class Response:
     """One response to a prompt: sampled, read from a rollout file, or the gold answer."""
-
     ids: list  # token ids, the stop token included
     span: tuple  # the part [start, end) of ids that the loss counts
     text: str = ""
@@ -43,14 +40,12 @@ class Response:
 
     @property
     def counted_tokens(self):
-        """Number of tokens in the loss."""
         return self.span[1] - self.span[0]
 
 
 @dataclass
 class Group:
     """A record, its prompt as token ids, and the responses to it."""
-
     record: dict
     prompt: list
     responses: list
@@ -62,17 +57,14 @@ class Group:
 
     @property
     def counted_tokens(self):
-        """Number of response tokens in the loss."""
         return sum(r.counted_tokens for r in self.responses)
 
     @property
     def rewards(self):
-        """The reward of each response."""
         return [r.reward for r in self.responses]
 
     @property
     def answer_scores(self):
-        """The answer score of each response."""
         return [r.answer_score for r in self.responses]
 
 
@@ -81,16 +73,12 @@ def counted_tokens(groups):
     return sum(group.counted_tokens for group in groups)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From records to groups
+# ---- From records to groups
 
 def read_groups(args, chat):
-    """Read the training and validation groups of `ckd` and `sft`.
+    """Read the training and validation groups of `ckd` and `sft`, whose parsed flags are `args`, for a student's Chat.
 
-    args: parsed flags: data, valid, limit, valid_limit, hold_out, seed, share_prefix and the caps and mask below
-    chat: the student's Chat
-
-    Without --valid, up to `hold_out` groups of the data (at most a quarter) are drawn by the seed and held out.
+    Without --valid, up to --hold-out groups of the data (at most a quarter) are drawn by the seed and held out.
     Returns (groups, valid, skipped), skipped as in `make_groups`. InputError if no training group is left.
     """
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
@@ -112,25 +100,25 @@ def read_groups(args, chat):
 
 
 def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):
-    """Turn records into groups.
+    """Turn records into groups. Returns (groups, skipped), skipped as {reason: count}.
 
-    records: those of a rollout file train on their `responses`, by the stored token ids if there are any (a response
-        with text alone gets a missing end token); all others train on their gold answer
+    records: train on their `responses`, by the stored token ids if there are any, else on their gold answer
     chat: the Chat of the model to train
     max_prompt_tokens, max_response_tokens: caps; longer ones are skipped
     mask: the response tokens in the loss (paper.md 1.2): all; think, up to and including the last `</think>`;
         answer, the rest; alter, think and answer alternately. A response without `</think>` is all think if the
         prompt opened a think block, else all answer
-
-    Returns (groups, skipped), skipped as {reason: count}.
     """
     if mask != "all" and chat.think_end_id is None:
         raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
     skipped = {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}
     groups = []
-    number = 0  # of the response, over all records: decides what --mask alter counts
+    number = 0  # of the response, over all records, for --mask alter
     for record in records:
-        refuse_other_rendering(record, chat)
+        rendered = record.get("rendered")
+        if rendered not in (None, {"think": chat.think, "tools": chat.tools}):
+            raise InputError(f"record {record['id']}: was sampled with --think {rendered['think']} "
+                             f"--tools {rendered['tools']}; give the same flags to this command")
         prompt = chat.encode(chat.prompt(record))
         if len(prompt) > max_prompt_tokens:
             skipped["prompts too long"] += 1
@@ -151,25 +139,15 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     return groups, skipped
 
 
-def refuse_other_rendering(record, chat):
-    """InputError if a rollout was sampled with another --think or --tools than this run renders."""
-    rendered = record.get("rendered")
-    if rendered not in (None, {"think": chat.think, "tools": chat.tools}):
-        raise InputError(f"record {record['id']}: was sampled with --think {rendered['think']} --tools "
-                         f"{rendered['tools']}; give the same flags to this command")
-
-
 def response_ids(record, chat):
-    """The token ids of each response of a record, or of its gold answer."""
+    """Token ids of each response of a record, or of its gold answer. Text alone gets a missing end token."""
     if not record.get("responses"):
         return [chat.encode(chat.answer(record))]
     all_ids = []
     for response in record["responses"]:
-        ids = response.get("ids")
-        if not ids:
-            ids = chat.encode(response["text"])
-            if not ids or ids[-1] not in chat.stop_ids:
-                ids.append(chat.end_id)
+        ids = response.get("ids") or chat.encode(response["text"])
+        if not response.get("ids") and (not ids or ids[-1] not in chat.stop_ids):
+            ids.append(chat.end_id)
         all_ids.append(ids)
     return all_ids
 
@@ -184,32 +162,27 @@ def counted_span(ids, chat, part):
 
 def share_prefixes(groups, records_per_row):
     """Merge up to `records_per_row` consecutive groups with the same tools into one with their common prompt prefix.
-
-    The rest of each prompt (the question) is moved in front of its responses, outside their spans. Every token keeps
-    its position and what it attends to; the common prefix is computed once.
+    The rest of each prompt, the question, moves in front of its responses, outside their spans. Positions stay.
     """
     runs = []
     for group in groups:
-        last = runs[-1] if runs else []
-        if 0 < len(last) < records_per_row and last[0].record["tools"] == group.record["tools"]:
-            last.append(group)
-        else:
-            runs.append([group])
+        same = runs and runs[-1][0].record["tools"] == group.record["tools"]
+        if not same or len(runs[-1]) == records_per_row:
+            runs.append([])
+        runs[-1].append(group)
     merged = []
     for members in runs:
         prefix = commonprefix([group.prompt for group in members])
-        responses = []
+        merged.append(Group(members[0].record, prefix, []))
         for group in members:
             question = group.prompt[len(prefix):]
             for r in group.responses:
                 span = (len(question) + r.span[0], len(question) + r.span[1])
-                responses.append(replace(r, ids=question + r.ids, span=span))
-        merged.append(Group(members[0].record, prefix, responses))
+                merged[-1].responses.append(replace(r, ids=question + r.ids, span=span))
     return merged
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From groups to batches
+# ---- From groups to batches
 
 def next_prompts(prompts, seed, first, count):
     """`count` prompts from number `first` on in an endless sequence of passes, each shuffled by (seed, pass)."""
@@ -218,15 +191,13 @@ def next_prompts(prompts, seed, first, count):
         episode, start = divmod(first + len(groups), len(prompts))
         order = list(range(len(prompts)))
         random.Random(f"{seed} {episode}").shuffle(order)
-        for i in order[start:start + count - len(groups)]:
-            groups.append(replace(prompts[i], responses=[]))
+        order = order[start:start + count - len(groups)]
+        groups += [replace(prompts[i], responses=[]) for i in order]
     return groups
 
 
 def optimiser_batches(groups, batch_size, seed, epoch):
     """Whole groups in an order shuffled by (seed, epoch), cut as soon as a batch has `batch_size` sequences.
-
-    The last batch may be smaller, so fewer sequences than a batch still make one step.
 
     >>> groups = [Group({"id": i}, [1], [Response([2], (0, 1))] * 4) for i in range(3)]
     >>> [[g.record["id"] for g in batch] for batch in optimiser_batches(groups, batch_size=8, seed=0, epoch=0)]
@@ -235,31 +206,24 @@ def optimiser_batches(groups, batch_size, seed, epoch):
     order = list(range(len(groups)))
     random.Random(f"{seed} {epoch}").shuffle(order)
     batches = []
-    sequences = batch_size  # the first group starts a batch
     for i in order:
-        if sequences >= batch_size:
+        if not batches or sum(len(group.responses) for group in batches[-1]) >= batch_size:
             batches.append([])
-            sequences = 0
         batches[-1].append(groups[i])
-        sequences += len(groups[i].responses)
     return batches
 
 
 def micro_batches(groups, token_budget):
-    """Split groups into lists that each pack into at most `token_budget` tokens, padding included.
-
-    Longest first, so that the rows of a micro-batch have similar lengths. A group over the budget is cut between its
-    responses, each part with the prompt again; a single response over the budget is a part of its own.
+    """Split groups, longest first, into lists that each pack into at most `token_budget` tokens, padding included.
+    A group over the budget is cut between its responses, each part with the prompt again.
     """
     parts = []
     for group in groups:
-        part = replace(group, responses=[])
+        parts.append(replace(group, responses=[]))
         for response in group.responses:
-            if part.responses and part.length + len(response.ids) > token_budget:
-                parts.append(part)
-                part = replace(group, responses=[])
-            part.responses.append(response)
-        parts.append(part)
+            if parts[-1].responses and parts[-1].length + len(response.ids) > token_budget:
+                parts.append(replace(group, responses=[]))
+            parts[-1].responses.append(response)
     parts.sort(key=lambda part: part.length, reverse=True)
     batches = []
     for part in parts:
@@ -282,9 +246,7 @@ def pack(groups, device="cpu", width=None):
     width = width or max(group.length for group in groups)
     places = first_fit([group.length for group in groups], width)
     shape = (1 + max(b for b, _ in places), width)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    segment = np.zeros(shape, dtype=np.int64)
+    input_ids, positions, segment = np.zeros((3, *shape), dtype=np.int64)  # [B, T] each
     group_index = np.full(shape, -1, dtype=np.int64)
     counted = {"logit_positions": [], "targets": [], "response": [], "rows": []}
     number = 0  # of the response
@@ -315,12 +277,10 @@ def pack(groups, device="cpu", width=None):
 
 def first_fit(lengths, width):
     """(row, start) of each length, placed into the first row of `width` tokens that has room."""
-    ends = []  # of what each row holds
+    ends = [0] * len(lengths)  # of what each row holds; the last rows stay empty
     places = []
     for length in lengths:
-        row = next((i for i, end in enumerate(ends) if end + length <= width), len(ends))
-        if row == len(ends):
-            ends.append(0)
+        row = next(i for i, end in enumerate(ends) if end + length <= width)
         places.append((row, ends[row]))
         ends[row] += length
     return places
@@ -328,14 +288,12 @@ def first_fit(lengths, width):
 
 def attention_mask(packed):
     """The mask [B, 1, T, T] of a packed batch, bool: True where query q attends to key k.
-
-    k <= q, in the same group, and k in the prompt (segment 0) or in q's own response. Padding attends to padding,
-    because a row of the softmax must not be empty.
+    k <= q in the same group, and k in the prompt (segment 0) or in q's own response. Padding attends to padding.
     """
     group = packed["group"]  # [B, T]
     segment = packed["segment"]  # [B, T]
     t = torch.arange(segment.shape[1], device=segment.device)
-    causal = t[:, None] >= t[None, :]  # [T, T]
+    causal = t[:, None] >= t  # [T, T]
     same_group = group[:, :, None] == group[:, None, :]  # [B, T, T]
     in_prompt = segment[:, None, :] == 0  # [B, 1, T]
     same_response = segment[:, None, :] == segment[:, :, None]  # [B, T, T]

@@ -4,11 +4,9 @@
 
 The labels say what an answer is: response (it has text), single (one call), parallel (several calls), multi-step
 (calls right after a tool's result). single-turn and multi-turn say how far into a conversation the answer comes.
-
-The scan takes a record if one of its labels is below its quota, and stops at 1.1 x size records. Quotas are
-minima that the scan aims at: a label that is rare in the input ends below its quota, and without some label there
-can be fewer records than --size. The quotas of parallel, single and response add up to 1.2 x size, more than the
-scan takes: it reaches all three only if some answers have both text and calls.
+The scan takes a record if one of its labels is below its quota, and stops at 1.1 x size records. A label that is rare
+in the input ends below its quota, and there may be fewer records than --size. The quotas of parallel, single and
+response add up to 1.2 x size: the scan reaches all three only if some answers have both text and calls.
 
 Departures from the released code:
 1. Exact duplicates (messages, tools and answer) are dropped.
@@ -29,11 +27,8 @@ from data import InputError, positive, print_table, write_lines
 from data.chat import Chat
 from data.records import has_answer, read_records, self_check
 
-QUOTAS = {  # parts of --size
-    "single-turn": 0.3, "multi-turn": 0.7,
-    "parallel": 0.5, "single": 0.5, "response": 0.2,
-    "multi-step": 0.3,
-}
+QUOTAS = {"single-turn": 0.3, "multi-turn": 0.7, "parallel": 0.5, "single": 0.5,
+          "response": 0.2, "multi-step": 0.3}  # parts of --size
 MAX_TURNS = 10
 
 
@@ -60,24 +55,27 @@ def run_prepare(args):
     records = []
     for path in args.data:
         records += read_records(path, need_answer=False, check_answer=False)
-
     dropped = Counter()
     chosen = drop_unsound(records, dropped)
     generator = random.Random(args.seed)
     if args.size:
         chosen = choose(chosen, args.size, generator)
     if chat:
-        chosen = drop_long(chosen, chat, args.max_prompt_tokens, dropped)
+        count = len(chosen)
+        chosen = [record for record in tqdm(chosen, "measure prompts", unit="record", delay=2)
+                  if len(chat.encode(chat.prompt(record))) <= args.max_prompt_tokens]
+        if len(chosen) < count:
+            dropped[f"prompts over {args.max_prompt_tokens} tokens"] = count - len(chosen)
     if args.size:
         chosen = generator.sample(chosen, min(args.size, len(chosen)))
     if not chosen:
-        why = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        why = f"no record is left to write ({why or 'none was chosen'})"
-        raise InputError(f"{out}: {why}; give other --data")
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
+        raise InputError(f"{out}: no record is left to write ({reasons or 'none was chosen'}); "
+                         "give other --data")
     if args.size:
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
-    for i, record in enumerate(chosen):
-        chosen[i] = record | {"labels": sorted(categories(record)), "turns": turns(record)}
+    chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)}
+              for record in chosen]
     out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
     report(records, chosen, dropped, args.size)
@@ -109,7 +107,7 @@ def choose(records, size, generator):
     for record in records:
         if 10 * len(chosen) >= 11 * size:
             break
-        names = categories(record)
+        names = labels(record)
         full = {name for name in names if counts[name] >= QUOTAS[name] * size}
         if turns(record) <= MAX_TURNS and "response" not in full and full != names:
             chosen.append(record)
@@ -117,39 +115,22 @@ def choose(records, size, generator):
     return chosen
 
 
-def drop_long(records, chat, max_prompt_tokens, dropped):
-    """The records whose prompt has at most `max_prompt_tokens` tokens; counts the others in `dropped`."""
-    kept = []
-    for record in tqdm(records, "measure prompts", unit="record", delay=2):
-        if len(chat.encode(chat.prompt(record))) <= max_prompt_tokens:
-            kept.append(record)
-        else:
-            dropped[f"prompts over {max_prompt_tokens} tokens"] += 1
-    return kept
-
-
-def categories(record):
-    """The labels of a record with single-turn or multi-turn: its keys in QUOTAS."""
-    return labels(record) | {"multi-turn" if turns(record) > 1 else "single-turn"}
-
-
 def labels(record):
-    """What the answer is: a set of response, single, parallel and multi-step."""
+    """The keys of QUOTAS that describe a record."""
     answer = record["answer"]
     calls = len(answer.get("tool_calls") or [])
-    names = {"response"} if answer.get("content") else set()
+    names = {"multi-turn" if turns(record) > 1 else "single-turn"}
+    if answer.get("content"):
+        names.add("response")
     if calls:
         names.add("single" if calls == 1 else "parallel")
-        if record["messages"][-1]["role"] == "tool":
-            names.add("multi-step")
+    if calls and record["messages"][-1]["role"] == "tool":
+        names.add("multi-step")
     return names
 
 
 def turns(record):
     """(message index of the answer + 1) // 2; the index counts all messages from 0, system messages too.
-
-    A call and its result are a turn. A system message adds no turn while user and assistant alternate, because
-    the division rounds down.
 
     >>> turns({"messages": ["system", "user", "call", "result"]})
     2

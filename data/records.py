@@ -8,14 +8,13 @@
      "answer": {"tool_calls": [{"name", "arguments"}], "content": str or None, optionally "reasoning": str},
      optionally "responses": [...]}                                  written by `rollout`, kept unchanged
 
-The keys of a line tell its shape: this format (it has "answer" or "responses"); the STAR authors' (`messages`
-and `tools`, the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].function` with arguments
-as a JSON string, wrapped tools, the older `functions` and `function_call`). Types written as in xLAM
-("List[int], optional") become JSON schema.
+The keys of a line tell its shape: this format ("answer" or "responses"); the STAR authors' (`messages` and `tools`;
+the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].function` with arguments as a JSON string,
+wrapped tools, the older `functions` and `function_call`). Types as in xLAM ("List[int], optional") become JSON schema.
 
 Departures from the released code:
-1. Nothing is repaired. A gold call to a tool that is not offered is an error that names the line; the authors
-   match similar tool names by substring. `star.py prepare` drops such records.
+1. Nothing is repaired. A gold call to a tool that is not offered is an error; the authors match similar tool names
+   by substring. `star.py prepare` drops such records.
 2. Think blocks and <tool_call> blocks in an assistant's text are split into reasoning, content and calls.
 """
 import gzip
@@ -29,13 +28,11 @@ from tqdm import tqdm
 from data import InputError, positive, read_json
 from reward import score
 
-ROLES = {role: role for role in ("system", "user", "assistant", "tool")}
-ROLES |= {"developer": "system", "function": "tool"}
-TYPES = {
-    "str": "string", "int": "integer", "float": "number", "bool": "boolean",
-    "list": "array", "tuple": "array", "set": "array", "sequence": "array", "iterable": "array",
-    "dict": "object", "mapping": "object", "none": "null", "nonetype": "null",
-}
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "developer": "system", "function": "tool"}
+TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean",
+         "dict": "object", "mapping": "object", "none": "null", "nonetype": "null"}
+TYPES |= dict.fromkeys(("list", "tuple", "set", "sequence", "iterable"), "array")
 TYPES |= {name: name for name in TYPES.values()}
 
 
@@ -49,14 +46,11 @@ def add_data_flags(parser, what):
 
 
 def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
-    """All records of a .jsonl, .jsonl.gz or .json file with one JSON object per line; empty lines are skipped.
+    """All records of a .jsonl, .jsonl.gz or .json file; empty lines are skipped. InputError names file and line.
 
     need_answer: False also accepts records without an answer
     vocab_size: ids of responses must be smaller
-    check_answer: False also accepts answers that call unknown tools, and keeps calls that cannot be parsed as text
-        (their `self_check` fails)
-
-    Raises InputError with the file and the line.
+    check_answer: False also accepts calls of unknown tools, and keeps calls that cannot be parsed as text
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
@@ -64,20 +58,18 @@ def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
     records = []
     for number, line in lines:
         try:
-            record = read_record(line, f"{stem}:{number}", check_answer)
-            check_record(record, need_answer, vocab_size, check_answer)
+            records.append(read_record(line, f"{stem}:{number}", check_answer))
+            check_record(records[-1], need_answer, vocab_size, check_answer)
         except InputError as e:
             raise InputError(f"{path}:{number}: {e}") from e
-        records.append(record)
     if not records:
-        raise InputError(f"{path}: holds no records; give a file with one JSON object a line")
+        raise InputError(f"{path}: holds no records; give a file with records")
     return records
 
 
 def read_tools(path):
     """The tools of a JSON file that holds one tool or a list of them, flat or wrapped."""
-    remedy = "give a JSON list of tools, each with a name, a description and parameters"
-    tools = read_json(path, remedy, kind=(list, dict))
+    tools = read_json(path, "give a JSON list of tools", kind=(list, dict))
     try:
         return [read_tool(tool) for tool in as_list(tools)]
     except InputError as e:
@@ -87,15 +79,14 @@ def read_tools(path):
 def read_lines(path):
     """Yield (line number, bytes) for each line that is not empty. The file may be gzipped."""
     number = 0
-    open_file = gzip.open if path.suffix == ".gz" else open
     try:
-        with open_file(path, "rb") as file:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        why = f"broken gzip stream ({e})"
-        raise InputError(f"{path}:{number + 1}: {why}; copy the file again") from e
+        broken = f"broken gzip stream ({e}); copy the file again"
+        raise InputError(f"{path}:{number + 1}: {broken}") from e
     except OSError as e:
         remedy = "give a .jsonl or .jsonl.gz file"
         raise InputError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
@@ -103,36 +94,32 @@ def read_lines(path):
 
 # ---- From a line to a record. `read_records` adds the file and the line to an InputError.
 
-def read_record(line, default_id, check_answer):
-    """A line (bytes) of any shape as a record."""
+def read_record(line, default_id, check):
+    """A line (bytes) of any shape as a record. check: as in `read_calls`, for its answer."""
     item = read_object(line)
     tools = item.get("tools") or item.get("functions") or []
-    if isinstance(tools, str):
-        tools = parse(tools, "tools")
-    tools = [read_tool(tool) for tool in as_list(tools)]
+    tools = as_list(parse(tools, "tools") if isinstance(tools, str) else tools)
     *history, last = item["messages"]
-    messages = [read_message(message) for message in history]
-    messages.append(read_message(last, check_answer))
-
+    messages = [*map(read_message, history), read_message(last, check)]
     record = {"id": default_id, "source": default_id.rpartition(":")[0]}
     our_format = "answer" in item or "responses" in item
     if not our_format:
         item = {key: str(item[key]) for key in record if item.get(key) is not None}
-    record |= item | {"tools": tools, "messages": messages}
+    record |= item | {"tools": [read_tool(tool) for tool in tools], "messages": messages}
     answer = item.get("answer")
-    if not our_format and messages[-1]["role"] == "assistant":  # the target is the last turn
+    if not our_format and messages[-1]["role"] == "assistant":
         last = messages.pop()
         calls = last.get("tool_calls", [])
         record["answer"] = {"tool_calls": calls, "content": last["content"] or None}
         if "reasoning_content" in last:
             record["answer"]["reasoning"] = last["reasoning_content"]
     elif isinstance(answer, dict):
-        calls = read_calls(answer.get("tool_calls") or [], check_answer)
+        calls = read_calls(answer.get("tool_calls") or [], check)
         content = read_text(answer.get("content"))
         record["answer"] = answer | {"tool_calls": calls, "content": content}
     elif answer is not None:
-        remedy = 'write {"tool_calls": [...]}, each with name and arguments, or {"content": text}'
-        raise InputError(f"answer is {type(answer).__name__}; {remedy}")
+        kind = type(answer).__name__
+        raise InputError(f'answer is {kind}; write {{"tool_calls": [...], "content": text}}')
     return record
 
 
@@ -140,7 +127,7 @@ def read_object(line):
     """The JSON object in a line; it must have messages."""
     try:
         item = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:  # half a surrogate pair must fail here, not in the tokenizer
+        if b"\\u" in line:  # it may be half a surrogate pair
             json.dumps(item, ensure_ascii=False).encode()
     except UnicodeError as e:
         raise InputError(f"not UTF-8 text ({e.reason}); save the file as UTF-8") from e
@@ -150,7 +137,7 @@ def read_object(line):
         kind = type(item).__name__
         raise InputError(f"is {kind}, not an object; write one JSON object a line")
     if not isinstance(item.get("messages"), list) or not item["messages"]:
-        raise InputError('no messages; add "messages", a list that ends with the user\'s')
+        raise InputError('no messages; add a list of "messages"')
     return item
 
 
@@ -158,17 +145,18 @@ def read_message(message, check=True):
     """A message of any shape in the record format, without ids and other keys. check: as in `read_calls`."""
     role = str(message.get("role") if isinstance(message, dict) else message)
     if role not in ROLES or not isinstance(message, dict):
-        raise InputError(f"unknown role {role!r}; roles are system, user, assistant and tool")
+        raise InputError(f"unknown role {role!r}; roles are system, user, assistant, tool")
     content = read_text(message.get("content"))
     if role != "assistant":
         return {"role": ROLES[role], "content": content}
     calls = message.get("tool_calls") or message.get("function_call") or []
     reasoning = message.get("reasoning_content")
-    if block := re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S):
+    block = re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S)
+    if block:
         reasoning = reasoning or block[1].strip("\n")
         content = content[block.end():]
     if not calls and "<tool_call>" in (content or ""):
-        # pieces: text, inside of a block, text, inside of a block, ...
+        # text, inside of a block, text, inside of a block, ...
         pieces = re.split(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content, flags=re.S)
         calls = [parse(piece, "<tool_call>", check) for piece in pieces[1::2]]
         content = "".join(pieces[::2]).strip() or None
@@ -185,10 +173,9 @@ def read_text(content):
     if isinstance(content, list) and all(isinstance(part, dict) for part in content):
         if all(part.get("type") == "text" for part in content):
             content = "".join(str(part.get("text")) for part in content)
-    if content is not None and not isinstance(content, str):
-        kind = type(content).__name__
-        raise InputError(f"content is {kind}; write it as a string (a result as JSON text)")
-    return content
+    if isinstance(content, str | None):
+        return content
+    raise InputError(f"content is {type(content).__name__}; write it as a string")
 
 
 def read_calls(calls, check=True):
@@ -202,8 +189,7 @@ def read_calls(calls, check=True):
         if isinstance(arguments, dict) and isinstance(call.get("name"), str):
             result.append({"name": call["name"], "arguments": arguments})
         elif check:
-            why = "a call lacks its name or its arguments object"
-            raise InputError(f'{why}; write {{"name", "arguments"}}')
+            raise InputError('a call lacks its name or its arguments; write {"name", "arguments"}')
         else:
             result.append(json.dumps(item))
     return result
@@ -216,7 +202,7 @@ def parse(string, what, check=True):
     except (ValueError, RecursionError) as e:
         if not check:
             return string
-        raise InputError(f"{what} is not JSON ({e}); correct it or remove the record") from e
+        raise InputError(f"{what} is not JSON ({e}); correct it or remove it") from e
 
 
 def as_list(value):
@@ -227,18 +213,16 @@ def read_tool(tool):
     """{"name", "description", "parameters"} from a flat or wrapped tool."""
     tool = tool.get("function", tool) if isinstance(tool, dict) else {}
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
-        raise InputError('a tool has no name; tools are {"name", "description", "parameters"}')
-    description = tool.get("description") or ""
-    schema = to_json_schema(tool.get("parameters") or {})
-    return {"name": tool["name"], "description": description, "parameters": schema}
+        raise InputError('a tool has no name; tools are {"name", "parameters", ...}')
+    return {"name": tool["name"], "description": tool.get("description") or "",
+            "parameters": to_json_schema(tool.get("parameters") or {})}
 
 
 def to_json_schema(parameters):
-    """A tool's parameters as a JSON schema. A JSON schema is returned unchanged.
+    """A tool's parameters as a JSON schema; a JSON schema is returned unchanged.
 
-    parameters: {"city": {"type": "str, optional", "description": ..., "default": ...}} or {"city": "str"}
-
-    A parameter is required unless its type says optional or it has a default. A boolean "required" overrides both.
+    parameters: {"city": {"type": "str, optional", "description": ..., "default": ...}} or {"city": "str"}. A parameter
+        is required unless its type says optional or it has a default. A boolean "required" overrides both.
 
     >>> to_json_schema({"n": {"type": "List[int], optional"}})["properties"]
     {'n': {'type': 'array', 'items': {'type': 'integer'}}}
@@ -247,21 +231,20 @@ def to_json_schema(parameters):
     if isinstance(specs.get("type"), str):
         if isinstance(specs.get("properties"), dict):
             return parameters
-        if TYPES.get(specs["type"]) == "object":  # no properties: a tool without parameters
+        if TYPES.get(specs["type"]) == "object":  # a tool without parameters
             specs = {}
     if not all(isinstance(spec, (dict, str)) for spec in specs.values()):
-        raise InputError("parameters must be a JSON schema of type object, or a type for each name")
+        raise InputError("parameters must be a JSON schema, or a type for each name")
     properties = {}
     required = []
     for name, spec in specs.items():
         spec = {"type": spec} if isinstance(spec, str) else dict(spec)
         schema, optional = type_schema(spec.pop("type", "any"))
-        optional = optional or "default" in spec
+        needed = not optional and "default" not in spec
         if isinstance(spec.get("required"), bool):
-            optional = not spec.pop("required")
+            needed = spec.pop("required")
         properties[name] = schema | spec
-        if not optional:
-            required.append(name)
+        required += [name] * needed
     return {"type": "object", "properties": properties, "required": required}
 
 
@@ -290,7 +273,7 @@ def type_schema(kind):
             schema = others[0]
     elif schema == {"type": "array"}:
         items = [type_schema(item)[0] for item in inner if item != "..."]
-        if items and items[0] and items.count(items[0]) == len(items):  # one type only
+        if items and items[0] and items.count(items[0]) == len(items):
             schema["items"] = items[0]
     return schema, optional
 
@@ -299,33 +282,31 @@ def split(string, separator):
     """Split at separators outside brackets: "Dict[str, Any], optional" has two pieces at ","."""
     pieces = [""]
     depth = 0
-    for character in string:
-        depth += (character == "[") - (character == "]")
-        if character == separator and depth == 0:
+    for char in string:
+        depth += (char == "[") - (char == "]")
+        if char == separator and depth == 0:
             pieces.append("")
         else:
-            pieces[-1] += character
+            pieces[-1] += char
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
 def check_record(record, need_answer, vocab_size, check_answer):
     """Raise InputError for a record that cannot be used. Parameters as in `read_records`."""
     responses = record.get("responses") or []
-    if not isinstance(responses, list) or not all(map(is_response, responses)):
-        why = 'responses must be a list of objects with "text" or "ids", whole numbers from 0'
-        raise InputError(f"{why}; run rollout again or remove the record")
-    largest_id = max((max(r.get("ids") or [0]) for r in responses), default=0)
+    if not (isinstance(responses, list) and all(map(is_response, responses))):
+        raise InputError('responses must be a list of objects with "text" or "ids"; '
+                         "run rollout again or remove the record")
+    largest_id = max([max(r.get("ids") or [0]) for r in responses], default=0)
     if vocab_size is not None and largest_id >= vocab_size:
-        why = f"responses have id {largest_id}, the tokenizer only {vocab_size:,} ids"
-        remedy = "run rollout again with a model that shares it, or remove the ids"
-        raise InputError(f"{why}; {remedy} to train on the text")
+        raise InputError(f"responses have id {largest_id}, the tokenizer only {vocab_size:,} ids; "
+                         "run rollout again, or remove the ids")
     messages = record["messages"]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        remedy = "before the answer must come a user's or a tool's"
-        raise InputError(f"no message to answer; {remedy}")
+        raise InputError("no message to answer; before the answer comes a user's or tool's")
     if need_answer and not (has_answer(record) or responses):
-        remedy = 'give a last assistant turn or an "answer" with calls or content'
-        raise InputError(f"no answer; {remedy}, or run rollout first")
+        remedy = 'give a last assistant turn or an "answer", or run rollout first'
+        raise InputError(f"no answer; {remedy}")
     if check_answer and record.get("answer"):
         names = [tool["name"] for tool in record["tools"]]
         for call in record["answer"]["tool_calls"]:
@@ -336,8 +317,7 @@ def check_record(record, need_answer, vocab_size, check_answer):
 
 def is_response(response):
     """Whether a response can be trained on."""
-    if not isinstance(response, dict):
-        return False
+    response = response if isinstance(response, dict) else {}
     ids = response.get("ids")
     if ids:
         return isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
@@ -351,11 +331,7 @@ def has_answer(record):
 
 
 def self_check(record):
-    """`reward.score` of the gold answer against itself; `star.py prepare` keeps rewards over 0.99.
-
-    The reward is lower if no response can earn the full reward: the gold answer has a call that cannot be
-    parsed, an unknown tool or argument, or think tags or <tool_call> inside its text.
-    """
+    """`reward.score` of the gold answer against itself: below 1 if no response can earn 1."""
     answer = record["answer"]
     parts = [answer["content"] or ""]
     parts += [f"<tool_call>{json.dumps(call)}</tool_call>" for call in answer["tool_calls"]]

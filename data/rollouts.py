@@ -6,16 +6,15 @@
 
 A response is {"text", "ids", "finish_reason", "logprob"}, with "reward" if the record has a gold answer.
 
-The filters check form, not correctness (paper.md 1.7): exactly one think block if the prompt asks for one;
-calls that can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt
-are dropped. A teacher's mistakes are kept, unless a minimum reward is set.
+The filters check form, not correctness (paper.md 1.7): exactly one think block if the prompt asks for one; calls that
+can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt are dropped. A
+teacher's mistakes are kept, unless a minimum reward is set (the paper has no such filter).
 
 Departures from the released code, as far as paper.md describes it:
 1. A call that is never closed fails, even after closed calls, where the reward ignores it.
-2. Two responses are duplicates if their reasoning, the text around their calls, and their calls in any order
-   are equal. Surrounding white space and end tokens do not count. The first one is kept.
-3. Each response gets its `reward` if there is a gold answer. The filters run once, at the end, so a resumed
-   run may use other filters.
+2. Two responses are duplicates if their reasoning, the text around their calls, and their calls in any order are
+   equal. Surrounding white space and end tokens do not count. The first one is kept.
+3. Each response gets its `reward` if there is a gold answer. Filters run at the end: a resumed run may change them.
 """
 import json
 import re
@@ -33,10 +32,8 @@ from reward import FORMAT_FAILURES, HEADER, score
 def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     """Read the first `limit` records of a file and encode their prompts for the model of `chat`.
 
-    max_prompt_tokens: longer prompts are skipped, and their number is printed
-    need_gold: a record without a gold answer is an InputError
-
-    Returns (records, prompts): records that note how they are `rendered`, and their ids, None if skipped.
+    Returns (records, prompts): records that note how they are `rendered`, and the ids of their prompts, None for one
+    over the cap. Their number is printed. InputError if need_gold is set and a record has no gold answer.
     """
     rendered = {"think": chat.think, "tools": chat.tools}
     records = read_records(path, need_gold)[:limit]
@@ -52,30 +49,26 @@ def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     if skipped == len(prompts):
         raise InputError(f"{path}: no prompt is left to answer; raise --max-prompt-tokens")
     if skipped:
-        why = f"longer than {max_prompt_tokens} tokens"
-        print(f"{path}: skipped {skipped} prompts {why}", file=sys.stderr)
+        print(f"{path}: skipped {skipped} prompts longer than {max_prompt_tokens} tokens",
+              file=sys.stderr)
     return records, prompts
 
 
 def score_response(chat, record, text, **options):
     """The "reward", "answer_score", "case" and "exact" of a response; options as in `reward.score`."""
-    prompt = chat.prompt(record)
-    gold = chat.answer(record)
-    result = score(prompt + text, gold, record["tools"], chat.think, **options)
-    names = ("reward", "answer_score", "case", "exact")
-    return {name: result[name] for name in names}
+    text = chat.prompt(record) + text
+    result = score(text, chat.answer(record), record["tools"], chat.think, **options)
+    return {name: result[name] for name in ("reward", "answer_score", "case", "exact")}
 
 
-# ---- Sampling that can resume: open the file, append each batch, finish ------------------------------------
+# ---- Sampling that can resume: open the file, append each batch, finish
 
 def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
-    """Start or resume the rollout file `out` (a Path) of these records.
-
-    arguments: the settings, which a resumed run must share
-    resume, overwrite: what to do with an earlier file; it is an InputError if neither is set
+    """Start or resume the rollout file `out` (a Path) of these records. `arguments` are its settings.
 
     Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
-    OUT.part. InputError if they were made with other settings, or from other records.
+    OUT.part. InputError if they were made with other settings or from other records, and if the file exists and
+    neither resume nor overwrite is set.
     """
     part = Path(f"{out}.part")
     for path in (out, part):
@@ -88,7 +81,13 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
             saved = read_json(f"{out}.arguments.json", remedy)
             refuse_changes(f"{out}: was made with", saved, arguments, remedy)
         return [json.loads(line) for _, line in read_lines(out)], {}
-    rows = read_part(part, arguments) if resume and part.exists() else {}
+    lines = []
+    if resume and part.exists():  # a kill may have left half a line, or half a character
+        lines = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
+    if lines:
+        remedy = "resume with the settings in its first line, or start again with --overwrite"
+        refuse_changes(f"{part}: was started with", lines[0] or {}, arguments or {}, remedy)
+    rows = dict(lines[1:])
     for i, row in rows.items():
         if i >= len(records) or records[i]["id"] != row["id"]:
             raise InputError(f"{part}: holds other records; start again with --overwrite")
@@ -97,41 +96,21 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
     return None, rows
 
 
-def read_part(part, arguments):
-    """{index: record} of a stopped run. A kill may have left half a line, or half a character."""
-    lines = part.read_bytes().split(b"\n")[:-1]
-    if not lines:
-        return {}
-    saved, *rows = map(json.loads, lines)
-    remedy = "resume with the settings in its first line, or start again with --overwrite"
-    refuse_changes(f"{part}: was started with", saved or {}, arguments or {}, remedy)
-    return dict(rows)
-
-
 def batches_to_sample(prompts, rows, size):
     """Batches of prompts of similar length, longest first; skips batches that are complete in `rows`.
-
-    Returns [(start, indices)]. `start`, the place of the batch in that order, seeds it, so that a resumed run
-    samples the same responses.
+    Returns [(start, indices)]. `start`, the place in that order, seeds the batch: a resumed run samples the same.
     """
     order = [i for i, ids in enumerate(prompts) if ids is not None]
     order.sort(key=lambda i: -len(prompts[i]))
-    batches = []
-    for start in range(0, len(order), size):
-        batch = order[start:start + size]
-        if any(i not in rows for i in batch):
-            batches.append((start, batch))
-    return batches
+    batches = [(start, order[start:start + size]) for start in range(0, len(order), size)]
+    return [(start, batch) for start, batch in batches if not rows.keys() >= set(batch)]
 
 
 def response_row(chat, response):
     """A sampled `Response` as a rollout file stores it."""
-    return {
-        "text": chat.decode(response.ids),
-        "ids": response.ids,
-        "finish_reason": response.finish_reason,
-        "logprob": round(sum(response.log_probs), 4),
-    }
+    text = chat.decode(response.ids)
+    return {"text": text, "ids": response.ids, "finish_reason": response.finish_reason,
+            "logprob": round(sum(response.log_probs), 4)}
 
 
 def append_rollouts(out, rows):
@@ -152,16 +131,11 @@ def json_line(value):
     return json.dumps(value, ensure_ascii=False) + "\n"
 
 
-# ---- Filters -----------------------------------------------------------------------------------------------
+# ---- Filters
 
 def filter_responses(rows, chat, keep_all=False, min_reward=None):
-    """Score the responses of records; drop duplicates and responses of bad form.
-
-    chat: the Chat they were sampled with
-    keep_all: score them, but drop nothing
-    min_reward: also drop responses with a lower reward (the paper has no such filter)
-
-    Returns (rows, dropped): the records that still have responses, and {reason: count}.
+    """Score the responses of records; drop duplicates, responses of bad form, and rewards below min_reward.
+    keep_all: drop nothing. Returns (rows, dropped): the records that still have responses, and {reason: count}.
     """
     kept = []
     dropped = Counter()

@@ -24,7 +24,7 @@ from data import InputError, atomic_folder, one_line, print_table, read_json, re
 from data import write_json, write_lines
 from data.groups import counted_tokens
 
-# A resumed run may change these: they affect memory, speed, or the filters at the end of a rollout.
+# A resumed run may change these: they affect memory, speed, or the filters of a rollout.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "save_every",
               "micro_batch_tokens", "gradient_checkpointing"}
 
@@ -40,7 +40,7 @@ def add_output_flags(parser, what):
 
 def settings(args):
     """{flag: value} of the flags that a resumed run must not change."""
-    free = FREE_FLAGS | {"max_concurrent"} if args.command == "simrl" else FREE_FLAGS
+    free = FREE_FLAGS | ({"max_concurrent"} if args.command == "simrl" else set())
     return {name: value for name, value in vars(args).items() if name not in free}
 
 
@@ -55,41 +55,38 @@ def prepare_folder(args, inputs):
         raise InputError(f"{out}: is a file; --out names a folder")
     if out.exists() and any(out.iterdir()):
         if not (args.resume or args.overwrite):
-            raise InputError(f"{out}: exists already; use --resume to continue it or --overwrite to start again")
+            raise InputError(f"{out}: exists already; use --resume to continue it "
+                             "or --overwrite to start again")
         if not saved.exists():  # --overwrite deletes runs and nothing else
-            raise InputError(f"{out}: has no arguments.json, so it is not a run; remove it or use another --out")
+            raise InputError(f"{out}: has no arguments.json, so it is not a run; "
+                             "remove it or use another --out")
     if args.overwrite:
         for path in inputs:
             if out.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
-                raise InputError(f"{out}: --overwrite would delete what this run reads; use another --out")
+                raise InputError(f"{out}: --overwrite would delete what this run reads; "
+                                 "use another --out")
         command = read_json(saved).get("command") if saved.exists() else args.command
         if command != args.command:
             raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
         shutil.rmtree(out, ignore_errors=True)
-    step = 0
+    step = latest_checkpoint(out)
     if saved.exists():
-        refuse_changes(f"{out}: was started with", read_json(saved), settings(args),
-                       "resume with the settings in its arguments.json, or start again with --overwrite")
-        step = latest_checkpoint(out)
+        remedy = "resume with those of its arguments.json, or start again with --overwrite"
+        refuse_changes(f"{out}: was started with", read_json(saved), settings(args), remedy)
     out.mkdir(parents=True, exist_ok=True)
     write_json(saved, settings(args))
     for log in (out / "metrics.jsonl", out / "samples.jsonl"):
-        if log.exists():
-            drop_lines_after(log, step)
+        if log.exists():  # a kill may have left half a line
+            with open(log, encoding="utf-8", errors="replace") as file:
+                whole = (line for line in file if step and line.endswith("\n"))
+                write_lines(log, (line for line in whole if json.loads(line)["step"] <= step))
     return step
 
 
 def latest_checkpoint(out):
     """The step of the last checkpoint of a run, 0 if it has none."""
-    folders = (Path(out) / "checkpoints").glob("step-??????")
-    return max((int(folder.name.removeprefix("step-")) for folder in folders), default=0)
-
-
-def drop_lines_after(log, step):
-    """Keep a log's lines up to a step: later ones are logged again. A kill may have left half a line."""
-    with open(log, encoding="utf-8", errors="replace") as file:
-        whole = (line for line in file if step and line.endswith("\n"))
-        write_lines(log, (line for line in whole if json.loads(line)["step"] <= step))
+    folders = Path(out).glob("checkpoints/step-??????")
+    return max((int(folder.name[5:]) for folder in folders), default=0)
 
 
 def log_metrics(out, *rows, name="metrics.jsonl"):
@@ -105,28 +102,22 @@ def read_metrics(out):
 
 
 def summarise_training(out):
-    """The figures of a whole run of `ckd` or `sft`, from its metrics.jsonl.
-
-    valid_before, valid_after: the first and the last validation, dicts, or None
-    """
+    """The figures of a whole run of `ckd` or `sft`. valid_before and valid_after are the first and last validation."""
     rows = read_metrics(out)
     trained = [row for row in rows if "loss" in row]
-    valid = [valid_metrics(row) for row in rows if "valid_nll" in row]
+    valid = [valid_metrics(row) for row in rows if "valid_nll" in row] or [None]
     summary = {"steps": len(trained)}
-    for name in ("sequences", "tokens", "packed_tokens", "seconds"):
+    for name in ("sequences", "packed_tokens", "seconds", "tokens"):
         summary[name] = round(sum(row[name] for row in trained), 1)
     summary["response_tokens"] = summary.pop("tokens")
     seconds = sum(row["seconds"] for row in trained)
     summary["tokens_per_s"] = round(summary["packed_tokens"] / seconds, 1)
-    summary["valid_before"] = valid[0] if valid else None
-    summary["valid_after"] = valid[-1] if valid else None
-    return summary
+    return summary | {"valid_before": valid[0], "valid_after": valid[-1]}
 
 
 def valid_metrics(row):
     """The validation metrics of a step."""
-    names = [name for name in row if name.startswith("valid_")]
-    return {name: row[name] for name in names}
+    return {name: value for name, value in row.items() if name.startswith("valid_")}
 
 
 def summarise_refinement(out):
@@ -152,21 +143,16 @@ def summarise_refinement(out):
 def describe_batch(batch, seconds):
     """Sizes and speed of an optimiser batch; packed tokens are those of prompts and responses, once each."""
     packed = sum(group.length for group in batch)
-    return {
-        "tokens": counted_tokens(batch),
-        "packed_tokens": packed,
-        "sequences": sum(len(group.responses) for group in batch),
-        "seconds": seconds,
-        "tokens_per_s": packed / seconds,
-    }
+    sequences = sum(len(group.responses) for group in batch)
+    return {"tokens": counted_tokens(batch), "packed_tokens": packed, "sequences": sequences,
+            "seconds": seconds, "tokens_per_s": packed / seconds}
 
 
 def log_step(out, row):
     """Log a step, and print its validation figures on stderr."""
     log_metrics(out, row)
-    metrics = valid_metrics(row)
-    if metrics:
-        figures = [f"{name[6:]} {value:.4f}" for name, value in metrics.items()]
+    figures = [f"{name[6:]} {value:.4f}" for name, value in valid_metrics(row).items()]
+    if figures:
         line = f"step {row['step']:5d}, held out:  " + "  ".join(figures)
         tqdm.write(line, file=sys.stderr)
 
@@ -182,6 +168,11 @@ def show_training(out, samples, summary):
     after = figures.pop("valid_after")
     for name, value in before.items():
         figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {after[name]:.4f}"
+    show_summary(out, figures)
+
+
+def show_summary(out, figures):
+    """Print the figures of a run, and where its model is."""
     print()
     print_table(figures.items())
     print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
@@ -210,19 +201,13 @@ def describe_groups(step, groups, kept, chat):
     """Lines of samples.jsonl, a group each, the long prompt last."""
     kept = set(map(id, kept))
     for group in groups:
-        samples = []
+        line = {"step": step, "kept": id(group) in kept, "gold": chat.answer(group.record)}
+        line["samples"] = []
         for r in group.responses:
             sample = {"finish_reason": r.finish_reason, "text": r.text}
             sample |= {"reward": r.reward, "answer_score": r.answer_score}
-            sample |= r.details | {"advantage": r.advantage}
-            samples.append(sample)
-        yield {
-            "step": step,
-            "kept": id(group) in kept,
-            "gold": chat.answer(group.record),
-            "samples": samples,
-            "prompt": chat.decode(group.prompt),
-        }
+            line["samples"].append(sample | r.details | {"advantage": r.advantage})
+        yield line | {"prompt": chat.decode(group.prompt)}
 
 
 def show_refinement(out, summary):
@@ -235,35 +220,27 @@ def show_refinement(out, summary):
         ranked = sorted(group["samples"], key=lambda sample: -sample["reward"])
         for sample in (ranked[0], ranked[-1]):
             print(f"{sample['reward']:<8.2f} {one_line(sample['text'])}")
-    print(f"\nEvery sample is in {path}\n")
-    print_table(summary.items())
-    print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
+    print(f"\nEvery sample is in {path}")
+    show_summary(out, summary)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
 
 
 def finish_run(args, model, summary):
-    """Write the model and the summary of a finished run."""
-    check_finite(args.out, summary["steps"], "a weight", sum_of_weights(model))
+    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite."""
     model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
     write_json(Path(args.out) / "summary.json", summary)
-
-
-def sum_of_weights(model):
-    """The sum of all weights in float64: finite if each of them is."""
-    return sum(p.detach().sum(dtype=torch.float64).item() for p in model.parameters())
 
 
 def check_finite(out, step, name, value):
     """Stop a run whose training has diverged, before anything is saved: InputError if `value` is not finite."""
     if math.isfinite(value):
         return
-    good = latest_checkpoint(out)
     state = "there is no checkpoint yet"
+    good = latest_checkpoint(out)
     if good:
         state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}"
     raise InputError(
@@ -274,7 +251,7 @@ def check_finite(out, step, name, value):
 def save_tensors(tensors, path):
     """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
     Path(path).touch()
-    mode = os.stat(path).st_mode  # safetensors would leave a file that only its owner can read
+    mode = os.stat(path).st_mode  # safetensors would make the file its owner's only
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         os.chmod(path, mode)
@@ -285,11 +262,9 @@ def save_tensors(tensors, path):
 
 
 def save_checkpoint(out, step, model, optimisers, progress, keep=2):
-    """Write checkpoints/step-... atomically (weights, optimiser moments, progress.json) and keep the last `keep`.
-
-    progress: the counts that `load_checkpoint` returns, among them "updates", the number of optimiser steps
-    """
-    check_finite(out, step, "a weight", sum_of_weights(model))
+    """Write checkpoints/step-... atomically and keep the last `keep`. progress["updates"] counts optimiser steps."""
+    total = sum(p.detach().sum(dtype=torch.float64).item() for p in model.parameters())
+    check_finite(out, step, "a weight", total)
     folder = Path(out) / "checkpoints"
     state = {}  # of each parameter; empty before the first update
     for optimiser in optimisers:
@@ -297,17 +272,14 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
     with atomic_folder(folder / f"step-{step:06d}") as new:
         weights = {name: p.detach() for name, p in model.named_parameters()}
         save_tensors(weights, new / "weights.safetensors")
-        for moment in MOMENTS:  # a file each, because writing one takes a copy of it in memory
-            tensors = {}
-            for name, p in model.named_parameters():
-                if moment in state.get(p, ()):
-                    tensors[name] = state[p][moment]
+        for moment in MOMENTS:  # a file each: writing one takes a copy in memory
+            tensors = {name: state[p][moment] for name, p in model.named_parameters()
+                       if moment in state.get(p, ())}
             save_tensors(tensors, new / f"{moment}.safetensors")
         write_json(new / "progress.json", progress)
     kept = sorted(folder.glob("step-??????"))[-keep:]
-    for old in folder.iterdir():  # earlier ones, and a half-written one of a killed run
-        if old not in kept:
-            shutil.rmtree(old)
+    for old in set(folder.iterdir()).difference(kept):  # a killed run may leave half of one
+        shutil.rmtree(old)
 
 
 @torch.no_grad()

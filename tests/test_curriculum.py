@@ -245,3 +245,15 @@ def test_the_examples_are_requests_that_only_the_last_model_answers(capsys):
     student, star_model = paragraphs[0].splitlines()[1:]
     assert student.split() == ["student", "wrong", "only", "the", "last", "False"]
     assert star_model.split() == ["after-STAR", "right", "only", "the", "last", "True"]
+
+
+def test_a_finished_line_with_other_flags_is_refused(here, capsys):
+    Path("plan.txt").write_text(f"ckd --teacher teacher --student student --data train.jsonl {CKD} --out run\n")
+    assert run() == 0
+    text = Path("plan.txt").read_text()
+    Path("plan.txt").write_text(text.replace("--lr 1e-3", "--lr 1e-2"))
+    assert run("--resume") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("star.py curriculum: run: was made with another lr; use its flags")
+    Path("plan.txt").write_text(text)
+    assert run("--resume") == 0

@@ -16,7 +16,7 @@ from apps import rollout  # noqa: E402
 from data import InputError, prepare, rollouts  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.groups import Response  # noqa: E402
-from data.prepare import QUOTAS, categories, choose, labels, prepare_flags, run_prepare, turns  # noqa: E402
+from data.prepare import QUOTAS, choose, labels, prepare_flags, run_prepare, turns  # noqa: E402
 from data.records import read_records, self_check  # noqa: E402
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -49,8 +49,8 @@ def record(*messages, calls=(CALL,), content=None, **extra):
     (record(ASK, CALLED, RESULT, ASK), "single", 2),
     (record(*[ASK, SAY] * 9, ASK), "single", 10)])
 def test_labels(given, found, number):
-    assert labels(given) == set(found.split()) and turns(given) == number
-    assert categories(given) - labels(given) == {"multi-turn" if number > 1 else "single-turn"}
+    turn = "multi-turn" if number > 1 else "single-turn"
+    assert labels(given) == {*found.split(), turn} and turns(given) == number
 
 
 # ---- quotas ------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_quotas_are_reached():
     shares = {0: 150, 1: 150, 3: 150, 4: 350, 5: 200}  # of kinds, about as the quotas want them
     rich = [KINDS[i] | {"id": f"{i}-{n}"} for i in shares for n in range(4 * shares[i])]
     taken = chosen(rich, 1_000)
-    have = Counter(label for one in taken for label in categories(one))
+    have = Counter(label for one in taken for label in labels(one))
     assert all(have[label] >= share * 1_000 for label, share in QUOTAS.items()), have
     assert 1_000 <= len(taken) <= 1_100 and have["response"] == 200  # text stops at its quota
     assert len({one["id"] for one in taken}) == len(taken)

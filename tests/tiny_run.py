@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import star  # noqa: E402
-from apps.curriculum import demo_lines  # noqa: E402
+from apps.curriculum import demo_lines, run_all  # noqa: E402
 from data import print_table, read_json, write_json  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.groups import make_groups, micro_batches, pack  # noqa: E402
@@ -46,7 +46,7 @@ def run(out, command, *flags):
     """Run the demo's command line of this name with other flags, unless it is finished. `flags` override the demo's."""
     line = next(line for line in demo_lines("demo") if line.split()[0] == command)
     words = [*shlex.split(line), *map(str, flags), "--out", str(out)]
-    code = star.run_all([shlex.join(words)], RESUME)
+    code = run_all([shlex.join(words)], RESUME, star.parse, star.main)
     if code:
         sys.exit(code)
 
