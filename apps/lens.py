@@ -87,7 +87,7 @@ def run_lens(args):
 def choose_response(records, chat, args):
     """The response that --row and --response name: (a group with this response alone, its title)."""
     if args.row > len(records):
-        raise InputError(f"{args.data}: has {len(records)} records; give a --row up to it")
+        raise InputError(f"{args.data}: has {len(records)} records; give a --row up to that")
     record = records[args.row - 1]
     responses = record.get("responses") or []
     count = len(responses)

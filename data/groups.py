@@ -191,8 +191,8 @@ def next_prompts(prompts, seed, first, count):
         episode, start = divmod(first + len(groups), len(prompts))
         order = list(range(len(prompts)))
         random.Random(f"{seed} {episode}").shuffle(order)
-        order = order[start:start + count - len(groups)]
-        groups += [replace(prompts[i], responses=[]) for i in order]
+        end = start + count - len(groups)
+        groups += [replace(prompts[i], responses=[]) for i in order[start:end]]
     return groups
 
 
