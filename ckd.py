@@ -19,7 +19,6 @@ Departures from the released code:
 3. rskd is computed on the drawn tokens, not on a dense target.
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
-import itertools
 import time
 from functools import partial
 from pathlib import Path
@@ -213,7 +212,7 @@ def distill(student, teacher, groups, valid, args, start=0):
 def plan_batches(groups, args):
     """The optimiser batches of the whole run: --steps of them, or --epochs passes over the groups."""
     batches = []
-    for epoch in itertools.count() if args.steps else range(args.epochs):
+    for epoch in range(args.steps or args.epochs):  # a pass has at least one batch
         batches += optimiser_batches(groups, args.batch_size, args.seed, epoch)
         if args.steps and len(batches) >= args.steps:
             break
@@ -371,16 +370,17 @@ def run_training(args, student_folder, teacher_folder=None):
         write_json(path, greedy_answers(student, chat, shown, dtype, "before"))
     if not distill(student, teacher, groups, valid, args, start):
         return train.stopped_run(args)
-    if train.rank() > 0:
-        return 0
 
     # 4. Write all results before anything is printed.
-    summary = runs.summarise_training(args.out) | train.peak_memory(device)
-    runs.finish_run(args, student, summary)
-    after = greedy_answers(student, chat, shown, dtype, "after")
-    samples = [before | new for before, new in zip(read_json(path, kind=list), after)]
-    write_json(path, samples)
-    runs.show_training(args.out, samples, summary)
+    if train.rank() == 0:
+        summary = runs.summarise_training(args.out) | train.peak_memory(device)
+        runs.finish_run(args, student, summary)
+        after = greedy_answers(student, chat, shown, dtype, "after")
+        samples = [before | new for before, new in zip(read_json(path, kind=list), after)]
+        write_json(path, samples)
+    train.wait_for_ranks()
+    if train.rank() == 0:
+        runs.show_training(args.out, samples, summary)
     return 0
 
 

@@ -8,8 +8,7 @@ groups with a learning signal, and improves the policy pi in a few optimiser ste
 
 The reward is a function of a record and a text; the loop knows nothing of tool calls. The sampler is sampler.py.
 
-Shapes: N counted tokens of a micro-batch, C of them in a chunk of the output head, V ids in the vocabulary. A step is
-a rollout batch and several updates, which are optimiser steps.
+Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step is a rollout batch and several updates.
 
 Where paper, released code and this file differ:
 1. Sampler: released, vLLM; here, the model that trains (sampler.py). Log-probs are recomputed before the updates.
@@ -384,13 +383,14 @@ def run_simrl(args):
     score = partial(training_reward, chat, args)
     if not refine(model, reference, prompts, chat, score, args, start):
         return train.stopped_run(args)
-    if train.rank() > 0:
-        return 0
 
     # 4. Write all results before anything is printed.
-    summary = runs.summarise_refinement(args.out) | train.peak_memory(device)
-    runs.finish_run(args, model, summary)
-    runs.show_refinement(args.out, summary)
+    if train.rank() == 0:
+        summary = runs.summarise_refinement(args.out) | train.peak_memory(device)
+        runs.finish_run(args, model, summary)
+    train.wait_for_ranks()
+    if train.rank() == 0:
+        runs.show_refinement(args.out, summary)
     return 0
 
 

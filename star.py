@@ -35,14 +35,17 @@ def parse(argv):
     """Parse a command line. Returns (args, the function that runs it). A module is imported for its own command only,
     so that `star.py --help` does not import torch."""
     commands = "\n".join(f"  {name:12s}{what}" for name, (_, what) in COMMANDS.items())
-    parser = argparse.ArgumentParser(prog="star.py", description=__doc__, epilog=f"commands:\n{commands}",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
+    parser = argparse.ArgumentParser(
+        prog="star.py", description=__doc__, epilog=f"commands:\n{commands}",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND",
+                        help="one of the commands below")
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
     run = getattr(module, f"run_{command}")
-    parser = argparse.ArgumentParser(prog=f"star.py {command}", description=run.__doc__,
-                                     usage=f"star.py {command} [flags]   (--help explains them)")
+    usage = f"star.py {command} [flags]   (--help explains them)"
+    parser = argparse.ArgumentParser(
+        prog=f"star.py {command}", usage=usage, description=run.__doc__)
     getattr(module, f"{command}_flags")(parser)
     for action in parser._actions:
         if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
@@ -57,10 +60,12 @@ def main(argv=None):
     args, run = parse(sys.argv[1:] if argv is None else argv)
     try:
         if args.command in ONE_PROCESS and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError("this command is one process: start it without torchrun, once for each part of the data")
+            raise InputError("this command is one process: start it without torchrun, "
+                             "once for each part of the data")
         result = run(args)
         if isinstance(result, list):  # of command lines: curriculum and demo
-            return importlib.import_module("apps.curriculum").run_all(result, args, parse, main)
+            curriculum = importlib.import_module("apps.curriculum")
+            return curriculum.run_all(result, args, parse, main)
         sys.stdout.flush()
         return result or 0
     except BrokenPipeError:  # `| head` has closed it; results were written before
@@ -71,13 +76,16 @@ def main(argv=None):
         if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a failed write
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
     except KeyboardInterrupt:
-        again = "; continue with the same command and --resume" if "resume" in args else ""
-        print(f"star.py {args.command}: interrupted{again}", file=sys.stderr)
+        remedy = "; continue with the same command and --resume"
+        remedy = remedy if "resume" in args else ""
+        print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
         return 130
-    print(f"star.py {args.command}: {message}", file=sys.stderr)  # last, so that progress bars have ended their line
+    # Here, where progress bars have ended their line.
+    print(f"star.py {args.command}: {message}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot print a character costs nothing
+    # A terminal that cannot print a character costs nothing.
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

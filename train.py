@@ -341,8 +341,15 @@ def timed(seconds, name):
     seconds[name] += time.perf_counter() - start
 
 
+def wait_for_ranks():
+    """Wait for all ranks: a process that leaves early may be aborted while another one still writes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def stopped_run(args):
     """Say how to continue a run that Ctrl-C stopped. Returns the exit code."""
+    wait_for_ranks()
     note(f"Stopped. Continue with the same command and --resume; checkpoints are in {args.out}/checkpoints")
     return 130
 
