@@ -181,11 +181,14 @@ def read_scores(folder):
     """{measure: mean} of an evaluation, and the seconds of the run that made its model; as text."""
     remedy = "give the --out folder of a finished eval"
     summary = read_json(folder / "summary.json", remedy)
+    if "metrics" not in summary:
+        raise InputError(f"{folder}: is not the --out of an eval; {remedy}")
+    metrics = summary["metrics"]
     scores = {}
-    names = [name for name in summary["metrics"] if name[:5] == "pass@"]
+    names = [name for name in metrics if name.startswith("pass@")]
     for name in (*COLUMNS, *names):
-        if name in summary["metrics"] and name != "pass@1":
-            scores[name] = f"{summary['metrics'][name]['mean']:.3f}"
+        if name in metrics and name != "pass@1":
+            scores[name] = f"{metrics[name]['mean']:.3f}"
     run = Path(summary["model"]).parent / "summary.json"
     if run.exists():
         seconds = [s for name, s in read_json(run).items() if name.startswith("seconds")]

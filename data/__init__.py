@@ -81,9 +81,11 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+            limit = f" and at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{limit}")
         return value
 
+    parse.__name__ = kind.__name__  # for argparse's "invalid int value"
     return parse
 
 

@@ -257,3 +257,10 @@ def test_a_finished_line_with_other_flags_is_refused(here, capsys):
     assert error.startswith("star.py curriculum: run: was made with another lr; use its flags")
     Path("plan.txt").write_text(text)
     assert run("--resume") == 0
+
+
+def test_a_table_of_something_else_is_refused(here, capsys):
+    assert star.main(["sft", "--model", "student", "--data", "train.jsonl", "--out", "run", *CKD.split()]) == 0
+    capsys.readouterr()
+    assert star.main(["table", "run"]) == 2
+    assert capsys.readouterr().err == "star.py table: run: is not the --out of an eval; give the --out folder of a finished eval\n"
