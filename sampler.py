@@ -105,7 +105,8 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
     head = model.head_weight[:vocab_size]  # [V, H]
     samples = [[Response([], (0, 0), log_probs=[]) for _ in range(n)] for _ in prompts]
     cache = KVCache(len(model.model.layers))
-    hidden, segment = prefill(model, prompts, cache)  # [P, H], [P, S]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [P]
+    hidden, segment = prefill(model, prompts, lengths, cache)  # [P, H], [P, S]
     hidden = hidden[:, None].expand(-1, n, -1)  # [P, n, H]
     # Cache row r decodes prompt rows[r]; slots[r, k] is the number of the sample decoded there, or FINISHED.
     rows = torch.arange(len(prompts))
@@ -140,8 +141,7 @@ def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature
         ids = ids.gather(1, order)  # [B, K]
         # 4. Decode: one new key per slot. Sample j is segment j + 1, as in a packed group.
         segment = torch.cat((segment, slots + 1), dim=1)  # [B, S]
-        lengths = torch.tensor([len(prompts[p]) for p in rows.tolist()])  # [B]
-        positions = (lengths + step)[:, None].expand_as(slots)  # [B, K]
+        positions = (lengths[rows] + step)[:, None].expand_as(slots)  # [B, K]
         mask = sample_mask(segment, slots)  # [B, 1, K, S]
         inputs = [tensor.to(logits.device) for tensor in (ids, positions, mask)]
         hidden = model.hidden_states(*inputs, cache)  # [B, K, H]
@@ -155,13 +155,12 @@ def sample_mask(segment, slots):
     return (in_prompt | same_sample)[:, None]
 
 
-def prefill(model, prompts, cache):
+def prefill(model, prompts, lengths, cache):
     """Run all prompts through the model, filling the cache.
 
     Returns the hidden states [P, H] of the last tokens, and the segment of each cached key [P, S]: 0 for a prompt
     token, -1 for padding, which no sample attends to.
     """
-    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [P]
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # [P, S]
     segment = torch.zeros_like(ids)  # [P, S]
     for i, prompt in enumerate(prompts):

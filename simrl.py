@@ -376,8 +376,8 @@ def run_simrl(args):
         reference = Transformer.from_pretrained(args.model, dtype, device)
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
-        f"{len(prompts):,} prompts, {args.prompts_per_step} x {args.n} responses "
-        f"a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+        f"{len(prompts):,} prompts, {encoded.count(None)} skipped as too long; "
+        f"{args.prompts_per_step} x {args.n} responses a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
 
     # 3. Train.
     score = partial(training_reward, chat, args)

@@ -66,15 +66,15 @@ def check_pair(teacher_folder, student_folder):
 
     Returns the number of ids of both, cut to the tokenizer if their embeddings are padded differently.
     """
-    teacher_vocab, _ = vocabulary(teacher_folder)
-    student_vocab, _ = vocabulary(student_folder)
-    if vocabulary(teacher_folder) != vocabulary(student_folder):
-        raise InputError(f"{teacher_folder} ({len(teacher_vocab):,} tokens) and {student_folder} "
-                         f"({len(student_vocab):,}) have different tokenizers; CKD needs two models that share one")
+    teacher_tokens, teacher_merges = vocabulary(teacher_folder)
+    student_tokens, student_merges = vocabulary(student_folder)
+    if (teacher_tokens, teacher_merges) != (student_tokens, student_merges):
+        raise InputError(f"{teacher_folder} ({len(teacher_tokens):,} tokens) and {student_folder} "
+                         f"({len(student_tokens):,}) have different tokenizers; CKD needs two models that share one")
     widths = set()
     for folder in (teacher_folder, student_folder):
         widths.add(read_json(Path(folder) / "config.json", MODEL_FOLDER).get("vocab_size"))
-    last_id = teacher_vocab[-1][1]
+    last_id = teacher_tokens[-1][1]
     return widths.pop() if len(widths) == 1 else last_id + 1
 
 

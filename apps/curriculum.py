@@ -1,6 +1,6 @@
 """Lists of star.py command lines: `curriculum` runs one from a file, `demo` the one below, `table` shows the scores.
 
-The list is the whole plan: each line can be copied and run alone. star.py prints the lines, runs them in order and
+The list is the whole plan: each line can be copied and run alone. `run_all` prints the lines, runs them in order and
 stops at the first that fails; with --resume it skips the finished ones and continues the one that was stopped.
 """
 import json
@@ -122,7 +122,6 @@ def is_finished(out, stage):
         return False
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
     before = read_json(saved) if saved.exists() else {}
-    before.pop("compare", None)  # an eval stores None
     now = {name: value for name, value in vars(stage).items() if name in before}
     refuse_changes(f"{out}: was made with", before, now, "use its flags, or start again with --overwrite")
     return True

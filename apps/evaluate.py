@@ -55,12 +55,11 @@ def eval_flags(parser):
 def run_eval(args):
     """Score a model's answers to records with gold answers, with intervals; compare two models on them."""
     device = pick_device(args.device)
-    flags = vars(args) | {"compare": None}
-    runs = [Namespace(**flags)]
+    runs = [args]
     files = [args.data]
     results = []
     if args.compare and (Path(args.compare) / "config.json").exists():
-        flags |= {"model": args.compare, "out": f"{args.out}-compared"}
+        flags = vars(args) | {"model": args.compare, "out": f"{args.out}-compared"}
         runs.insert(0, Namespace(**flags))
     elif args.compare:
         results.append(read_evaluation(Path(args.compare)))

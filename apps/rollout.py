@@ -16,7 +16,7 @@ from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import add_count_flags, add_sampling_flags, generate
-from train import add_machine_flags, pick_device
+from train import add_machine_flags, note, pick_device
 
 
 def rollout_flags(parser):
@@ -84,13 +84,16 @@ def print_examples(rows):
 def sample_responses(args, out, chat, records, prompts, rows, draws):
     """Sample the responses that `rows` lacks and append them to OUT.part. Returns the records with `responses`.
 
-    args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
+    args: parsed flags command, data, model, device, dtype, seed, max_concurrent, max_new_tokens, max_prompt_tokens
     records, prompts: of `read_prompts`
     rows: {index: record with `responses`} of a stopped run
     draws: [(n, temperature, top_p)]; a record gets n responses from each
     """
     size = max(1, args.max_concurrent // max(n for n, _, _ in draws))  # prompts
     batches = batches_to_sample(prompts, rows, size)
+    if None in prompts:
+        note(f"{args.data}: skipped {prompts.count(None)} prompts longer than "
+             f"{args.max_prompt_tokens} tokens")
     if batches:
         device = pick_device(args.device)
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)

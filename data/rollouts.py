@@ -18,7 +18,6 @@ Departures from the released code, as far as paper.md describes it:
 """
 import json
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -33,7 +32,7 @@ def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     """Read the first `limit` records of a file and encode their prompts for the model of `chat`.
 
     Returns (records, prompts): records that note how they are `rendered`, and the ids of their prompts, None for one
-    over the cap. Their number is printed. InputError if need_gold is set and a record has no gold answer.
+    over the cap. InputError if need_gold is set and a record has no gold answer.
     """
     rendered = {"think": chat.think, "tools": chat.tools}
     records = read_records(path, need_gold)[:limit]
@@ -45,12 +44,8 @@ def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
         record["rendered"] = rendered
         ids = chat.encode(chat.prompt(record))
         prompts.append(ids if len(ids) <= max_prompt_tokens else None)
-    skipped = prompts.count(None)
-    if skipped == len(prompts):
+    if prompts.count(None) == len(prompts):
         raise InputError(f"{path}: no prompt is left to answer; raise --max-prompt-tokens")
-    if skipped:
-        print(f"{path}: skipped {skipped} prompts longer than {max_prompt_tokens} tokens",
-              file=sys.stderr)
     return records, prompts
 
 

@@ -24,9 +24,9 @@ from data import InputError, atomic_folder, one_line, print_table, read_json, re
 from data import write_json, write_lines
 from data.groups import counted_tokens
 
-# A resumed run may change these: they affect memory, speed, or the filters of a rollout.
-FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "save_every",
-              "micro_batch_tokens", "gradient_checkpointing"}
+# A resumed run may change these: they affect memory, speed, the filters of a rollout, or the report of an eval.
+FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare",
+              "save_every", "micro_batch_tokens", "gradient_checkpointing"}
 
 
 def add_output_flags(parser, what):
