@@ -301,14 +301,8 @@ def add_supervised_flags(parser, lr, weight_decay):
     """The flags of both commands."""
     add_data_flags(parser, "records or rollouts")
     add = parser.add_argument_group("training data").add_argument
-    add("--valid", metavar="FILE",
-        help="records or rollouts to validate on; default: hold out some of --data")
-    add("--valid-limit", type=positive, metavar="N",
-        help="validate on the first N records only")
     add("--hold-out", type=natural, default=32, metavar="N",
         help="records to hold out of --data, at most a quarter")
-    add("--valid-every", type=positive, default=100, metavar="N",
-        help="steps between validations")
     add("--max-response-tokens", type=positive, default=512, metavar="N",
         help="skip longer responses")
     add("--mask", choices=("all", "think", "answer", "alter"), default="all",
@@ -323,6 +317,8 @@ def add_supervised_flags(parser, lr, weight_decay):
         help="held-out prompts to answer before and after")
     add("--optimiser", choices=("adamw", "muon"), default="adamw",
         help="muon, for very small models, trains the layers' matrices at 5 x --lr")
+    valid_help = "records or rollouts to validate on; default: hold out some of --data"
+    train.add_valid_flags(parser, valid_help, every=100)
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, save_every=100)
 

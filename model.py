@@ -4,7 +4,7 @@ Read it from top to bottom: settings, normalisation, rotary positions, cache, at
 decoder, transformer, safetensors files. Parameters have the names of the published safetensors files, so
 loading needs no mapping table, and a saved folder loads in `transformers` and vLLM.
 
-Shapes: B rows, T new tokens, S cached and new tokens, H query heads, Hkv key/value heads, D head size,
+Shapes: B rows, T new tokens, S keys in reach of them, H query heads, Hkv key/value heads, D head size,
 V vocabulary size. `c` is the dict of settings that `read_config` returns.
 
 Departures from the released model code:
@@ -106,33 +106,36 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values, in one buffer [2, B, Hkv, capacity, D] per layer that grows by doubling.
+    """Keys and values of several sequences, in one static buffer [2, rows, Hkv, capacity, D] per layer.
 
-    `length` is S, the number of cached positions. `Decoder.forward` advances it before the layers append.
+    The key of position p is at index p of its row. A query never attends beyond its own position, so rows may have
+    any lengths, and a row is used again without being cleared.
     """
 
-    def __init__(self, layers):
-        self.buffers = [None] * layers
-        self.length = 0
+    def __init__(self, model, rows, capacity):
+        c = model.model.c
+        shape = (2, rows, c["num_key_value_heads"], capacity, c["head_dim"])
+        # Zeros: an attention weight of 0 times what stood in the memory before could be nan.
+        self.buffers = [model.head_weight.new_zeros(shape) for _ in model.model.layers]
+        self.rows = torch.arange(rows, device=model.head_weight.device)[:, None]  # [rows, 1]
+        self.capacity = capacity
 
-    def append(self, layer, k, v):
-        """Append k, v [B, Hkv, T, D] to one layer. Return all its keys and values, [B, Hkv, S, D] each."""
-        start = self.length - k.shape[2]
-        old = self.buffers[layer]
-        if old is None or old.shape[3] < self.length:
-            B, H, _, D = k.shape
-            larger = k.new_empty(2, B, H, max(64, 2 * self.length), D)
-            if old is not None:
-                larger[:, :, :, :start] = old[:, :, :, :start]
-            self.buffers[layer] = larger
-        kv = self.buffers[layer][:, :, :, :self.length]  # [2, B, Hkv, S, D]
-        kv[0, :, :, start:] = k
-        kv[1, :, :, start:] = v
-        return kv[0], kv[1]
+    def write(self, layer, k, v, positions):
+        """Store k, v [B, Hkv, T, D] of the first B rows at positions [B or 1, T]. Return the layer's buffer."""
+        buffer = self.buffers[layer]
+        kv = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # [B, T, 2, Hkv, D]
+        buffer[:, self.rows[:len(k)], :, positions] = kv
+        return buffer
 
-    def keep_rows(self, rows):
-        """Keep the batch rows whose numbers are in the tensor `rows`; drop the others."""
-        self.buffers = [buffer[:, rows] for buffer in self.buffers]
+    def copy_row(self, row, source, source_row, length):
+        """Copy the first `length` positions of a row of the cache `source`, which may be this one."""
+        for mine, other in zip(self.buffers, source.buffers):
+            mine[:, row, :, :length] = other[:, source_row, :, :length]
+
+
+def past_mask(positions, keys):
+    """The mask [B, 1, T, keys] over a cache: queries at positions [B, T] see keys up to their own."""
+    return torch.arange(keys, device=positions.device) <= positions[:, None, :, None]
 
 
 class Attention(nn.Module):
@@ -153,7 +156,7 @@ class Attention(nn.Module):
         self.q_norm = norm(self.head_dim, c["rms_norm_eps"])
         self.k_norm = norm(self.head_dim, c["rms_norm_eps"])
 
-    def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
+    def forward(self, x, cos, sin, mask, cache, positions):  # [B, T, hidden] -> [B, T, hidden]
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads))  # [B, T, H, D]
@@ -163,32 +166,29 @@ class Attention(nn.Module):
         q = rotate(q.transpose(1, 2), cos, sin).to(v.dtype)  # [B, H, T, D]
         k = rotate(k.transpose(1, 2), cos, sin).to(v.dtype)  # [B, Hkv, T, D]
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)  # [B, Hkv, S, D]
-        if T < k.shape[2]:  # the cache was not empty
-            x = decode_attention(q, k, v, mask)  # [B, H, T, D]
-        else:
-            shared = q.shape[1] // k.shape[1]  # query heads per key/value head
-            k = k.repeat_interleave(shared, dim=1)  # [B, H, S, D]
-            v = v.repeat_interleave(shared, dim=1)
-            x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+            buffer = cache.write(self.layer, k, v, positions)
+            if mask is not None:
+                k, v = buffer[:, :B, :, :mask.shape[-1]]  # [B, Hkv, S, D] each
+        x = attention(q, k, v, mask)  # [B, H, T, D]
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
 
-def decode_attention(q, k, v, mask):
-    """Attention [B, H, T, D] of a few queries over a cache: q [B, H, T, D] over k, v [B, Hkv, S, D].
+def attention(q, k, v, mask):
+    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, S, D].
 
-    The queries that share a key/value head are stacked in one matrix product (R = H / Hkv * T rows), so the
-    cache is read once and never repeated in memory. mask: bool [B or 1, 1, T, S].
+    mask: bool [B or 1, 1, T, S]; None: causal
     """
     B, H, T, D = q.shape
     shared = H // k.shape[1]  # query heads per key/value head
-    q = q.reshape(B, -1, shared * T, D)  # [B, Hkv, R, D]
-    mask = mask.repeat(1, 1, shared, 1)  # [B, 1, R, S]
-    scores = q @ k.transpose(2, 3) * D ** -0.5  # [B, Hkv, R, S]
-    scores = scores.masked_fill(~mask, -torch.inf)
-    exact = torch.promote_types(v.dtype, torch.float32)
-    weights = scores.to(exact).softmax(-1).to(v.dtype)  # [B, Hkv, R, S]
-    return (weights @ v).view(B, H, T, D)
+    if T == 1:  # the heads that share keys become queries of one head, so keys are read once
+        q = q.view(B, -1, shared, D)  # [B, Hkv, H / Hkv, D]
+        return F.scaled_dot_product_attention(q, k, v, mask).view(B, H, 1, D)
+    grouped = q.device.type == "cpu"  # elsewhere a mask with enable_gqa falls back to a slow kernel
+    if not grouped:
+        k = k.repeat_interleave(shared, dim=1)  # [B, H, S, D]
+        v = v.repeat_interleave(shared, dim=1)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -217,8 +217,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(*size)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask, cache, positions):  # [B, T, hidden] -> [B, T, hidden]
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -234,22 +234,17 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
     def forward(self, input_ids, positions, mask, cache):
-        T = input_ids.shape[1]
-        past = 0 if cache is None else cache.length
-        if positions is None:
-            positions = torch.arange(past, past + T, device=input_ids.device)[None]  # [1, T]
-        if mask is None and past:  # causal; every query sees the `past` cached keys
-            mask = torch.ones(T, past + T, dtype=torch.bool, device=input_ids.device)
-            mask = mask.tril(past)[None, None]  # [1, 1, T, S]
-        if cache is not None:
-            cache.length += T
+        if positions is None:  # from the start: a cache has nothing to add
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, T]
+        elif mask is None and cache is not None:
+            mask = past_mask(positions, cache.capacity)
         x = self.embed_tokens(input_ids)  # [B, T, hidden]
         cos, sin = rotary_angles(positions, self.c["head_dim"], self.c["rope_theta"], x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, cache, positions, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, cos, sin, mask, cache, positions)
         return self.norm(x)
 
 
@@ -281,9 +276,10 @@ class Transformer(nn.Module):
         """Hidden states [B, T, hidden] after the last norm, before the output head.
 
         input_ids: int64 [B, T]
-        positions: int64 [B, T]; by default they continue the cache, or start at 0 without one
+        positions: int64 [B, T]; by default 0 ... T - 1
         mask: bool [B, 1, T, S], True where a query may see a key; by default causal
-        cache: a `KVCache`, which is read and extended
+        cache: a `KVCache`. The new keys are written to its first B rows, and S counts the keys in it. Without
+            positions it is written only, as for a prompt
         """
         return self.model(input_ids, positions, mask, cache)
 
@@ -353,6 +349,13 @@ class Transformer(nn.Module):
         state = {name: p.to(dtype, copy=True) for name, p in self.state_dict().items()}
         model.load_state_dict(state, assign=True)
         return model
+
+    @torch.no_grad()
+    def copy_weights(self, other):
+        """Copy the weights of another model into this one, in place; to itself, nothing is done."""
+        for p, new in zip(self.parameters(), other.parameters()):
+            if p is not new:
+                p.copy_(new)
 
     def in_dtype(self, dtype):
         """This model if it has this dtype already, else a copy that has."""

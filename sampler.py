@@ -1,13 +1,18 @@
 """The sampler: prompts in, responses sampled from the model that is being trained out.
 
-A prompt is prefilled once, and its n samples share one cache row: a decoding step feeds one token per sample, and a
-mask lets that token attend to the prompt and to the earlier tokens of its own sample. The prompt's keys and values are
-stored once and read once a step instead of n times. Training packs groups in the same layout (data/groups.py).
+A slot is a row of the key/value cache in which one response grows. A prompt is computed once: each of its n responses
+gets a copy of its keys and values. A step feeds the last token of every slot to the model and draws the next ones. A
+response that ends frees its slot at once: the last slot in use moves into the hole, and the next response starts.
 
-    generate    prefill -> (draw a token per sample -> retire finished samples -> decode) until all are finished
+    Request     a prompt, and how to answer it
+    Sampler     add(request), at any time; step() draws a token in every slot and returns the requests that are done
+    generate    requests in, each out as soon as it is done
     next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
 
-Shapes: P prompts, B cache rows in use, K slots in a row, S cached keys, V ids in the vocabulary, H hidden size.
+What is drawn depends on the request and the model, not on the requests that run beside it: the uniform numbers belong
+to the request. (Rounding does depend on them: seen in bfloat16 now and then, in float32 hardly ever.)
+
+Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
 
 Departures from the released code:
 1. No vLLM: the released run hands its weights to another engine and recomputes the log-probs.
@@ -15,13 +20,18 @@ Departures from the released code:
 3. The stop token is the last id of a response. An immediate stop is allowed; the released code forces one other token
    first. Nothing is appended to a response that reached the length limit (released: an end token).
 """
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
 import torch
 
 from data import non_negative, number, positive
 from data.groups import Response
-from model import KVCache
+from model import KVCache, past_mask
 
-FINISHED = -2  # in `slots`: no sample decodes here; slot + 1 is -1, the segment of padding
+KEY_BUCKET = 64  # attention reads a multiple of this many keys: few shapes, as a compiled step needs
+LOGITS_AT_ONCE = 2 ** 20  # of float32 in a draw: larger tensors are given back to the system, and faulted in anew
 
 
 def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
@@ -47,182 +57,262 @@ def add_sampling_flags(parser, temperature):
         help="sample from the most likely tokens with this total probability")
 
 
-def next_token(logits, uniform, temperature, top_p):
+@dataclass
+class Request:
+    """A prompt, and how to answer it.
+
+    prompt: token ids, at least one
+    n: number of responses
+    seed: decides, with all else here and the model, what is drawn
+    temperature, top_p: as in `next_token`
+    max_new_tokens: a response ends at this length
+    stop_strings: a response ends when one of them is in its text
+    number: of the caller's own, to know it by
+    responses: written by the sampler; [] before the request starts
+    """
+    prompt: list
+    n: int
+    seed: int
+    temperature: float
+    max_new_tokens: int
+    top_p: float = 1.0
+    stop_strings: tuple = ()
+    number: int = 0
+    responses: list = field(default_factory=list)
+
+    @property
+    def capacity(self):
+        """Tokens of the prompt with a response of full length."""
+        return len(self.prompt) + self.max_new_tokens
+
+    @property
+    def done(self):
+        return bool(self.responses) and all(r.finish_reason for r in self.responses)
+
+
+@dataclass
+class Slot:
+    """One response in the making, and a uniform number for each of its tokens."""
+    request: Request
+    response: Response
+    uniforms: list
+
+    @property
+    def length(self):
+        return len(self.request.prompt) + len(self.response.ids)
+
+
+class Sampler:
+    """Draws responses to many requests, up to `num_slots` of them at a time.
+
+    model: a Transformer, in the precision to sample with
+    num_slots: responses drawn concurrently
+    capacity: the largest capacity of a request; keys and values take num_slots x capacity tokens
+    chat: a response ends with one of its `stop_ids`; ids from its `vocab_size` on are never drawn
+    """
+
+    def __init__(self, model, num_slots, capacity, chat):
+        self.model = model
+        self.chat = chat
+        self.num_slots = num_slots
+        self.cache = KVCache(model, num_slots, capacity)
+        self.requests = deque()  # not started
+        self.waiting = deque()  # slots of the request that was started last, without a row in the cache
+        self.slots = []  # slots[i] has row i of the cache
+        self.prefix = ([], None)  # the last prompt, and a cache with its keys and values
+
+    def add(self, request):
+        """Queue a request. Others may be running."""
+        self.requests.append(request)
+
+    def clear(self):
+        """Drop all requests."""
+        self.requests.clear()
+        self.waiting.clear()
+        self.slots.clear()
+
+    @property
+    def busy(self):
+        """Whether there is something to draw."""
+        return bool(self.requests or self.waiting or self.slots)
+
+    @property
+    def num_free(self):
+        """How many slots no queued response will take."""
+        queued = len(self.waiting) + sum(request.n for request in self.requests)
+        return self.num_slots - len(self.slots) - queued
+
+    @torch.no_grad()
+    def step(self):
+        """Draw one token in every slot. Returns the requests that are done with it."""
+        # 1. Start waiting responses in free slots.
+        while len(self.slots) < self.num_slots and (self.waiting or self.requests):
+            self.start_response()
+        if not self.slots:
+            return []
+        # 2. Feed the last token of every slot to the model.
+        last = [(slot.response.ids or slot.request.prompt)[-1] for slot in self.slots]
+        at = [slot.length - 1 for slot in self.slots]
+        device = self.model.head_weight.device
+        ids, positions = torch.tensor([last, at]).to(device)[:, :, None]  # [B, 1] each
+        keys = KEY_BUCKET * math.ceil((max(at) + 1) / KEY_BUCKET)
+        mask = past_mask(positions, min(keys, self.cache.capacity))  # [B, 1, 1, S]
+        hidden = self.model.hidden_states(ids, positions, mask, self.cache)  # [B, 1, H]
+        # 3. Draw the next ones, and append them. Only here the CPU waits for the device.
+        tokens, log_probs = self.draw(hidden.squeeze(1))
+        for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
+            self.append(slot, token, log_prob)
+        # 4. Free the slots of finished responses.
+        done = []
+        for row in reversed(range(len(self.slots))):
+            request = self.slots[row].request
+            if self.slots[row].response.finish_reason:
+                self.free(row)
+                if request.done:
+                    done.append(request)
+        return done
+
+    def start_response(self):
+        """Give a slot to the next response: of the request that was started last, else of the next one."""
+        if not self.waiting:
+            request = self.requests.popleft()
+            generator = torch.Generator().manual_seed(request.seed)
+            uniforms = torch.rand(request.max_new_tokens, request.n, generator=generator)
+            request.responses = [Response([], (0, 0), log_probs=[]) for _ in range(request.n)]
+            for response, row in zip(request.responses, uniforms.T.tolist()):
+                self.waiting.append(Slot(request, response, row))
+        slot = self.waiting.popleft()
+        prompt = slot.request.prompt
+        if self.prefix[0] != prompt:
+            self.prefix = (prompt, self.prefill(prompt))
+        self.cache.copy_row(len(self.slots), self.prefix[1], 0, len(prompt) - 1)
+        self.slots.append(slot)
+
+    def prefill(self, prompt):
+        """A cache of one row with the keys and values of a prompt, but for its last token: every response feeds it."""
+        cache = KVCache(self.model, 1, len(prompt))
+        if len(prompt) > 1:
+            ids = torch.tensor([prompt[:-1]], device=self.model.head_weight.device)
+            self.model.hidden_states(ids, cache=cache)
+        return cache
+
+    def draw(self, hidden):
+        """The next token of every slot and its log-prob, [B] each, from hidden states [B, H]."""
+        head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
+        logits = hidden @ head.T  # [B, V]
+        uniforms = [slot.uniforms[len(slot.response.ids)] for slot in self.slots]
+        temperatures = [slot.request.temperature for slot in self.slots]
+        top_ps = [slot.request.top_p for slot in self.slots]
+        numbers = torch.tensor([uniforms, temperatures, top_ps]).to(logits.device)  # [3, B]
+        greedy = max(temperatures) == 0
+        nucleus = min(top_ps) < 1
+        size = max(1, LOGITS_AT_ONCE // len(head))
+        parts = []
+        for rows, (uniform, temperature, top_p) in zip(logits.split(size), numbers.split(size, dim=1)):
+            parts.append(next_token(rows, uniform, None if greedy else temperature, top_p if nucleus else None))
+        ids, log_probs = zip(*parts)
+        return torch.cat(ids), torch.cat(log_probs)
+
+    def append(self, slot, token, log_prob):
+        """Append a token to a response. Sets its finish_reason if this token ends it."""
+        response = slot.response
+        response.ids.append(token)
+        response.log_probs.append(log_prob)
+        response.span = (0, len(response.ids))
+        stop = token in self.chat.stop_ids
+        strings = slot.request.stop_strings
+        if strings and not stop:
+            longest = max(len(string.encode()) for string in strings)  # a token has a byte or more
+            text = self.chat.decode(response.ids[-longest:])
+            stop = any(string in text for string in strings)
+        if stop:
+            response.finish_reason = "stop"
+        elif len(response.ids) == slot.request.max_new_tokens:
+            response.finish_reason = "length"
+
+    def free(self, row):
+        """Take a slot out of use: the last one in use moves into its row."""
+        last = self.slots.pop()
+        if row < len(self.slots):
+            self.slots[row] = last
+            self.cache.copy_row(row, self.cache, len(self.slots), last.length - 1)
+
+
+def next_token(logits, uniform, temperature=None, top_p=None):
     """Draw one token per row of logits with one uniform number per row.
 
     logits: [R, V]
     uniform: [R], in [0, 1)
-    temperature: 0 takes the most likely token
-    top_p: below 1, keep the fewest tokens whose total probability reaches it
+    temperature: [R]; 0 takes the most likely token. None: 0 in all rows
+    top_p: [R]; below 1, keep the fewest tokens whose total probability reaches it. None: 1 in all rows
 
     Returns ids [R] and log-probs [R], after temperature and top-p; for temperature 0, under the plain softmax.
 
     >>> logits = torch.tensor([[0., 2., 1.]]).log()
-    >>> [next_token(logits, torch.tensor([u]), 1.0, 1.0)[0].item() for u in (0.1, 0.6, 0.7)]
+    >>> [next_token(logits, torch.tensor([u]), torch.ones(1))[0].item() for u in (0.1, 0.6, 0.7)]
     [1, 1, 2]
-    >>> next_token(logits, torch.tensor([0.9]), 1.0, 0.6)  # token 1 alone reaches 0.6
+    >>> next_token(logits, torch.tensor([0.9]), torch.ones(1), torch.tensor([0.6]))  # token 1 alone reaches 0.6
     (tensor([1]), tensor([0.]))
     """
     logits = logits.float()
-    if temperature == 0:
+    most_likely = logits.argmax(-1, keepdim=True)  # [R, 1]
+    if temperature is None:
         log_probs = logits.log_softmax(-1)  # [R, V]
-        ids = log_probs.argmax(-1, keepdim=True)  # [R, 1]
-        return ids.squeeze(-1), log_probs.gather(-1, ids).squeeze(-1)
-    log_probs = (logits / temperature).log_softmax(-1)  # [R, V]
-    if top_p < 1:
-        ordered, order = log_probs.sort(-1, descending=True)  # [R, V]
-        mass_before = ordered.exp().cumsum(-1) - ordered.exp()  # [R, V], of the more likely tokens
-        excluded = torch.empty_like(mass_before, dtype=torch.bool)
-        excluded.scatter_(-1, order, mass_before >= top_p)
-        log_probs = log_probs.masked_fill(excluded, -torch.inf).log_softmax(-1)
+        return most_likely.squeeze(-1), log_probs.gather(-1, most_likely).squeeze(-1)
+    temperature = temperature[:, None]  # [R, 1]
+    greedy = temperature == 0  # [R, 1]
+    probs = (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1)  # [R, V]
+    if top_p is not None:
+        top_p = top_p[:, None].masked_fill(greedy, 1.0)  # [R, 1]
+        ordered, order = probs.sort(-1, descending=True)  # [R, V]
+        mass_before = ordered.cumsum(-1) - ordered  # [R, V], of the more likely tokens
+        excluded = (mass_before >= top_p) & (top_p < 1)  # [R, V], in that order
+        excluded = excluded.scatter(-1, order, excluded)  # [R, V]
+        probs = probs.masked_fill(excluded, 0.0)
     # Inverse transform: the first token whose cumulative mass exceeds the uniform number.
     high = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
-    mass = log_probs.exp().cumsum(-1, dtype=high)  # [R, V]
-    threshold = uniform[:, None].to(high) * mass[:, -1:]  # [R, 1]
-    ids = torch.searchsorted(mass, threshold, right=True)  # [R, 1]
-    ids = ids.clamp(max=logits.shape[-1] - 1)  # in float32 the threshold may round up to the whole mass
-    return ids.squeeze(-1), log_probs.gather(-1, ids).squeeze(-1)
+    mass = probs.cumsum(-1, dtype=high)  # [R, V]
+    total = mass[:, -1:]  # [R, 1]
+    ids = torch.searchsorted(mass, uniform[:, None].to(high) * total, right=True)  # [R, 1]
+    ids = ids.clamp(max=logits.shape[-1] - 1)  # in float32 the product may round up to the whole mass
+    ids = torch.where(greedy, most_likely, ids)
+    log_probs = (probs.gather(-1, ids) / total).log()  # [R, 1]
+    return ids.squeeze(-1), log_probs.squeeze(-1).float()
 
 
-@torch.no_grad()
-def generate(model, prompts, n, max_new_tokens, stop_ids, generator, temperature=1.0, top_p=1.0,
-             vocab_size=None, on_token=None):
-    """Sample n responses to each prompt, all of them concurrently.
-
-    model: a Transformer, in the precision to sample with
-    prompts: lists of ids, of any lengths
-    stop_ids: tokens that end a response
-    generator: a CPU torch.Generator, or a list of one per prompt; the only source of randomness
-    temperature, top_p: as in `next_token`
-    vocab_size: sample from the first `vocab_size` ids only
-    on_token: called after every step with {(prompt, sample): id}
-
-    Returns a list of n `Response` for each prompt, its finish_reason "stop" (the stop token is the last id) or
-    "length". A (prompt, sample, step) gets the same uniform number no matter which others are still running.
-    The samples of a prompt share a cache row of len(prompt) + n x steps keys, so keep n to a few tens.
-    """
-    generators = generator if isinstance(generator, list) else [generator] * len(prompts)
-    head = model.head_weight[:vocab_size]  # [V, H]
-    samples = [[Response([], (0, 0), log_probs=[]) for _ in range(n)] for _ in prompts]
-    cache = KVCache(len(model.model.layers))
-    lengths = torch.tensor([len(prompt) for prompt in prompts])  # [P]
-    hidden, segment = prefill(model, prompts, lengths, cache)  # [P, H], [P, S]
-    hidden = hidden[:, None].expand(-1, n, -1)  # [P, n, H]
-    # Cache row r decodes prompt rows[r]; slots[r, k] is the number of the sample decoded there, or FINISHED.
-    rows = torch.arange(len(prompts))
-    slots = torch.arange(n).expand(len(prompts), n)  # [B, K]
-    for step in range(max_new_tokens):
-        # 1. Draw a token for every slot.
-        logits = hidden.flatten(0, 1) @ head.T  # [B * K, V]
-        uniform = torch.stack([torch.rand(n, generator=g) for g in generators])  # [P, n]
-        uniform = uniform[rows[:, None], slots]  # [B, K]; FINISHED reads one that is not used
-        uniform = uniform.flatten().to(logits.device)  # [B * K]
-        ids, log_probs = next_token(logits, uniform, temperature, top_p)
-        ids = ids.cpu().view_as(slots)  # [B, K]
-        log_probs = log_probs.cpu().view_as(slots)  # [B, K]
-        # 2. Append it to the samples; retire finished samples.
-        slots, new_ids = append_tokens(samples, rows, slots, ids, log_probs, stop_ids)
-        if on_token is not None:
-            on_token(new_ids)
-        running = (slots >= 0).sum(1)  # [B]
-        if step + 1 == max_new_tokens or not running.any():
-            break
-        # 3. Drop finished prompts; move running samples to the front of each row and trim the width.
-        keep = running.nonzero().squeeze(1)
-        if len(keep) < len(rows):
-            cache.keep_rows(keep.to(logits.device))
-            rows = rows[keep]
-            slots = slots[keep]
-            ids = ids[keep]
-            segment = segment[keep]
-        order = (slots < 0).sort(dim=1, stable=True).indices  # [B, K], running ones first
-        order = order[:, :running.max()]  # [B, K]
-        slots = slots.gather(1, order)  # [B, K]
-        ids = ids.gather(1, order)  # [B, K]
-        # 4. Decode: one new key per slot. Sample j is segment j + 1, as in a packed group.
-        segment = torch.cat((segment, slots + 1), dim=1)  # [B, S]
-        positions = (lengths[rows] + step)[:, None].expand_as(slots)  # [B, K]
-        mask = sample_mask(segment, slots)  # [B, 1, K, S]
-        inputs = [tensor.to(logits.device) for tensor in (ids, positions, mask)]
-        hidden = model.hidden_states(*inputs, cache)  # [B, K, H]
-    return samples
+def describe_cache(model, requests, num_slots):
+    """What the keys and values of `generate` will take, as a line of text."""
+    num_slots, capacity = cache_size(requests, num_slots)
+    c = model.model.c
+    numbers = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * num_slots * capacity
+    gigabytes = numbers * model.head_weight.itemsize / 1e9
+    return f"{num_slots} slots x {capacity:,} tokens: up to {gigabytes:.2f} GB of keys and values"
 
 
-def sample_mask(segment, slots):
-    """A slot attends to its prompt and to its own sample: [B, S], [B, K] -> [B, 1, K, S]."""
-    in_prompt = segment[:, None] == 0  # [B, 1, S]
-    same_sample = segment[:, None] == slots[:, :, None] + 1  # [B, K, S]
-    return (in_prompt | same_sample)[:, None]
+def cache_size(requests, num_slots):
+    """(slots, tokens of each) that these requests need."""
+    most = sum(request.n for request in requests)
+    return min(num_slots, most), max(request.capacity for request in requests)
 
 
-def prefill(model, prompts, lengths, cache):
-    """Run all prompts through the model, filling the cache.
-
-    Returns the hidden states [P, H] of the last tokens, and the segment of each cached key [P, S]: 0 for a prompt
-    token, -1 for padding, which no sample attends to.
-    """
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)  # [P, S]
-    segment = torch.zeros_like(ids)  # [P, S]
-    for i, prompt in enumerate(prompts):
-        ids[i, :len(prompt)] = torch.tensor(prompt)
-        segment[i, len(prompt):] = -1
-    ids = ids.to(model.head_weight.device)
-    hidden = model.hidden_states(ids, cache=cache)  # [P, S, H], causal
-    return hidden[torch.arange(len(prompts)), lengths - 1], segment
-
-
-def append_tokens(samples, rows, slots, ids, log_probs, stop_ids):
-    """Append the tokens just drawn, [B, K], to the samples they belong to.
-
-    Returns the slots with finished samples marked, and the new tokens as {(prompt, sample): id}.
-    """
-    remaining = slots.clone()
-    new_ids = {}
-    for row, slot in (slots >= 0).nonzero().tolist():
-        prompt = rows[row].item()
-        sample = slots[row, slot].item()
-        token = ids[row, slot].item()
-        response = samples[prompt][sample]
-        response.ids.append(token)
-        response.log_probs.append(log_probs[row, slot].item())
-        response.span = (0, len(response.ids))
-        response.finish_reason = "length"  # unless a later token is a stop token
-        new_ids[prompt, sample] = token
-        if token in stop_ids:
-            response.finish_reason = "stop"
-            remaining[row, slot] = FINISHED
-    return remaining, new_ids
-
-
-def sample_groups(model, groups, seeds, chat, args):
-    """Sample the responses of groups, in chunks of prompts of similar length.
-
-    groups: a list of `Group`; their responses are replaced
-    seeds: one for each group
-    args: parsed flags n, max_new_tokens, max_concurrent, temperature
-    """
-    order = sorted(range(len(groups)), key=lambda i: len(groups[i].prompt))
-    concurrent = max(1, args.max_concurrent // args.n)  # prompts
-    for at in range(0, len(order), concurrent):
-        part = order[at:at + concurrent]
-        prompts = [groups[i].prompt for i in part]
-        generators = [torch.Generator().manual_seed(seeds[i]) for i in part]
-        samples = generate(model, prompts, args.n, args.max_new_tokens, chat.stop_ids,
-                           generators, args.temperature, vocab_size=chat.vocab_size)
-        for i, responses in zip(part, samples):
-            groups[i].responses = responses
+def generate(model, requests, num_slots, chat):
+    """Answer requests; yields each as soon as all its responses are done. Parameters as of `Sampler`."""
+    sampler = Sampler(model, *cache_size(requests, num_slots), chat)
+    for request in requests:
+        sampler.add(request)
+    while sampler.busy:
+        yield from sampler.step()
 
 
 def greedy_answers(model, chat, groups, dtype, name):
     """Greedy answers to a few groups' prompts: [{"request": text, "gold": text or None, name: text}]."""
     if not groups:
         return []
-    prompts = [group.prompt for group in groups]
-    samples = generate(model.in_dtype(dtype), prompts, 1, 128, chat.stop_ids, torch.Generator(),
-                       temperature=0.0, vocab_size=chat.vocab_size)
+    requests = [Request(group.prompt, 1, 0, 0.0, 128) for group in groups]
+    list(generate(model.in_dtype(dtype), requests, len(requests), chat))
     answers = []
-    for group, (response,) in zip(groups, samples):
+    for group, request in zip(groups, requests):
         gold = chat.answer(group.record) if group.record.get("answer") else None
-        request = group.record["messages"][-1]["content"]
-        answers.append({"request": request, "gold": gold, name: chat.decode(response.ids)})
+        text = group.record["messages"][-1]["content"]
+        answers.append({"request": text, "gold": gold, name: chat.decode(request.responses[0].ids)})
     return answers

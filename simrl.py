@@ -20,13 +20,12 @@ Where paper, released code and this file differ:
 5. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
 6. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
    which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
-7. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples up to --max-draws
-   batches of prompts until it has enough groups, and discards the surplus. With too few, it makes fewer updates.
+7. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it has
+   enough groups, at most --max-draws times as many. With too few, it makes fewer updates.
 8. An optimiser batch is made of whole groups (released: of sequences of many prompts).
 """
 import math
 import statistics
-from dataclasses import asdict
 from functools import partial
 
 import torch
@@ -34,12 +33,12 @@ import torch
 import train
 from data import non_negative, number, positive, runs
 from data.chat import Chat, add_prompt_flags
-from data.groups import Group, Response, counted_tokens, micro_batches
-from data.groups import next_prompts, optimiser_batches, pack
+from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
-from data.rollouts import read_prompts, score_response
+from data.rollouts import prompt_groups, score_response
+from experience import make_sampler, sample_step, validate
 from model import Transformer
-from sampler import add_count_flags, sample_groups
+from sampler import add_count_flags
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The formulas
@@ -75,30 +74,36 @@ def has_signal(rewards, scores, rule="scores"):
     return 0.01 + 1e-6 < mean < 0.99 - 1e-6 and max(scores) > min(scores)
 
 
-def policy_loss(logits, target, advantage, old_log_p, ref_log_p=None,
+def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampler_log_p=None,
                 kl_weight=0.0, clip=(0.2, 0.2), temperature=1.0):
     """Minus the bracket of J at each position, Eq. 11.
 
     logits: [C, V]
     target: [C], the sampled token
     advantage: [C], the A of its response
-    old_log_p: [C], its log-prob before the update
+    old_log_p: [C], its log-prob under pi_old; None if there was no update since sampling, so that pi_old is pi
     ref_log_p: [C], its log-prob under pi_ref; None for no KL
+    sampler_log_p: [C], its log-prob as the sampler computed it, for `mismatch` only; or None
     kl_weight: beta
     clip: (low, high)
 
-    Returns losses [C] and {name: [C]}: policy, entropy, clipped; with ref_log_p also kl.
+    Returns losses [C] and {name: [C]}: policy, entropy, clipped; with ref_log_p also kl, with sampler_log_p also
+    mismatch, the difference between the log-probs of the trainer and the sampler.
     """
     log_probs = (logits / temperature).log_softmax(-1)  # [C, V]
     with torch.no_grad():
         entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)  # [C]
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
+    if old_log_p is None:
+        old_log_p = log_p.detach()
     ratio = (log_p - old_log_p).exp()  # [C], r
     unclipped = ratio * advantage  # [C]
     limited = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage  # [C]
     policy = -torch.minimum(unclipped, limited)  # [C], Eq. 11
     stats = {"policy": policy, "entropy": entropy}
     stats["clipped"] = limited < unclipped
+    if sampler_log_p is not None:
+        stats["mismatch"] = (old_log_p - sampler_log_p).abs()
     if ref_log_p is None:
         return policy, stats
     k2 = 0.5 * (log_p - ref_log_p) ** 2  # [C], estimates the KL
@@ -126,7 +131,7 @@ def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32)
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def refine(model, reference, prompts, chat, score, args, start=0):
+def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     """Train a model by GRPO.
 
     model: a Transformer with float32 weights, changed in place
@@ -134,9 +139,10 @@ def refine(model, reference, prompts, chat, score, args, start=0):
     prompts: a list of `Group` without responses
     chat: the model's Chat
     score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]}; other
-        keys are copied to samples.jsonl
+        keys are copied to samples.jsonl, and validation needs "exact"
     args: the parsed flags of `simrl`
     start: the step to resume after
+    valid: held-out groups without responses, answered greedily before the first step and every --valid-every steps
 
     Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns False if Ctrl-C
     stopped the run. Which prompt is p-th in a run, and the seed of its samples, depend on --seed and p only.
@@ -144,48 +150,40 @@ def refine(model, reference, prompts, chat, score, args, start=0):
     if (args.kl_weight > 0) != (reference is not None):
         raise ValueError("a reference is required when kl_weight > 0, and only then")
     device = model.head_weight.device
-    dtype = getattr(torch, args.dtype)
     num_steps, num_updates = plan_steps(len(prompts), args)
-    max_prompts = args.max_draws * args.prompts_per_step  # in a step
     optimisers = train.make_optimisers("adamw", model, args)
     progress = {"prompts": 0, "updates": 0}
     if start:
         progress = runs.load_checkpoint(args.out, start, model, optimisers)
-    share = slice(train.rank(), None, train.world_size())  # picks this rank's items
+    policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
+    sampler = make_sampler(policy, [*prompts, *valid], chat, args)
+    if valid and not start:
+        row = validate(sampler, valid, score, args)
+        if train.rank() == 0:
+            runs.log_step(args.out, {"step": 0} | row)
     steps = train.Steps(start, num_steps, "sim-rl")
     for step in steps:
-        seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
-        groups = []
-        kept = []
-        policy = model.in_dtype(dtype)
-        while len(kept) < args.prompts_per_step and len(groups) < max_prompts:
-            # 1. Sample n responses to each prompt from the policy as it is now, pi_old.
-            first = progress["prompts"]
-            drawn_groups = next_prompts(prompts, args.seed, first, args.prompts_per_step)
-            first_seed = args.seed * 1_000_003 + first
-            seeds = range(first_seed, first_seed + len(drawn_groups))
-            with train.timed(seconds, "seconds_sampling"):
-                sample_groups(policy, drawn_groups[share], seeds[share], chat, args)
-
-            # 2. Score them, and keep the groups with a signal. Sample more prompts until the step is full.
-            with train.timed(seconds, "seconds_scoring"):
-                score_responses(drawn_groups[share], score, chat, args.advantage)
-                share_responses(drawn_groups, share, device)
-            groups += drawn_groups
-            kept = [g for g in groups if has_signal(g.rewards, g.answer_scores, args.filter)]
-            progress["prompts"] += len(drawn_groups)
-        del policy  # free its memory before training
+        # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
+        # have a learning signal.
+        policy.copy_weights(model)
+        accept = partial(has_signal, rule=args.filter)
+        groups, kept, seconds = sample_step(
+            sampler, prompts, progress["prompts"], score, accept, args)
+        progress["prompts"] += len(groups)
+        for group in groups:
+            values = advantages(group.rewards, args.advantage)
+            for response, advantage in zip(group.responses, values):
+                response.advantage = advantage
         log_probs = sum(sum(r.log_probs) for g in groups for r in g.responses)
         runs.check_finite(args.out, step, "a sampled log-prob", log_probs)
         row = runs.describe_responses(groups) | {"signal": len(kept) / len(groups)}
-        kept = kept[:args.prompts_per_step]
         row |= {"groups_kept": len(kept), "tokens": counted_tokens(kept)}
 
         with train.timed(seconds, "seconds_training"):
-            # 3. Freeze the log-probs of pi_old and pi_ref: the updates change the model.
+            # 2. Freeze the log-probs of pi_old and pi_ref: the updates change the model.
             batches = prepare_batches(model, reference, kept, chat.vocab_size, args, step)
 
-            # 4. Update: gradients (summed over ranks, clipped) and an optimiser step for each batch.
+            # 3. Update: gradients (summed over ranks, clipped) and an optimiser step for each batch.
             batch_sums = []
             for batch in batches:
                 batch_sums += [accumulate_gradients(model, batch, chat.vocab_size, args)]
@@ -197,13 +195,18 @@ def refine(model, reference, prompts, chat, score, args, start=0):
                 row |= {"lr": rate, "grad_norm": norm}
             row |= mean_metrics(batch_sums, counted_tokens(kept), device)
 
+        # 4. Validate.
+        if valid and (step % args.valid_every == 0 or step == num_steps):
+            policy.copy_weights(model)
+            row |= validate(sampler, valid, score, args)
+
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
         row |= {"updates": progress["updates"]} | seconds
         ends = steps.ends_at(step, device)
         if train.rank() == 0:
             lines = runs.describe_groups(step, groups, kept, chat)
             runs.log_metrics(args.out, *lines, name="samples.jsonl")
-            runs.log_metrics(args.out, {"step": step} | row)
+            runs.log_step(args.out, {"step": step} | row)
             if ends or step % args.save_every == 0:
                 runs.save_checkpoint(args.out, step, model, optimisers, progress)
         steps.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
@@ -217,38 +220,12 @@ def plan_steps(num_prompts, args):
     return steps, steps * math.ceil(args.prompts_per_step / groups_per_batch)
 
 
-def score_responses(groups, score, chat, advantage_kind):
-    """Give every response its text, reward and advantage."""
-    for group in groups:
-        for response in group.responses:
-            response.text = chat.decode(response.ids)
-            details = dict(score(group.record, response.text))
-            response.reward = details.pop("reward")
-            response.answer_score = details.pop("answer_score")
-            response.details = details
-        values = advantages(group.rewards, advantage_kind)
-        for response, advantage in zip(group.responses, values):
-            response.advantage = advantage
-
-
-def share_responses(groups, share, device):
-    """Give every rank the responses that the others sampled. share: the slice of this rank."""
-    if train.world_size() == 1:
-        return
-    rows = []
-    for i in range(len(groups))[share]:
-        rows += [[i, asdict(response)] for response in groups[i].responses]
-        groups[i].responses = []
-    for i, fields in train.gather_over_ranks(rows, device):
-        groups[i].responses.append(Response(**fields))
-
-
 @torch.no_grad()
 def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
-    Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p, ref_log_p (None
-    without a reference), token_weights.
+    Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p (None in the first
+    batch), ref_log_p (None without a reference), token_weights.
     """
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -265,7 +242,9 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             packed["advantage"] = advantage[packed["response"]]
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
-            packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args)
+            # Before the first update the loss itself computes the log-probs of pi_old.
+            old = model if len(batches) > 1 else None
+            packed["old_log_p"] = log_probs_of(old, packed, vocab_size, args)
             packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args)
             packed["token_weights"] = token_weights(
                 args.loss_mean, packed["response"], batch, len(parts), wide_dtype)
@@ -285,8 +264,8 @@ def log_probs_of(policy, packed, vocab_size, args):
 
 
 def accumulate_gradients(model, batch, vocab_size, args):
-    """Accumulate the gradients of an optimiser batch on this rank. Returns one dict: its loss, and the token sums of
-    `policy_loss`'s statistics and of mismatch, |log-prob of the trainer - log-prob of the sampler|."""
+    """Accumulate the gradients of an optimiser batch on this rank. Returns its loss and the token sums of
+    `policy_loss`'s statistics as one dict."""
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
                    temperature=args.temperature)
@@ -298,11 +277,9 @@ def accumulate_gradients(model, batch, vocab_size, args):
         head = model.head_weight[:vocab_size]  # [V, H]
         value, stats = train.head_loss(
             hidden, head, packed["token_weights"], loss, packed["targets"],
-            packed["advantage"], packed["old_log_p"], packed["ref_log_p"], dtype=dtype)
+            packed["advantage"], packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
         value.backward()
         stats["loss"] = value.detach()
-        mismatch = packed["old_log_p"] - packed["sampler_log_p"]  # [N]
-        stats["mismatch"] = mismatch.abs().sum()
         for name, part in stats.items():
             sums[name] += part
     return sums
@@ -327,6 +304,7 @@ def simrl_flags(parser):
     add_data_flags(parser, "records with gold answers")
     add_prompt_flags(parser)
     add_count_flags(parser, 8, least=2)
+    train.add_valid_flags(parser, "records with gold answers, to answer greedily now and then", every=10)
     add = parser.add_argument_group("steps").add_argument
     add("--prompts-per-step", type=positive, default=128, help="groups per step")
     add("--temperature", type=number(float, 1e-6), default=1.0, help="not 0")
@@ -360,12 +338,11 @@ def run_simrl(args):
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args.device)
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
-    prompts = []
-    records, encoded = read_prompts(args.data, chat, args.max_prompt_tokens, args.limit)
-    for record, ids in zip(records, encoded):
-        if ids is not None:
-            prompts.append(Group(record, ids, []))
-    start = train.open_run(args, device, [args.model], [args.data])
+    prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
+    valid = []
+    if args.valid:
+        valid, _ = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
+    start = train.open_run(args, device, [args.model], [args.data, args.valid])
 
     # 2. Load the policy and the reference.
     model = Transformer.from_pretrained(args.model, device=device)
@@ -376,12 +353,12 @@ def run_simrl(args):
         reference = Transformer.from_pretrained(args.model, dtype, device)
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
-        f"{len(prompts):,} prompts, {encoded.count(None)} skipped as too long; "
+        f"{len(prompts):,} prompts, {skipped} skipped as too long; "
         f"{args.prompts_per_step} x {args.n} responses a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
 
     # 3. Train.
-    score = partial(training_reward, chat, args)
-    if not refine(model, reference, prompts, chat, score, args, start):
+    score = partial(score_response, chat, strip_eos=args.strip_eos, binary=args.reward == "binary")
+    if not refine(model, reference, prompts, chat, score, args, start, valid):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
@@ -392,9 +369,3 @@ def run_simrl(args):
     if train.rank() == 0:
         runs.show_refinement(args.out, summary)
     return 0
-
-
-def training_reward(chat, args, record, text):
-    """The reward of Sim-RL. Returns {"reward", "answer_score", "case": why, "exact": is it the gold answer}."""
-    binary = args.reward == "binary"
-    return score_response(chat, record, text, strip_eos=args.strip_eos, binary=binary)

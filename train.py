@@ -63,6 +63,14 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add_machine_flags(parser, "compute; weights and optimiser are float32")
 
 
+def add_valid_flags(parser, valid_help, every):
+    """Flags that say what to validate on, and how often."""
+    add = parser.add_argument_group("validation").add_argument
+    add("--valid", metavar="FILE", help=valid_help)
+    add("--valid-limit", type=positive, metavar="N", help="validate on the first N records only")
+    add("--valid-every", type=positive, default=every, metavar="N", help="steps between validations")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The output head and the loss, in chunks of positions
 

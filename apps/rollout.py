@@ -11,11 +11,11 @@ from tqdm import tqdm
 from data import InputError, number, one_line, print_table
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
-from data.rollouts import append_rollouts, batches_to_sample, filter_responses
+from data.rollouts import append_rollouts, filter_responses
 from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response_row
 from data.runs import add_output_flags, settings
 from model import Transformer
-from sampler import add_count_flags, add_sampling_flags, generate
+from sampler import Request, add_count_flags, add_sampling_flags, describe_cache, generate
 from train import add_machine_flags, note, pick_device
 
 
@@ -82,31 +82,35 @@ def print_examples(rows):
 
 
 def sample_responses(args, out, chat, records, prompts, rows, draws):
-    """Sample the responses that `rows` lacks and append them to OUT.part. Returns the records with `responses`.
+    """Sample the responses that `rows` lacks, and append each record to OUT.part as soon as it has its responses.
+    Returns the records with `responses`.
 
     args: parsed flags command, data, model, device, dtype, seed, max_concurrent, max_new_tokens, max_prompt_tokens
     records, prompts: of `read_prompts`
     rows: {index: record with `responses`} of a stopped run
     draws: [(n, temperature, top_p)]; a record gets n responses from each
     """
-    size = max(1, args.max_concurrent // max(n for n, _, _ in draws))  # prompts
-    batches = batches_to_sample(prompts, rows, size)
     if None in prompts:
         note(f"{args.data}: skipped {prompts.count(None)} prompts longer than "
              f"{args.max_prompt_tokens} tokens")
-    if batches:
-        device = pick_device(args.device)
-        model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-    for start, batch in tqdm(batches, args.command, unit="batch"):
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + start)
-        sampled = {i: records[i] | {"responses": []} for i in batch}
+    missing = [i for i, ids in enumerate(prompts) if ids is not None and i not in rows]
+    missing.sort(key=lambda i: -len(prompts[i]))  # prompts that run together have similar lengths
+    if not missing:
+        return [rows[i] for i in sorted(rows)]
+    requests = {i: [] for i in missing}
+    for i in missing:
         for n, temperature, top_p in draws:
-            samples = generate(
-                model, [prompts[i] for i in batch], n,
-                args.max_new_tokens, chat.stop_ids, generator,
-                temperature, top_p, chat.vocab_size)
-            for i, responses in zip(batch, samples):
-                sampled[i]["responses"] += [response_row(chat, r) for r in responses]
-        append_rollouts(out, sampled)
-        rows |= sampled
+            seed = args.seed * 1_000_003 + i
+            requests[i].append(Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i))
+    queue = [request for i in missing for request in requests[i]]
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args.device))
+    note(describe_cache(model, queue, args.max_concurrent))
+    with tqdm(desc=args.command, total=len(missing), unit="prompt") as bar:
+        for request in generate(model, queue, args.max_concurrent, chat):
+            i = request.number
+            if all(other.done for other in requests[i]):
+                responses = [r for other in requests[i] for r in other.responses]
+                rows[i] = records[i] | {"responses": [response_row(chat, r) for r in responses]}
+                append_rollouts(out, {i: rows[i]})
+                bar.update()
     return [rows[i] for i in sorted(rows)]

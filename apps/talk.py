@@ -1,12 +1,10 @@
 """`star.py chat`: a conversation with a model in the terminal. You play the user and the tools."""
-from functools import partial
-
 import torch
 
 from data.chat import Chat, add_prompt_flags
 from data.records import read_tools
 from model import Transformer
-from sampler import add_length_flag, add_sampling_flags, generate
+from sampler import Request, Sampler, add_length_flag, add_sampling_flags
 from train import add_machine_flags, pick_device
 
 
@@ -26,19 +24,14 @@ def run_chat(args):
     tools = read_tools(args.tools) if args.tools else []
     device = pick_device(args.device)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-    generator = torch.Generator().manual_seed(args.seed)
     print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     role = "user"
     while text := read_input("tool result> " if role == "tool" else "you> "):
         messages.append({"role": role, "content": text})
         prompt = chat.encode(chat.prompt({"messages": messages, "tools": tools}))
-        ids = []
-        generate(
-            model, [prompt], 1, args.max_new_tokens, chat.stop_ids, generator,
-            args.temperature, args.top_p, chat.vocab_size, partial(print_token, chat, ids))
-        print()
-        reply = chat.decode(ids)
+        request = Request(prompt, 1, args.seed + len(messages), args.temperature, args.max_new_tokens, args.top_p)
+        reply = print_reply(model, chat, request)
         role = "tool" if "<tool_call>" in reply else "user"
         opened = "<think>" if chat.think == "on" else ""  # the prompt ends in the opening tag
         messages.append({"role": "assistant", "content": opened + reply})
@@ -53,11 +46,17 @@ def read_input(prompt):
         return ""
 
 
-def print_token(chat, ids, new_ids):
-    """Append a new token to `ids`, unless it ends the reply, and print the text that it adds.
-
-    Half a character waits for the rest.
-    """
-    printed = chat.decode(ids).rstrip("\ufffd")
-    ids += [i for i in new_ids.values() if i not in chat.stop_ids]
-    print(chat.decode(ids).rstrip("\ufffd")[len(printed):], end="", flush=True)
+def print_reply(model, chat, request):
+    """Answer a request, printing the text as it comes. Returns it, without the end token."""
+    sampler = Sampler(model, 1, request.capacity, chat)
+    sampler.add(request)
+    printed = ""
+    while sampler.busy:
+        sampler.step()
+        ids = request.responses[0].ids
+        text = chat.decode([i for i in ids if i not in chat.stop_ids])
+        shown = text.rstrip("\ufffd")  # half a character waits for the rest
+        print(shown[len(printed):], end="", flush=True)
+        printed = shown
+    print()
+    return text

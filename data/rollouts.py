@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError, read_json, refuse_changes, write_json, write_lines
+from data.groups import Group
 from data.records import has_answer, read_lines, read_records
 from reward import FORMAT_FAILURES, HEADER, score
 
@@ -49,6 +50,13 @@ def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     return records, prompts
 
 
+def prompt_groups(path, chat, max_prompt_tokens, limit):
+    """Groups without responses of the records of `read_prompts`. Returns (groups, number of records skipped)."""
+    records, prompts = read_prompts(path, chat, max_prompt_tokens, limit)
+    groups = [Group(record, ids, []) for record, ids in zip(records, prompts) if ids is not None]
+    return groups, len(records) - len(groups)
+
+
 def score_response(chat, record, text, **options):
     """The "reward", "answer_score", "case" and "exact" of a response; options as in `reward.score`."""
     text = chat.prompt(record) + text
@@ -56,7 +64,7 @@ def score_response(chat, record, text, **options):
     return {name: result[name] for name in ("reward", "answer_score", "case", "exact")}
 
 
-# ---- Sampling that can resume: open the file, append each batch, finish
+# ---- Sampling that can resume: open the file, append each record, finish
 
 def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
     """Start or resume the rollout file `out` (a Path) of these records. `arguments` are its settings.
@@ -89,16 +97,6 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
     out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(part, map(json_line, [arguments, *rows.items()]))
     return None, rows
-
-
-def batches_to_sample(prompts, rows, size):
-    """Batches of prompts of similar length, longest first; skips batches that are complete in `rows`.
-    Returns [(start, indices)]. `start`, the place in that order, seeds the batch: a resumed run samples the same.
-    """
-    order = [i for i, ids in enumerate(prompts) if ids is not None]
-    order.sort(key=lambda i: -len(prompts[i]))
-    batches = [(start, order[start:start + size]) for start in range(0, len(order), size)]
-    return [(start, batch) for start, batch in batches if not rows.keys() >= set(batch)]
 
 
 def response_row(chat, response):

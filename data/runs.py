@@ -26,7 +26,7 @@ from data.groups import counted_tokens
 
 # A resumed run may change these: they affect memory, speed, the filters of a rollout, or the report of an eval.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare",
-              "save_every", "micro_batch_tokens", "gradient_checkpointing"}
+              "save_every", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"}
 
 
 def add_output_flags(parser, what):
@@ -40,8 +40,7 @@ def add_output_flags(parser, what):
 
 def settings(args):
     """{flag: value} of the flags that a resumed run must not change."""
-    free = FREE_FLAGS | ({"max_concurrent"} if args.command == "simrl" else set())
-    return {name: value for name, value in vars(args).items() if name not in free}
+    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
 
 
 def prepare_folder(args, inputs):
@@ -123,6 +122,8 @@ def valid_metrics(row):
 def summarise_refinement(out):
     """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
     rows = read_metrics(out)
+    valid = [valid_metrics(row) for row in rows if "valid_reward" in row] or [None]
+    rows = [row for row in rows if "reward" in row]  # without that of the validation before the first step
     fifth = max(1, len(rows) // 5)
     sampled = sum(row["groups_drawn"] for row in rows)
     kept = sum(row["groups_kept"] for row in rows)
@@ -137,7 +138,7 @@ def summarise_refinement(out):
     }
     for name in ("seconds_sampling", "seconds_scoring", "seconds_training"):
         summary[name] = round(sum(row[name] for row in rows), 1)
-    return summary
+    return summary | {"valid_before": valid[0], "valid_after": valid[-1]}
 
 
 def describe_batch(batch, seconds):
@@ -163,16 +164,16 @@ def show_training(out, samples, summary):
         print()
         for name, text in sample.items():
             print(f"{name:8s} {one_line(text)}")
+    show_summary(out, summary)
+
+
+def show_summary(out, summary):
+    """Print the figures of a run, and where its model is."""
     figures = dict(summary)
     before = figures.pop("valid_before") or {}
     after = figures.pop("valid_after")
     for name, value in before.items():
         figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {after[name]:.4f}"
-    show_summary(out, figures)
-
-
-def show_summary(out, figures):
-    """Print the figures of a run, and where its model is."""
     print()
     print_table(figures.items())
     print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")

@@ -3,6 +3,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import star  # noqa: E402
 from apps.make_tiny import make_model  # noqa: E402
 from data.chat import CALLS_INTRO, TOOLS_INTRO  # noqa: E402
+from sampler import Request, generate  # noqa: E402
 
 torch.set_num_threads(1)  # as in the subprocesses of test_cli.py, so that sums have the same order
 
@@ -76,6 +78,15 @@ def settings(command, **overrides):
         assert hasattr(args, name), f"{command} has no flag --{name}"
         setattr(args, name, value)
     return args
+
+
+def sample(model, prompts, n, max_new_tokens, stop_ids=(), seed=0, temperature=1.0, top_p=1.0, vocab_size=None,
+           num_slots=64):
+    """The n responses of each prompt; prompt i has seed + i."""
+    chat = SimpleNamespace(stop_ids=stop_ids, vocab_size=vocab_size)
+    requests = [Request(prompt, n, seed + i, temperature, max_new_tokens, top_p) for i, prompt in enumerate(prompts)]
+    list(generate(model, requests, num_slots, chat))
+    return [request.responses for request in requests]
 
 
 @pytest.fixture(scope="session")

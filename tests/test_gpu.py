@@ -4,13 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import settings
+from conftest import sample, settings
 
 import star
 from ckd import DIVERGENCES, ckd_loss
 from data.groups import Group
 from model import Transformer
-from sampler import generate
 from simrl import refine
 from train import head_loss
 
@@ -41,8 +40,7 @@ def test_head_loss_equals_the_cpu(kind):
 def sample_ids(model, **options):
     """The ids of three samples for each of three prompts."""
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
-    groups = generate(model, prompts, 3, 12, [2], torch.Generator().manual_seed(0), **options)
-    return [[sample.ids for sample in group] for group in groups]
+    return [[r.ids for r in responses] for responses in sample(model, prompts, 3, 12, [2], **options)]
 
 
 def test_the_sampler_runs_there_and_agrees(world):

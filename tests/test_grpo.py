@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import settings
+from conftest import sample, settings
 from safetensors.torch import load_file
 
 import simrl
@@ -25,7 +25,6 @@ from data import InputError
 from data.groups import Group, micro_batches, next_prompts, pack
 from data.runs import load_checkpoint, summarise_refinement
 from model import Transformer
-from sampler import generate
 from simrl import advantages, has_signal, log_probs_of, policy_loss, refine, token_weights
 
 ROOT = Path(__file__).parents[1]
@@ -108,7 +107,7 @@ def some_groups(model, temperature, n=4):
     """Sampled groups of unequal prompts and responses, with made-up advantages."""
     g = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, V, (length,), generator=g).tolist() for length in (7, 1, 12, 4)]
-    samples = generate(model, prompts, n, 9, [0, 5], g, temperature, vocab_size=V)
+    samples = sample(model, prompts, n, 9, [0, 5], 3, temperature, vocab_size=V)
     groups = [Group({}, prompt, responses) for prompt, responses in zip(prompts, samples)]
     for group in groups:
         for i, response in enumerate(group.responses):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import InputError
-from model import SIZES, KVCache, Transformer, read_config
+from model import SIZES, KVCache, Transformer, past_mask, read_config
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
@@ -87,23 +87,44 @@ def test_cache_equals_no_cache(knob, ids):
     with torch.no_grad():
         expected = model(ids)
         for prefilled in (1, 7, 39):  # the other tokens follow in pieces of 1 and 3
-            cache = KVCache(2)
+            cache = KVCache(model, rows=5, capacity=50)
             parts = []
             steps = [0, prefilled, *range(prefilled + 1, 40, 3), 40]
             for start, end in zip(steps, steps[1:]):
-                parts.append(model(ids[:, start:end], cache=cache))
+                positions = torch.arange(start, end).expand(len(ids), -1) if start else None
+                parts.append(model(ids[:, start:end], positions, cache=cache))
             assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-10)
 
 
-def test_decoding_continues_after_rows_leave_the_cache(ids):
+def test_rows_of_the_cache_have_their_own_lengths_and_can_be_copied_and_reused(ids):
+    """Row 1 of one cache becomes row 0 of another; row 1 of that decodes a shorter sequence over old keys."""
     model = random_model("qwen3").double()
-    cache = KVCache(2)
+    first = KVCache(model, rows=3, capacity=40)
+    second = KVCache(model, rows=2, capacity=64)
     with torch.no_grad():
         expected = model(ids)
-        model(ids[:, :30], cache=cache)
-        cache.keep_rows(torch.tensor([2, 0]))
-        rest = model(ids[[2, 0], 30:], cache=cache)
-    assert torch.allclose(rest, expected[[2, 0], 30:], atol=1e-10)
+        model(ids[:, :30], cache=first)
+        model(ids[:2], cache=second)
+        second.copy_row(0, first, 1, 30)
+        second.copy_row(1, first, 2, 11)
+        for step in range(10):
+            positions = torch.tensor([[30 + step], [11 + step]])
+            new = torch.stack((ids[1, 30 + step], ids[2, 11 + step]))[:, None]
+            for mask in (None, past_mask(positions, 41)):
+                logits = model(new, positions, mask, second)[:, 0]
+                assert torch.allclose(logits, expected[[1, 2], [30 + step, 11 + step]], atol=1e-10)
+
+
+def test_weights_are_copied_in_place():
+    model, other = random_model("qwen3"), random_model("qwen3").bfloat16()
+    with torch.no_grad():
+        other.head_weight.fill_(1.0)
+    storage = [p.data_ptr() for p in other.parameters()]
+    other.copy_weights(model)
+    for p, q in zip(other.parameters(), model.parameters(), strict=True):
+        assert torch.equal(p, q.bfloat16())
+    assert [p.data_ptr() for p in other.parameters()] == storage
+    model.copy_weights(model)
 
 
 def test_gradient_checkpointing_changes_no_gradient(ids):

@@ -1,12 +1,15 @@
 """The sampler: against itself in every arrangement, against transformers, and against the exact distribution."""
 import os
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import sample
 
 from data.chat import Chat
 from model import Transformer
-from sampler import generate, next_token
+from sampler import KEY_BUCKET, Request, Sampler, generate, next_token
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
@@ -24,13 +27,9 @@ def prompts():
     return [torch.randint(0, 61, (n,), generator=g).tolist() for n in (9, 1, 14, 5, 14)]
 
 
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def ids_of(groups):
     """The token ids of each prompt's samples."""
-    return [[sample.ids for sample in group] for group in groups]
+    return [[response.ids for response in group] for group in groups]
 
 
 def greedy_without_cache(model, prompt, max_new_tokens, stop_ids):
@@ -58,42 +57,42 @@ def nucleus(log_probs, top_p):
 def test_greedy_is_the_same_cached_batched_and_grouped(model, prompts):
     expected = [greedy_without_cache(model, prompt, 24, STOP_IDS) for prompt in prompts]
     assert len({len(ids) for ids in expected}) > 2  # they end at different steps
-    batched = generate(model, prompts, 1, 24, STOP_IDS, seeded(), temperature=0)
-    grouped = generate(model, prompts, 3, 24, STOP_IDS, seeded(), temperature=0)
+    batched = sample(model, prompts, 1, 24, STOP_IDS, temperature=0)
+    grouped = sample(model, prompts, 3, 24, STOP_IDS, temperature=0)
     for i, prompt in enumerate(prompts):
-        single = generate(model, [prompt], 1, 24, STOP_IDS, seeded(), temperature=0)
+        single = sample(model, [prompt], 1, 24, STOP_IDS, temperature=0)
         assert single[0][0].ids == batched[i][0].ids == expected[i]
-        assert [sample.ids for sample in grouped[i]] == [expected[i]] * 3
+        assert [response.ids for response in grouped[i]] == [expected[i]] * 3
 
 
 @pytest.mark.parametrize("temperature,top_p", [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
 def test_log_probs_are_those_of_the_distribution_sampled_from(model, prompts, temperature, top_p):
     """Recomputed by a plain forward pass over each finished row; so the importance ratio is 1 after sampling."""
-    groups = generate(model, prompts, 4, 20, STOP_IDS, seeded(3), temperature, top_p, vocab_size=57)
-    lengths = {len(sample.ids) for group in groups for sample in group}
+    groups = sample(model, prompts, 4, 20, STOP_IDS, 3, temperature, top_p, vocab_size=57)
+    lengths = {len(response.ids) for group in groups for response in group}
     assert len(lengths) > 3
     for prompt, group in zip(prompts, groups):
-        for sample in group:
-            row = torch.tensor([prompt + sample.ids])
+        for response in group:
+            row = torch.tensor([prompt + response.ids])
             logits = model(row)[0, len(prompt) - 1:-1, :57] / temperature
             log_probs = logits.log_softmax(-1)
             if top_p < 1:
                 log_probs = nucleus(log_probs, top_p)
-            expected = log_probs.gather(-1, torch.tensor(sample.ids)[:, None]).squeeze(-1)
-            assert torch.allclose(expected, torch.tensor(sample.log_probs).double(), atol=1e-4)
-            assert max(sample.ids) < 57  # ids beyond the tokenizer are never sampled
+            expected = log_probs.gather(-1, torch.tensor(response.ids)[:, None]).squeeze(-1)
+            assert torch.allclose(expected, torch.tensor(response.log_probs).double(), atol=1e-4)
+            assert max(response.ids) < 57  # ids beyond the tokenizer are never sampled
 
 
 def test_the_stop_token_is_kept_and_counted(model, prompts):
-    for group in generate(model, prompts, 8, 6, STOP_IDS, seeded()):
-        for sample in group:
-            assert len(sample.ids) == len(sample.log_probs) <= 6
-            assert sample.span == (0, len(sample.ids))  # all of it counts in the loss
-            stopped = sample.finish_reason == "stop"
-            assert stopped or sample.finish_reason == "length"
-            assert stopped == (sample.ids[-1] in STOP_IDS)
-            assert not any(token in STOP_IDS for token in sample.ids[:-1])
-            assert stopped or len(sample.ids) == 6
+    for group in sample(model, prompts, 8, 6, STOP_IDS):
+        for response in group:
+            assert len(response.ids) == len(response.log_probs) <= 6
+            assert response.span == (0, len(response.ids))  # all of it counts in the loss
+            stopped = response.finish_reason == "stop"
+            assert stopped or response.finish_reason == "length"
+            assert stopped == (response.ids[-1] in STOP_IDS)
+            assert not any(token in STOP_IDS for token in response.ids[:-1])
+            assert stopped or len(response.ids) == 6
 
 
 def test_sampled_frequencies_are_the_softmax():
@@ -105,15 +104,15 @@ def test_sampled_frequencies_are_the_softmax():
     small = Transformer(CONFIG | {"vocab_size": 7}).init_weights(4, std=0.12).double()
     n = 20_000
     prompt = [3, 5, 1]
-    groups = generate(small, [prompt] * (n // 8), 8, 2, [], seeded(11), temperature=0.8)
+    groups = sample(small, [prompt] * (n // 8), 8, 2, [], 11, temperature=0.8, num_slots=2_000)
     with torch.no_grad():
         first = (small(torch.tensor([prompt]))[0, -1] / 0.8).softmax(-1)  # [7]
         rows = torch.tensor([prompt + [token] for token in range(7)])
         joint = first[:, None] * (small(rows)[:, -1] / 0.8).softmax(-1)  # [7, 7]
     counts = torch.zeros(7, 7, dtype=torch.float64)
     for group in groups:
-        for sample in group:
-            counts[tuple(sample.ids)] += 1
+        for response in group:
+            counts[tuple(response.ids)] += 1
     expected = n * joint
     assert (expected > 5).all()
     statistic = ((counts - expected) ** 2 / expected).sum().item()
@@ -121,30 +120,103 @@ def test_sampled_frequencies_are_the_softmax():
     assert statistic < freedom + 6 * (2 * freedom) ** 0.5
 
 
-def test_one_uniform_number_per_token_no_matter_what_else_runs(model, prompts):
-    """A sample does not change when its neighbours end, and the seed decides everything."""
-    groups = generate(model, prompts, 3, 20, STOP_IDS, seeded(5))
-    assert groups == generate(model, prompts, 3, 20, STOP_IDS, seeded(5))
-    assert ids_of(groups) != ids_of(generate(model, prompts, 3, 20, STOP_IDS, seeded(6)))
-    endless = generate(model, prompts, 3, 20, [], seeded(5))  # no sample ends early
-    for group, longer in zip(groups, endless):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_responses_do_not_depend_on_what_runs_beside_them(model, prompts, dtype, temperature):
+    """Not on the number of slots, on the other prompts or on when they end; the seed decides everything."""
+    model = model.to(dtype)
+
+    def ids(prompts, seed=5, **options):
+        return ids_of(sample(model, prompts, 3, 20, temperature=temperature, seed=seed, **options))
+
+    expected = ids(prompts, stop_ids=STOP_IDS)
+    assert len({len(response) for group in expected for response in group}) >= 3
+    for num_slots in (1, 2, 4, 7, 15):
+        assert ids(prompts, stop_ids=STOP_IDS, num_slots=num_slots) == expected
+    for i, prompt in enumerate(prompts):
+        assert ids([prompt], 5 + i, stop_ids=STOP_IDS) == [expected[i]]
+    assert (ids(prompts, 6, stop_ids=STOP_IDS) == expected) == (temperature == 0)
+    for group, longer in zip(expected, ids(prompts)):  # no response ends early
         for a, b in zip(group, longer):
-            assert b.ids[:len(a.ids)] == a.ids
+            assert b[:len(a)] == a
 
 
 def test_extremes_of_the_uniform_number_and_of_top_p():
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]])
+    one = torch.ones(1)
     for uniform, token in ((0.0, 1), (0.4999, 1), (0.5001, 2), (1 - 2**-24, 2)):
-        ids, log_probs = next_token(logits, torch.tensor([uniform]), 1.0, 1.0)
+        ids, log_probs = next_token(logits, torch.tensor([uniform]), one)
         assert ids.item() == token
         assert log_probs.item() == pytest.approx(-0.6931, abs=1e-3)
     logits = torch.tensor([[1.0, 3.0, 2.0]]).repeat(50, 1)
-    ids, log_probs = next_token(logits, torch.rand(50), 1.0, 1e-6)
+    ids, log_probs = next_token(logits, torch.rand(50), torch.ones(50), torch.full((50,), 1e-6))
     assert (ids == 1).all() and (log_probs == 0).all()  # the smallest top-p still keeps the most likely token
 
 
-def test_finished_samples_leave_the_batch(model, prompts, monkeypatch):
-    """The input of the model shrinks as samples end, which is the point of retiring them."""
+def test_rows_of_a_draw_have_their_own_temperature_and_top_p():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 50, generator=g)
+    uniform = torch.rand(6, generator=g)
+    temperature = torch.tensor([0.0, 1.0, 0.7, 1.3, 0.0, 1.0])
+    top_p = torch.tensor([0.5, 1.0, 0.5, 0.9, 1.0, 0.1])
+    ids, log_probs = next_token(logits, uniform, temperature, top_p)
+    for i in range(6):
+        row = slice(i, i + 1)
+        nucleus = top_p[row] if top_p[i] < 1 and temperature[i] > 0 else None
+        heat = temperature[row] if temperature[i] > 0 else None
+        token, log_p = next_token(logits[row], uniform[row], heat, nucleus)
+        assert ids[i] == token and log_probs[i] == pytest.approx(log_p.item(), abs=1e-6)
+
+
+def test_requests_of_all_kinds_are_admitted_while_others_run(model, prompts):
+    """Each has its own temperature, top-p, seed, limit and stop strings, and answers as if it were alone."""
+    chat = SimpleNamespace(stop_ids=STOP_IDS, vocab_size=61, decode=lambda ids: "".join(chr(65 + i) for i in ids))
+
+    def make_requests():
+        kinds = [(1, 0.0, 20, 1.0, ()), (3, 1.0, 9, 1.0, ()), (2, 0.7, 30, 0.8, ()), (2, 1.5, 25, 1.0, ("z", "HI"))]
+        return [Request(prompts[i % 5], n, i, temperature, limit, top_p, strings, number=i)
+                for i, (n, temperature, limit, top_p, strings) in enumerate(kinds * 3)]
+
+    alone = make_requests()
+    for request in alone:
+        assert list(generate(model, [request], 1, chat)) == [request] and request.done
+    together = make_requests()
+    sampler = Sampler(model, 4, 64, chat)
+    done = []
+    for request in together:  # one every other step
+        sampler.add(request)
+        done += sampler.step() + sampler.step()
+        assert len(sampler.slots) <= 4
+    while sampler.busy:
+        done += sampler.step()
+    assert sorted(request.number for request in done) == list(range(12))
+    assert sampler.num_free == 4 and [r.number for r in done] != list(range(12))
+    for a, b in zip(alone, together):
+        assert [r.ids for r in a.responses] == [r.ids for r in b.responses]
+        assert all(len(r.ids) <= a.max_new_tokens for r in b.responses)
+    sampler.add(make_requests()[1])
+    sampler.step()
+    sampler.clear()
+    assert not sampler.busy and sampler.num_free == 4
+
+
+def test_a_stop_string_ends_a_response_with_the_token_that_completes_it(model, prompts):
+    chat = SimpleNamespace(stop_ids=[], vocab_size=61, decode=lambda ids: "".join(f"{i:02d}" for i in ids))
+    endless = sample(model, prompts, 2, 20, seed=3)
+    seen = 0
+    for string in ("7", "1", "234"):
+        requests = [Request(prompt, 2, 3 + i, 1.0, 20, 1.0, (string, "never")) for i, prompt in enumerate(prompts)]
+        list(generate(model, requests, 64, chat))
+        for request, group in zip(requests, endless):
+            for response, longer in zip(request.responses, group):
+                ends = [end for end in range(1, 21) if string in chat.decode(longer.ids[:end])]
+                assert len(response.ids) == (ends[0] if ends else 20)
+                assert response.finish_reason == ("stop" if ends else "length")
+                seen += bool(ends)
+    assert seen > 10
+
+
+def test_a_prompt_is_computed_once_and_a_free_slot_is_used_at_once(model, prompts, monkeypatch):
     shapes = []
     hidden_states = model.hidden_states
 
@@ -153,11 +225,32 @@ def test_finished_samples_leave_the_batch(model, prompts, monkeypatch):
         return hidden_states(ids, *args, **kwargs)
 
     monkeypatch.setattr(model, "hidden_states", recorder)
-    groups = generate(model, prompts, 4, 30, STOP_IDS, seeded(2))
-    for step, shape in enumerate(shapes[1:], start=1):
-        counts = [sum(len(sample.ids) > step for sample in group) for group in groups]
-        running = [count for count in counts if count]
-        assert shape == (len(running), max(running))
+    groups = sample(model, prompts, 4, 30, STOP_IDS, 2, num_slots=6)
+    monkeypatch.undo()
+    prefills = [shape for shape in shapes if shape[1] > 1]
+    assert prefills == [(1, len(prompt) - 1) for prompt in prompts if len(prompt) > 1]
+    lengths = [len(response.ids) for group in groups for response in group]
+    rows = [shape[0] for shape in shapes if shape[1] == 1]  # a row for each slot in use
+    assert sum(rows) == sum(lengths)  # no row is computed in vain
+    slots = [0] * 6  # the schedule: each response starts in the slot that is free first
+    for length in lengths:
+        slots[slots.index(min(slots))] += length
+    assert len(rows) == max(slots)
+
+
+def test_keys_are_read_in_buckets(model, monkeypatch):
+    """So that a compiled step would see few shapes."""
+    widths = set()
+    hidden_states = model.hidden_states
+
+    def recorder(ids, positions=None, mask=None, cache=None):
+        if mask is not None:
+            widths.add(mask.shape[-1])
+        return hidden_states(ids, positions, mask, cache)
+
+    monkeypatch.setattr(model, "hidden_states", recorder)
+    sample(model, [[1, 2, 3]], 1, 200)
+    assert widths == {KEY_BUCKET, 2 * KEY_BUCKET, 3 * KEY_BUCKET, 203}
 
 
 def test_greedy_equals_transformers_on_real_weights():
@@ -177,10 +270,10 @@ def test_greedy_equals_transformers_on_real_weights():
         record = {"messages": [{"role": "user", "content": text}], "tools": tools * (i % 2)}
         prompts.append(chat.encode(chat.prompt(record)))
     model = Transformer.from_pretrained(folder)
-    groups = generate(model, prompts, 1, 32, chat.stop_ids, seeded(), 0, vocab_size=chat.vocab_size)
+    groups = sample(model, prompts, 1, 32, chat.stop_ids, temperature=0, vocab_size=chat.vocab_size)
     del model
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for prompt, (sample,) in zip(prompts, groups):
+    for prompt, (response,) in zip(prompts, groups):
         row = reference.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, repetition_penalty=1.0,
                                  eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
-        assert row[0, len(prompt):].tolist() == sample.ids
+        assert row[0, len(prompt):].tolist() == response.ids

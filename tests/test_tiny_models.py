@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sample
 
 import star
 from apps import make_tiny
@@ -16,7 +17,6 @@ from data.rollouts import score_response
 from data.tiny.tokenizer import make_tokenizer
 from data.tiny.world import SPLITS
 from model import Transformer
-from sampler import generate
 
 TINY = Path(tiny.__file__).parent
 
@@ -67,8 +67,8 @@ def test_exact_calls(name, low, high):
     chat = Chat.from_pretrained(TINY / name)
     records = [record for record in read_records(TINY / "values.jsonl.gz")[:80] if record["answer"]["tool_calls"]]
     prompts = [chat.encode(chat.prompt(record)) for record in records]
-    samples = generate(model, prompts, 1, 100, chat.stop_ids, torch.Generator(), temperature=0.0,
-                       vocab_size=chat.vocab_size)
+    samples = sample(model, prompts, 1, 100, chat.stop_ids, temperature=0.0,
+                     vocab_size=chat.vocab_size)
     scores = [score_response(chat, record, chat.decode(responses[0].ids))
               for record, responses in zip(records, samples)]
     assert low <= sum(score["exact"] for score in scores) / len(scores) <= high
