@@ -57,7 +57,7 @@ def add_sampling_flags(parser, temperature):
         help="sample from the most likely tokens with this total probability")
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt, and how to answer it.
 
@@ -163,14 +163,12 @@ class Sampler:
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
         # 4. Free the slots of finished responses.
-        done = []
+        finished = []
         for row in reversed(range(len(self.slots))):
-            request = self.slots[row].request
             if self.slots[row].response.finish_reason:
+                finished.append(self.slots[row].request)
                 self.free(row)
-                if request.done:
-                    done.append(request)
-        return done
+        return list(dict.fromkeys(request for request in finished if request.done))
 
     def start_response(self):
         """Give a slot to the next response: of the request that was started last, else of the next one."""

@@ -373,31 +373,33 @@ def test_hostile_responses_are_read_in_no_time():
 @pytest.fixture
 def stage(world, tmp_path, monkeypatch):
     """`star.py rollout` on six demo records, with these responses instead of the model's: all of the second record's
-    are bad, and one of three of each other's. `at_most` batches are sampled before a Ctrl-C."""
+    are bad, and one of three of each other's. `at_most` records are answered before a Ctrl-C."""
     chat, given = Chat.from_pretrained(world / "teacher"), read_records(world / "train.jsonl")[:6]
     path = tmp_path / "data.jsonl"
 
     def stage(out, at_most=99, records=given, **options):
         path.write_text("".join(json.dumps(one) + "\n" for one in records))
-        prompts, batches = [chat.encode(chat.prompt(one)) for one in records], []
+        answered = []
         parser = argparse.ArgumentParser()
         rollout.rollout_flags(parser)
         args = parser.parse_args(["--model", str(world / "teacher"), "--data", str(path), "--out", str(tmp_path / out),
                                   "--n", "3", "--max-concurrent", "6", "--device", "cpu"])
         vars(args).update(options, command="rollout")
 
-        def generate(model, batch, n, *_):
-            if len(batches) == at_most:
-                raise KeyboardInterrupt
-            batches.append(batch)
-            texts = {i: ["x", "x", "x"] if i == 1 else [chat.answer(one), "x", chat.answer(one)]
-                     for i, one in enumerate(records)}
-            return [[Response(chat.encode(text), (0, 1), finish_reason="stop", log_probs=[-1.0])
-                     for text in texts[prompts.index(prompt)]] for prompt in batch]
+        def generate(model, requests, *_):
+            for request in requests:
+                if len(answered) == at_most:
+                    raise KeyboardInterrupt
+                answered.append(request)
+                gold = chat.answer(records[request.number])
+                texts = ["x", "x", "x"] if request.number == 1 else [gold, "x", gold]
+                request.responses = [Response(chat.encode(text), (0, 1), finish_reason="stop", log_probs=[-1.0])
+                                     for text in texts]
+                yield request
 
         monkeypatch.setattr(rollout, "generate", generate)
         rollout.run_rollout(args)
-        return prepared(tmp_path / out), len(batches)
+        return prepared(tmp_path / out), len(answered)
     return stage
 
 
@@ -420,10 +422,10 @@ def test_a_resumed_rollout_is_the_same_and_may_filter_otherwise(stage, tmp_path)
             out = tmp_path / "out.jsonl"
             out.unlink(missing_ok=True)
             with pytest.raises(KeyboardInterrupt):
-                stage("out.jsonl", at_most=1, **before)
-            assert not out.exists() and Path(f"{out}.part").exists()
-            _, batches = stage("out.jsonl", resume=True, **options)
-            assert batches == 2 and out.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+                stage("out.jsonl", at_most=2, **before)
+            assert not out.exists() and len(Path(f"{out}.part").read_text().splitlines()) == 1 + 2
+            _, answered = stage("out.jsonl", resume=True, **options)
+            assert answered == 4 and out.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
             assert not Path(f"{out}.part").exists()
 
 
@@ -433,8 +435,8 @@ def test_nothing_left_keeps_the_part(stage, tmp_path, world):
     with pytest.raises(InputError, match="no response is left .not one think block: 6, prompts without .*--keep-all"):
         stage("out.jsonl", records=two)
     assert not (tmp_path / "out.jsonl").exists()
-    rows, batches = stage("out.jsonl", records=two, resume=True, keep_all=True)
-    assert batches == 0 and [len(row["responses"]) for row in rows] == [3, 3]
+    rows, answered = stage("out.jsonl", records=two, resume=True, keep_all=True)
+    assert answered == 0 and [len(row["responses"]) for row in rows] == [3, 3]
 
 
 def test_min_reward_needs_answers(stage, tmp_path, world):
