@@ -119,17 +119,18 @@ class Sampler:
         self.requests = deque()  # not started
         self.waiting = deque()  # slots of the request that was started last, without a row in the cache
         self.slots = []  # slots[i] has row i of the cache
-        self.prefix = ([], None)  # the last prompt, and a cache with its keys and values
+        self.prefix = ([], None)  # the last prompt, and a cache of one row with its keys and values
 
     def add(self, request):
         """Queue a request. Others may be running."""
         self.requests.append(request)
 
     def clear(self):
-        """Drop all requests."""
+        """Drop all requests and the last prompt, whose keys and values are stale if the weights have changed."""
         self.requests.clear()
         self.waiting.clear()
         self.slots.clear()
+        self.prefix = ([], None)
 
     @property
     def busy(self):
@@ -278,19 +279,18 @@ def next_token(logits, uniform, temperature=None, top_p=None):
     return ids.squeeze(-1), log_probs.squeeze(-1).float()
 
 
-def describe_cache(model, requests, num_slots):
-    """What the keys and values of `generate` will take, as a line of text."""
-    num_slots, capacity = cache_size(requests, num_slots)
+def cache_size(requests, num_slots):
+    """(num_slots, capacity) of a sampler for these requests."""
+    most = sum(request.n for request in requests)
+    return min(num_slots, most), max(request.capacity for request in requests)
+
+
+def describe_cache(model, num_slots, capacity):
+    """The memory of a sampler's keys and values, as a line of text."""
     c = model.model.c
     numbers = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * num_slots * capacity
     gigabytes = numbers * model.head_weight.itemsize / 1e9
     return f"{num_slots} slots x {capacity:,} tokens: up to {gigabytes:.2f} GB of keys and values"
-
-
-def cache_size(requests, num_slots):
-    """(slots, tokens of each) that these requests need."""
-    most = sum(request.n for request in requests)
-    return min(num_slots, most), max(request.capacity for request in requests)
 
 
 def generate(model, requests, num_slots, chat):

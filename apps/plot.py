@@ -10,7 +10,8 @@ from data import InputError
 
 # A panel for each of these that any run has: its name in the rows of `read_run`, its title.
 PANELS = {
-    "reward": "Reward", "answer_score": "Answer score",
+    "reward": "Reward", "greedy_reward": "Reward, held out, greedy",
+    "greedy_exact": "Exact answers, held out, greedy", "answer_score": "Answer score",
     "signal": "Share of groups with signal",
     "format_failures": "Share of broken responses",
     "length": "Response length, tokens", "kl_start": "KL to the starting model",
@@ -60,6 +61,8 @@ def read_run(folder):
         if "reward" in row:
             row.pop("loss", None)
             row["kl_start"] = row.pop("kl", None)
+        for name in ("reward", "exact"):  # greedy answers, beside samples at temperature 1
+            row[f"greedy_{name}"] = row.pop(f"valid_{name}", None)
         for prefix in ("", "valid_"):
             if f"{prefix}inside" in row:
                 row[f"{prefix}outside"] = 1 - row[f"{prefix}inside"]

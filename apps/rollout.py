@@ -15,7 +15,7 @@ from data.rollouts import append_rollouts, filter_responses
 from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response_row
 from data.runs import add_output_flags, settings
 from model import Transformer
-from sampler import Request, add_count_flags, add_sampling_flags, describe_cache, generate
+from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
 from train import add_machine_flags, note, pick_device
 
 
@@ -104,7 +104,7 @@ def sample_responses(args, out, chat, records, prompts, rows, draws):
             requests[i].append(Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i))
     queue = [request for i in missing for request in requests[i]]
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args.device))
-    note(describe_cache(model, queue, args.max_concurrent))
+    note(describe_cache(model, *cache_size(queue, args.max_concurrent)))
     with tqdm(desc=args.command, total=len(missing), unit="prompt") as bar:
         for request in generate(model, queue, args.max_concurrent, chat):
             i = request.number

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import weakref
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from data import InputError
 from data.groups import Group, micro_batches, next_prompts, pack
 from data.runs import load_checkpoint, summarise_refinement
 from model import Transformer
+from sampler import Sampler
 from simrl import advantages, has_signal, log_probs_of, policy_loss, refine, token_weights
 
 ROOT = Path(__file__).parents[1]
@@ -107,7 +107,7 @@ def some_groups(model, temperature, n=4):
     """Sampled groups of unequal prompts and responses, with made-up advantages."""
     g = torch.Generator().manual_seed(3)
     prompts = [torch.randint(0, V, (length,), generator=g).tolist() for length in (7, 1, 12, 4)]
-    samples = sample(model, prompts, n, 9, [0, 5], 3, temperature, vocab_size=V)
+    samples = sample(model, prompts, n, 9, [0, 5], 1, temperature, vocab_size=V)
     groups = [Group({}, prompt, responses) for prompt, responses in zip(prompts, samples)]
     for group in groups:
         for i, response in enumerate(group.responses):
@@ -143,6 +143,29 @@ def test_right_after_sampling_the_ratio_is_one(temperature, budget):
         assert sums["policy"] == pytest.approx(-advantage.sum().item(), abs=1e-5)
         assert sums["clipped"] == 0
     assert gap > 0.01  # the size of the vocabulary and the temperature matter
+
+
+def test_log_probs_before_the_first_update_are_those_of_the_loss():
+    """So that they need not be computed: policy_loss takes its own."""
+    model = tiny(std=0.4)
+    args = settings("simrl", temperature=0.7, dtype="float32")
+    for micro in micro_batches(some_groups(model, 0.7), 60):
+        packed = pack(micro)
+        for dtype in ("float32", "bfloat16"):
+            args.dtype = dtype
+            old_log_p = log_probs_of(model, packed, V, args)
+            results = []
+            for old in (old_log_p, None):
+                hidden = train.hidden_states(model, packed, getattr(torch, dtype))
+                loss = partial(policy_loss, temperature=0.7, kl_weight=0.1)
+                value, sums = train.head_loss(
+                    hidden, model.head_weight[:V], torch.ones(len(old_log_p)), loss, packed["targets"],
+                    torch.ones(len(old_log_p)), old, old_log_p - 0.5, old_log_p, dtype=getattr(torch, dtype))
+                grads = torch.autograd.grad(value, list(model.parameters()))
+                results.append((value.detach(), *sums.values(), *grads))
+                assert sums["mismatch"] == 0
+            for a, b in zip(*results, strict=True):
+                assert torch.equal(a, b)
 
 
 def test_the_loop_trains_on_what_it_sampled(tmp_path):
@@ -417,21 +440,48 @@ def signal_for(*answers):
     return score
 
 
-def test_prompts_are_sampled_until_the_step_is_full(tmp_path):
-    run(tmp_path, signal_for(2, 3, 4, 5, 6), steps=2, max_draws=4)
+def test_a_step_ends_with_the_group_that_fills_it(tmp_path):
+    """Groups are accepted in the order of prompts; the next step starts with the prompt after the last of them."""
+    run(tmp_path, signal_for(2, 3, 4, 5, 6), steps=3, max_draws=4)
     rows = metrics(tmp_path)
     groups = sample_groups(tmp_path)
     for row in rows:
         of_step = [group for group in groups if group["step"] == row["step"]]
-        with_signal = [group for group in of_step if int(group["gold"].split()[0]) < 7]
-        assert row["groups_drawn"] == len(of_step) == 16 and row["groups_kept"] == 8
-        assert row["signal"] == len(with_signal) / 16 == 10 / 16
-        assert [group["kept"] for group in with_signal] == [True] * 8 + [False] * 2  # the surplus is dropped
-        assert sum(group["kept"] for group in of_step) == 8
-    assert [row["updates"] for row in rows] == [2, 4]
-    assert summarise_refinement(tmp_path)["prompts_drawn"] == 32
-    expected = [f"{answer} 0" for answer in answers_of(next_prompts(PROMPTS, 42, 0, 32))]
+        with_signal = [int(group["gold"].split()[0]) < 7 for group in of_step]
+        assert [group["kept"] for group in of_step] == with_signal
+        assert row["groups_kept"] == sum(with_signal) == 8 and with_signal[-1]
+        assert row["groups_drawn"] == len(of_step) > 8
+        assert row["signal"] == 8 / len(of_step)
+    assert [row["updates"] for row in rows] == [2, 4, 6]
+    assert summarise_refinement(tmp_path)["prompts_drawn"] == len(groups)
+    expected = [f"{answer} 0" for answer in answers_of(next_prompts(PROMPTS, 42, 0, len(groups)))]
     assert [group["gold"] for group in groups] == expected
+
+
+def test_short_responses_are_not_favoured(tmp_path):
+    """Groups of one short prompt would finish first, whatever the number of slots; the order of prompts decides."""
+    results = []
+    for slots in (2, 8, 40, 1000):
+        run(tmp_path / str(slots), steps=4, max_draws=4, prompts_per_step=3, max_concurrent=slots, filter="rewards")
+        results.append(sample_groups(tmp_path / str(slots)))
+    lengths = {len(r["text"].split()) for group in results[0] for r in group["samples"]}
+    assert lengths == {1, 2, 3} and results.count(results[0]) == len(results)
+
+
+def test_no_more_prompts_are_started_than_needed(tmp_path, monkeypatch):
+    """If every group has a signal, no token is sampled that is not trained on."""
+    tokens = []
+    step = Sampler.step
+    monkeypatch.setattr(Sampler, "step", lambda self: (step(self), tokens.append(len(self.slots)))[0])
+    added = []
+    add = Sampler.add
+    monkeypatch.setattr(Sampler, "add", lambda self, request: (add(self, request), added.append(request))[0])
+    run(tmp_path, filter="none", max_draws=4, steps=2, max_concurrent=1000)
+    assert len(added) == 16 and sum(row["groups_drawn"] for row in metrics(tmp_path)) == 16
+    assert tokens[-1] == 0  # nothing is left running
+    run(tmp_path / "filtered", signal_for(2, 3, 4, 5, 6), max_draws=4, steps=2, max_concurrent=1000)
+    drawn = sum(row["groups_drawn"] for row in metrics(tmp_path / "filtered"))
+    assert drawn <= len(added) - 16 <= drawn + 8
 
 
 @pytest.mark.parametrize("rule,kept", [("scores", 0), ("rewards", 8), ("none", 8)])
@@ -526,33 +576,56 @@ def test_default_steps_and_the_schedule(tmp_path, monkeypatch):
     assert summarise_refinement(tmp_path / "b")["steps"] == 1
 
 
-def test_no_model_is_in_memory_that_is_not_needed(tmp_path, monkeypatch):
-    """No reference without a KL; the bfloat16 sampler is a fresh copy each step and gone before the training."""
+def test_no_model_is_in_memory_that_is_not_needed(tmp_path):
+    """No reference without a KL; one bfloat16 copy, updated in place, samples; in float32 the model itself does."""
     for wrong in ({"kl_weight": 0.1}, {"reference": tiny()}):
         with pytest.raises(ValueError, match="reference"):
             run(tmp_path / "wrong", **wrong)
     model = tiny()
-    copies = []  # weak references
-    alive = []  # at each forward pass of the training, whether the last copy still is
+    copies = []
     copy = model.copy
-    hidden_states = train.hidden_states
 
     def recording_copy(dtype):
-        twin = copy(dtype)
-        copies.append(weakref.ref(twin))
-        return twin
-
-    def recording_hidden_states(*args):
-        alive.append(copies[-1]() is not None)
-        return hidden_states(*args)
+        copies.append(copy(dtype))
+        return copies[-1]
 
     model.copy = recording_copy
-    monkeypatch.setattr(train, "hidden_states", recording_hidden_states)
-    run(tmp_path / "run", model=model, dtype="bfloat16", steps=2)
-    assert len(copies) == 2 and alive and not any(alive)
-    # A bfloat16 sampler and trainer do differ a little.
-    assert all(1e-6 < row["mismatch"] < 0.05 for row in metrics(tmp_path / "run"))
+    run(tmp_path / "run", model=model, dtype="bfloat16", steps=3)
+    policy, = copies  # whose weights were those of the model before the last step
+    assert all(1e-6 < row["mismatch"] < 0.05 for row in metrics(tmp_path / "run"))  # a bfloat16 sampler differs a little
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not torch.equal(flat(policy), flat(tiny()).bfloat16())
+    copies.clear()
+    run(tmp_path / "float32", model=model, dtype="float32", steps=1)
+    assert not copies
+
+
+def test_validation_answers_held_out_prompts_greedily(tmp_path):
+    """Before the first step, every --valid-every steps and after the last; the training is the same."""
+    def score(record, text):
+        return similar(record, text) | {"exact": text == f"{record['answer']} 0"}
+
+    valid = [Group({"answer": k}, [k, k, 1], []) for k in (3, 5, 8)]
+    flags = {"steps": 5, "valid_every": 2, "save_every": 2, "seed": 1}
+    args = small_settings(tmp_path, **flags)
+    model = tiny()
+    refine(model, None, PROMPTS, StubChat(), score, args, valid=valid)
+    rows = metrics(tmp_path)
+    assert [row["step"] for row in rows if "valid_reward" in row] == [0, 2, 4, 5] and len(rows) == 6
+    expected = []
+    for group in valid:
+        ids, = sample(model, [group.prompt], 1, 3, [0], temperature=0.0, vocab_size=V)
+        expected.append(score(group.record, " ".join(map(str, ids[0].ids))))
+    for name in ("reward", "exact"):
+        mean = sum(one[name] for one in expected) / 3
+        assert rows[-1][f"valid_{name}"] == pytest.approx(mean)
+    assert len({row["valid_reward"] for row in rows if "valid_reward" in row}) > 1
+    summary = summarise_refinement(tmp_path)
+    assert summary["steps"] == 5 and summary["valid_after"]["valid_reward"] == rows[-1]["valid_reward"]
+    _, plain = run(tmp_path / "plain", score, **flags)
+    assert torch.equal(flat(plain), flat(model))
+    refine(tiny(1), None, PROMPTS, StubChat(), score, args, 4, valid)  # resumed
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1, 2, 3, 4, 5, 5]
 
 
 def opposite(record, text):
@@ -658,10 +731,10 @@ def simrl_command(world, out, *flags):
 
 def test_a_diverged_command_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypatch):
     """The random model's own rewards are all -1, so its advantages would be 0."""
-    def length(chat, args, record, text):
+    def length(chat, record, text, **options):
         return {"reward": len(text) % 5 / 4, "answer_score": 0.5}
 
-    monkeypatch.setattr(simrl, "training_reward", length)
+    monkeypatch.setattr(simrl, "score_response", length)
     out = tmp_path / "run"
     assert star.main(simrl_command(world, out, "--lr", "1e20")) == 2
     captured = capsys.readouterr()

@@ -1,0 +1,117 @@
+"""What a step of Sim-RL learns from: groups of sampled and scored responses, in the order of their prompts.
+
+Groups finish in any order. They are accepted in the order of their prompts, so that short responses are not favoured,
+up to the one that fills the step; what was drawn beyond it is dropped. So neither the number of slots nor that of ranks
+changes what is trained on.
+
+Departure from the released code: it samples whole batches of prompts, here a step stops as soon as it has its groups.
+"""
+from collections import deque
+from dataclasses import asdict
+
+import torch
+from tqdm import tqdm
+
+import train
+from data.groups import Response, next_prompts
+from sampler import Request, Sampler, describe_cache
+
+STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished groups, if there are several ranks
+
+
+def make_sampler(policy, groups, chat, args):
+    """The sampler of a run, with room for the longest prompt."""
+    num_slots = min(args.max_concurrent, args.n * args.max_draws * args.prompts_per_step)
+    capacity = max(len(group.prompt) for group in groups) + args.max_new_tokens
+    train.note(describe_cache(policy, num_slots, capacity))
+    return Sampler(policy, num_slots, capacity, chat)
+
+
+def sample_step(sampler, prompts, first, score, has_signal, args):
+    """Sample and score the groups of a step, from prompt number `first` on.
+
+    score: function (record, text) -> {"reward", "answer_score", ...}
+    has_signal: function (rewards, answer scores) -> whether a group is trained on
+
+    Returns the accepted groups, those of them with a signal, and {name: seconds}.
+    """
+    seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
+    ranks = train.world_size()
+    groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
+    mine = deque(range(train.rank(), len(groups), ranks))  # numbers of the groups that this rank samples
+    started = 0
+    accepted = []
+    kept = []
+    sampler.clear()  # the weights have changed
+    while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
+        with train.timed(seconds, "seconds_sampling"):
+            # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is.
+            share = (1 + len(kept)) / (1 + len(accepted))
+            missing = args.prompts_per_step - len(kept)
+            while mine and sampler.num_free > 0 and (started - len(accepted)) * share < missing:
+                number = mine.popleft()
+                seed = args.seed * 1_000_003 + first + number
+                sampler.add(Request(groups[number].prompt, args.n, seed, args.temperature,
+                                    args.max_new_tokens, number=number))
+                started += ranks
+            # 2. Draw a token in every slot.
+            done = []
+            for _ in range(STEPS_PER_EXCHANGE if ranks > 1 else 1):
+                done += sampler.step()
+        with train.timed(seconds, "seconds_scoring"):
+            # 3. Score finished groups, and give them to all ranks.
+            for request in done:
+                score_responses(request.responses, groups[request.number].record, score, sampler.chat)
+            for number, responses in share_responses(done, sampler.model.head_weight.device):
+                groups[number].responses = responses
+        # 4. Accept groups in the order of their prompts.
+        while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
+            group = groups[len(accepted)]
+            if not group.responses:
+                break
+            accepted.append(group)
+            if has_signal(group.rewards, group.answer_scores):
+                kept.append(group)
+    return accepted, kept, seconds
+
+
+def score_responses(responses, record, score, chat):
+    """Give responses to one record their texts and scores."""
+    for response in responses:
+        response.text = chat.decode(response.ids)
+        details = dict(score(record, response.text))
+        response.reward = details.pop("reward")
+        response.answer_score = details.pop("answer_score")
+        response.details = details
+
+
+def share_responses(requests, device):
+    """[number, responses] of the requests that were done on any rank."""
+    if train.world_size() == 1:
+        return [[request.number, request.responses] for request in requests]
+    rows = [[request.number, [asdict(r) for r in request.responses]] for request in requests]
+    rows = train.gather_over_ranks(rows, device)
+    return [[number, [Response(**fields) for fields in responses]] for number, responses in rows]
+
+
+@torch.no_grad()
+def validate(sampler, groups, score, args):
+    """{"valid_reward", "valid_exact"}: means over greedy answers to held-out prompts.
+
+    score: as in `sample_step`; also returns "exact", whether a text is the gold answer
+    """
+    sums = {"valid_reward": 0.0, "valid_exact": 0.0}
+    mine = groups[train.rank()::train.world_size()]
+    sampler.clear()
+    for number, group in enumerate(mine):
+        sampler.add(Request(group.prompt, 1, 0, 0.0, args.max_new_tokens, number=number))
+    with tqdm(desc="validate", total=len(mine), delay=2, leave=False, disable=train.rank() > 0) as bar:
+        while sampler.busy:
+            for request in sampler.step():
+                text = sampler.chat.decode(request.responses[0].ids)
+                result = score(mine[request.number].record, text)
+                sums["valid_reward"] += result["reward"]
+                sums["valid_exact"] += result["exact"]
+                bar.update()
+    sums = train.sum_over_ranks(sums, sampler.model.head_weight.device)
+    return {name: value / len(groups) for name, value in sums.items()}
