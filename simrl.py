@@ -92,7 +92,7 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     """
     log_probs = (logits / temperature).log_softmax(-1)  # [C, V]
     with torch.no_grad():
-        entropy = -torch.linalg.vecdot(log_probs.exp(), log_probs)  # [C]
+        entropy = -log_probs.exp().mul_(log_probs).sum(-1)  # [C]
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
     if old_log_p is None:
         old_log_p = log_p.detach()
