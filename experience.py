@@ -22,9 +22,9 @@ STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished grou
 def make_sampler(policy, groups, chat, args):
     """The sampler of a run, with room for the longest prompt."""
     num_slots = min(args.max_concurrent, args.n * args.max_draws * args.prompts_per_step)
-    capacity = max(len(group.prompt) for group in groups) + args.max_new_tokens
-    train.note(describe_cache(policy, num_slots, capacity))
-    return Sampler(policy, num_slots, capacity, chat)
+    size = (num_slots, max(len(group.prompt) for group in groups), args.max_new_tokens)
+    train.note(describe_cache(policy, *size))
+    return Sampler(policy, *size, chat)
 
 
 def sample_step(sampler, prompts, first, score, has_signal, args):

@@ -4,7 +4,7 @@ Read it from top to bottom: settings, normalisation, rotary positions, cache, at
 decoder, transformer, safetensors files. Parameters have the names of the published safetensors files, so
 loading needs no mapping table, and a saved folder loads in `transformers` and vLLM.
 
-Shapes: B rows, T new tokens, S keys in reach of them, H query heads, Hkv key/value heads, D head size,
+Shapes: B rows, T tokens, S cached keys, H query heads, Hkv key/value heads, D head size,
 V vocabulary size. `c` is the dict of settings that `read_config` returns.
 
 Departures from the released model code:
@@ -106,36 +106,90 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """Keys and values of several sequences, in one static buffer [2, rows, Hkv, capacity, D] per layer.
+    """Keys and values of prompts and of the responses that continue them, in static buffers.
 
-    The key of position p is at index p of its row. A query never attends beyond its own position, so rows may have
-    any lengths, and a row is used again without being cleared.
+    A layer has a buffer [2, rows, Hkv, tokens, D] for prompts and one for responses; a prompt is stored and read once,
+    however many responses continue it. What lies in a row beyond its sequence is never seen, so a row is reused
+    without being cleared. `start_prompts` or `start_step` says what the next forward pass computes.
     """
 
-    def __init__(self, model, rows, capacity):
+    def __init__(self, model, prompt_rows, prompt_tokens, response_rows, response_tokens):
         c = model.model.c
-        shape = (2, rows, c["num_key_value_heads"], capacity, c["head_dim"])
-        # Zeros: an attention weight of 0 times what stood in the memory before could be nan.
-        self.buffers = [model.head_weight.new_zeros(shape) for _ in model.model.layers]
-        self.rows = torch.arange(rows, device=model.head_weight.device)[:, None]  # [rows, 1]
-        self.capacity = capacity
+        new_zeros = model.head_weight.new_zeros  # of what lies in new memory, 0 times nan would be nan
+        heads = c["num_key_value_heads"]
+        layers = range(c["num_hidden_layers"])
+        self.prompts = [new_zeros(2, prompt_rows, heads, prompt_tokens, c["head_dim"]) for _ in layers]
+        self.responses = [new_zeros(2, response_rows, heads, response_tokens, c["head_dim"]) for _ in layers]
 
-    def write(self, layer, k, v, positions):
-        """Store k, v [B, Hkv, T, D] of the first B rows at positions [B or 1, T]. Return the layer's buffer."""
-        buffer = self.buffers[layer]
-        kv = torch.stack((k, v)).permute(1, 3, 0, 2, 4)  # [B, T, 2, Hkv, D]
-        buffer[:, self.rows[:len(k)], :, positions] = kv
-        return buffer
+    def start_prompts(self, row):
+        """The next pass computes whole prompts [B, T], to be stored in the rows from `row` on."""
+        self.row = row
+        self.place = None
 
-    def copy_row(self, row, source, source_row, length):
-        """Copy the first `length` positions of a row of the cache `source`, which may be this one."""
-        for mine, other in zip(self.buffers, source.buffers):
-            mine[:, row, :, :length] = other[:, source_row, :, :length]
+    def start_step(self, prompt_rows, prompt_lengths, lengths):
+        """The next pass computes one token of the responses in rows 0 ... B - 1.
+
+        prompt_rows: B integers, the row of each response's prompt
+        prompt_lengths: P integers, the tokens of each prompt
+        lengths: B integers, the tokens of each response before this one
+        """
+        count = [0] * len(prompt_lengths)
+        place = []  # of each response in a grid of P prompts x G responses
+        for row in prompt_rows:
+            place.append((row, count[row]))
+            count[row] += 1
+        device = self.prompts[0].device
+        self.grid = (len(count), max(count))  # P, G
+        self.place = torch.tensor(place).T.to(device)  # [2, B]
+        self.lengths = torch.tensor(lengths).to(device)  # [B]
+        keys = torch.arange(key_width(max(lengths) + 1, self.responses), device=device)
+        self.mask = (keys <= self.lengths[:, None])[:, None, None]  # [B, 1, 1, S]
+        keys = torch.arange(key_width(max(prompt_lengths), self.prompts), device=device)
+        self.prompt_mask = (keys < torch.tensor(prompt_lengths).to(device)[:, None])[:, None, None]  # [P, 1, 1, S]
+
+    def attend(self, layer, q, k, v):
+        """Store new keys and values [B, Hkv, T, D]. Return the attention [B, H, T, D] of the queries q [B, H, T, D]."""
+        kv = torch.stack((k, v))  # [2, B, Hkv, T, D]
+        prompts = self.prompts[layer]
+        responses = self.responses[layer]
+        B, H, T, D = q.shape
+        if self.place is None:
+            prompts[:, self.row:self.row + B, :, :T] = kv
+            return attention(q, k, v)
+        rows = torch.arange(B, device=q.device)
+        responses[:, rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
+        q = q.view(B, k.shape[1], -1, D)  # [B, Hkv, R, D]: R query heads share keys
+        own, own_lse = partial_attention(q, responses[:, :B], self.mask)
+        # The queries of all responses to a prompt become rows of one product with its keys.
+        P, G = self.grid
+        _, Hkv, R, _ = q.shape
+        p, g = self.place  # [B] each
+        grid = q.new_zeros(P, G, Hkv, R, D)
+        grid[p, g] = q
+        grid = grid.transpose(1, 2).reshape(P, Hkv, G * R, D)
+        shared, lse = partial_attention(grid, prompts[:, :P], self.prompt_mask)
+        shared, lse = (x.view(P, Hkv, G, R, -1)[p, :, g] for x in (shared, lse))  # [B, Hkv, R, D], [B, Hkv, R, 1]
+        weight = (lse - own_lse).sigmoid().to(own.dtype)  # [B, Hkv, R, 1], the share of the prompt in one softmax
+        return own.lerp(shared, weight).view(B, H, 1, D)
 
 
-def past_mask(positions, keys):
-    """The mask [B, 1, T, keys] over a cache: queries at positions [B, T] see keys up to their own."""
-    return torch.arange(keys, device=positions.device) <= positions[:, None, :, None]
+def key_width(length, buffers):
+    """`length` keys, rounded up, as there is room: compiled steps and CUDA graphs want few shapes."""
+    return min(-(-max(length, 1) // 32) * 32, buffers[0].shape[3])
+
+
+def partial_attention(q, kv, mask):
+    """Attention over some of the keys, to be merged: q [B, Hkv, R, D], kv [2, B, Hkv, S or more, D], mask [B, 1, 1, S].
+
+    Returns the outputs [B, Hkv, R, D] and the log-sum-exp of their scores [B, Hkv, R, 1].
+    """
+    k, v = kv[:, :, :, :mask.shape[-1]]  # [B, Hkv, S, D] each
+    scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).to(torch.promote_types(q.dtype, torch.float32))
+    scores = scores.masked_fill(~mask, -1e30)  # finite: a prompt may have no keys
+    most = scores.amax(-1, keepdim=True)  # [B, Hkv, R, 1]
+    weights = (scores - most).exp_()  # [B, Hkv, R, S]
+    total = weights.sum(-1, keepdim=True)  # [B, Hkv, R, 1]
+    return weights.to(q.dtype) @ v / total.to(q.dtype), most + total.log()
 
 
 class Attention(nn.Module):
@@ -156,7 +210,7 @@ class Attention(nn.Module):
         self.q_norm = norm(self.head_dim, c["rms_norm_eps"])
         self.k_norm = norm(self.head_dim, c["rms_norm_eps"])
 
-    def forward(self, x, cos, sin, mask, cache, positions):  # [B, T, hidden] -> [B, T, hidden]
+    def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads))  # [B, T, H, D]
@@ -165,27 +219,16 @@ class Attention(nn.Module):
         # Under autocast v is bfloat16, but the norms and the rotation return float32.
         q = rotate(q.transpose(1, 2), cos, sin).to(v.dtype)  # [B, H, T, D]
         k = rotate(k.transpose(1, 2), cos, sin).to(v.dtype)  # [B, Hkv, T, D]
-        if cache is not None:
-            buffer = cache.write(self.layer, k, v, positions)
-            if mask is not None:
-                k, v = buffer[:, :B, :, :mask.shape[-1]]  # [B, Hkv, S, D] each
-        x = attention(q, k, v, mask)  # [B, H, T, D]
+        x = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
 
 
-def attention(q, k, v, mask):
-    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, S, D].
-
-    mask: bool [B or 1, 1, T, S]; None: causal
-    """
-    B, H, T, D = q.shape
-    shared = H // k.shape[1]  # query heads per key/value head
-    if T == 1:  # the heads that share keys become queries of one head, so keys are read once
-        q = q.view(B, -1, shared, D)  # [B, Hkv, H / Hkv, D]
-        return F.scaled_dot_product_attention(q, k, v, mask).view(B, H, 1, D)
+def attention(q, k, v, mask=None):
+    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, T, D]. mask: bool [B, 1, T, T]; None: causal."""
     grouped = q.device.type == "cpu"  # elsewhere a mask with enable_gqa falls back to a slow kernel
     if not grouped:
-        k = k.repeat_interleave(shared, dim=1)  # [B, H, S, D]
+        shared = q.shape[1] // k.shape[1]  # query heads per key/value head
+        k = k.repeat_interleave(shared, dim=1)  # [B, H, T, D]
         v = v.repeat_interleave(shared, dim=1)
     return F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
@@ -217,8 +260,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(*size)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, cache, positions):  # [B, T, hidden] -> [B, T, hidden]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
+    def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -234,17 +277,15 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
     def forward(self, input_ids, positions, mask, cache):
-        if positions is None:  # from the start: a cache has nothing to add
+        if positions is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, T]
-        elif mask is None and cache is not None:
-            mask = past_mask(positions, cache.capacity)
         x = self.embed_tokens(input_ids)  # [B, T, hidden]
         cos, sin = rotary_angles(positions, self.c["head_dim"], self.c["rope_theta"], x.dtype)
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, positions, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache, positions)
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 
@@ -277,9 +318,8 @@ class Transformer(nn.Module):
 
         input_ids: int64 [B, T]
         positions: int64 [B, T]; by default 0 ... T - 1
-        mask: bool [B, 1, T, S], True where a query may see a key; by default causal
-        cache: a `KVCache`. The new keys are written to its first B rows, and S counts the keys in it. Without
-            positions it is written only, as for a prompt
+        mask: bool [B, 1, T, T], True where a query may see a key; by default causal
+        cache: a `KVCache`, which then decides what is seen
         """
         return self.model(input_ids, positions, mask, cache)
 

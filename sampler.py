@@ -1,8 +1,8 @@
 """The sampler: prompts in, responses sampled from the model that is being trained out.
 
-A slot is a row of the key/value cache in which one response grows. A prompt is computed once: each of its n responses
-gets a copy of its keys and values. A step feeds the last token of every slot to the model and draws the next ones. A
-response that ends frees its slot at once: the last slot in use moves into the hole, and the next response starts.
+A slot is a row of the key/value cache in which one response grows. A prompt is computed and stored once; its responses
+read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A response that ends
+frees its slot at once: the last slot in use moves into the hole, and the next response starts.
 
     Request     a prompt, and how to answer it
     Sampler     add(request), at any time; step() draws a token in every slot and returns the requests that are done
@@ -20,17 +20,17 @@ Departures from the released code:
 3. The stop token is the last id of a response. An immediate stop is allowed; the released code forces one other token
    first. Nothing is appended to a response that reached the length limit (released: an end token).
 """
-import math
 from collections import deque
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from data import non_negative, number, positive
 from data.groups import Response
-from model import KVCache, past_mask
+from model import KVCache
 
-KEY_BUCKET = 64  # attention reads a multiple of this many keys: few shapes, as a compiled step needs
+PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
 LOGITS_AT_ONCE = 2 ** 20  # of float32 in a draw: larger tensors are given back to the system, and faulted in anew
 
 
@@ -81,11 +81,6 @@ class Request:
     responses: list = field(default_factory=list)
 
     @property
-    def capacity(self):
-        """Tokens of the prompt with a response of full length."""
-        return len(self.prompt) + self.max_new_tokens
-
-    @property
     def done(self):
         return bool(self.responses) and all(r.finish_reason for r in self.responses)
 
@@ -97,40 +92,36 @@ class Slot:
     response: Response
     uniforms: list
 
-    @property
-    def length(self):
-        return len(self.request.prompt) + len(self.response.ids)
-
 
 class Sampler:
     """Draws responses to many requests, up to `num_slots` of them at a time.
 
     model: a Transformer, in the precision to sample with
     num_slots: responses drawn concurrently
-    capacity: the largest capacity of a request; keys and values take num_slots x capacity tokens
+    prompt_tokens, max_new_tokens: the most that a request has; the cache holds num_slots of each at most
     chat: a response ends with one of its `stop_ids`; ids from its `vocab_size` on are never drawn
     """
 
-    def __init__(self, model, num_slots, capacity, chat):
+    def __init__(self, model, num_slots, prompt_tokens, max_new_tokens, chat):
         self.model = model
         self.chat = chat
         self.num_slots = num_slots
-        self.cache = KVCache(model, num_slots, capacity)
+        self.cache = KVCache(model, num_slots, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
-        self.waiting = deque()  # slots of the request that was started last, without a row in the cache
-        self.slots = []  # slots[i] has row i of the cache
-        self.prefix = ([], None)  # the last prompt, and a cache of one row with its keys and values
+        self.waiting = deque()  # slots of the request that was started last, which wait for a row
+        self.slots = []  # slots[i] is row i of the cache's responses
+        self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
 
     def add(self, request):
-        """Queue a request. Others may be running."""
+        """Queue a request. Others may be running. Requests with the same list as prompt share its keys."""
         self.requests.append(request)
 
     def clear(self):
-        """Drop all requests and the last prompt, whose keys and values are stale if the weights have changed."""
+        """Drop all requests and cached keys, which are stale when the weights have changed."""
         self.requests.clear()
         self.waiting.clear()
         self.slots.clear()
-        self.prefix = ([], None)
+        self.prompts.clear()
 
     @property
     def busy(self):
@@ -147,54 +138,57 @@ class Sampler:
     def step(self):
         """Draw one token in every slot. Returns the requests that are done with it."""
         # 1. Start waiting responses in free slots.
-        while len(self.slots) < self.num_slots and (self.waiting or self.requests):
-            self.start_response()
+        self.fill_slots()
         if not self.slots:
             return []
         # 2. Feed the last token of every slot to the model.
+        row_of = {id(prompt): row for row, prompt in enumerate(self.prompts)}
+        self.cache.start_step(
+            prompt_rows=[row_of[id(slot.request.prompt)] for slot in self.slots],
+            prompt_lengths=[len(prompt) - 1 for prompt in self.prompts],
+            lengths=[len(slot.response.ids) for slot in self.slots])
         last = [(slot.response.ids or slot.request.prompt)[-1] for slot in self.slots]
-        at = [slot.length - 1 for slot in self.slots]
-        device = self.model.head_weight.device
-        ids, positions = torch.tensor([last, at]).to(device)[:, :, None]  # [B, 1] each
-        keys = KEY_BUCKET * math.ceil((max(at) + 1) / KEY_BUCKET)
-        mask = past_mask(positions, min(keys, self.cache.capacity))  # [B, 1, 1, S]
-        hidden = self.model.hidden_states(ids, positions, mask, self.cache)  # [B, 1, H]
+        at = [len(slot.request.prompt) + len(slot.response.ids) - 1 for slot in self.slots]
+        ids, positions = torch.tensor([last, at]).to(self.model.head_weight.device)[:, :, None]  # [B, 1] each
+        hidden = self.model.hidden_states(ids, positions, cache=self.cache)  # [B, 1, H]
         # 3. Draw the next ones, and append them. Only here the CPU waits for the device.
         tokens, log_probs = self.draw(hidden.squeeze(1))
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
-        # 4. Free the slots of finished responses.
-        finished = []
-        for row in reversed(range(len(self.slots))):
-            if self.slots[row].response.finish_reason:
-                finished.append(self.slots[row].request)
-                self.free(row)
+        # 4. Free the slots of finished responses, and the rows of prompts that nothing reads any more.
+        finished = [slot.request for slot in self.slots if slot.response.finish_reason]
+        if finished:
+            compact(self.slots, lambda slot: not slot.response.finish_reason, self.cache.responses)
+            used = {id(slot.request.prompt) for slot in (*self.slots, *self.waiting)}
+            compact(self.prompts, lambda prompt: id(prompt) in used, self.cache.prompts)
         return list(dict.fromkeys(request for request in finished if request.done))
 
-    def start_response(self):
-        """Give a slot to the next response: of the request that was started last, else of the next one."""
-        if not self.waiting:
-            request = self.requests.popleft()
-            generator = torch.Generator().manual_seed(request.seed)
-            uniforms = torch.rand(request.max_new_tokens, request.n, generator=generator)
-            request.responses = [Response([], (0, 0), log_probs=[]) for _ in range(request.n)]
-            for response, row in zip(request.responses, uniforms.T.tolist()):
-                self.waiting.append(Slot(request, response, row))
-        slot = self.waiting.popleft()
-        prompt = slot.request.prompt
-        if self.prefix[0] != prompt:
-            self.prefix = (prompt, self.prefill(prompt))
-        self.cache.copy_row(len(self.slots), self.prefix[1], 0, len(prompt) - 1)
-        self.slots.append(slot)
+    def fill_slots(self):
+        """Start waiting responses in free slots: those of the request that was started last, then of the next one."""
+        started = len(self.prompts)
+        while len(self.slots) < self.num_slots and (self.waiting or self.requests):
+            if not self.waiting:
+                request = self.requests.popleft()
+                generator = torch.Generator().manual_seed(request.seed)
+                uniforms = torch.rand(request.max_new_tokens, request.n, generator=generator)
+                request.responses = [Response([], (0, 0), log_probs=[]) for _ in range(request.n)]
+                for response, numbers in zip(request.responses, uniforms.T.tolist()):
+                    self.waiting.append(Slot(request, response, numbers))
+                if not any(prompt is request.prompt for prompt in self.prompts):
+                    self.prompts.append(request.prompt)
+            self.slots.append(self.waiting.popleft())
+        self.prefill(started)
 
-    def prefill(self, prompt):
-        """A cache of one row with the keys and values of a prompt, but for its last token: every response feeds it."""
-        cache = KVCache(self.model, 1, len(prompt))
-        if len(prompt) > 1:
-            ids = torch.tensor([prompt[:-1]], device=self.model.head_weight.device)
-            self.model.hidden_states(ids, cache=cache)
-        return cache
-
+    def prefill(self, row):
+        """Compute the keys of the prompts from `row` on, but for their last tokens: each response feeds that one."""
+        new = self.prompts[row:]
+        size = max(1, PREFILL_TOKENS // max(map(len, new), default=1))
+        for start in range(0, len(new), size):
+            part = [torch.tensor(prompt[:-1]) for prompt in new[start:start + size]]
+            ids = pad_sequence(part, batch_first=True).long().to(self.model.head_weight.device)  # [P, T]
+            self.cache.start_prompts(row + start)
+            if ids.numel():
+                self.model.hidden_states(ids, cache=self.cache)
     def draw(self, hidden):
         """The next token of every slot and its log-prob, [B] each, from hidden states [B, H]."""
         head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
@@ -229,12 +223,16 @@ class Sampler:
         elif len(response.ids) == slot.request.max_new_tokens:
             response.finish_reason = "length"
 
-    def free(self, row):
-        """Take a slot out of use: the last one in use moves into its row."""
-        last = self.slots.pop()
-        if row < len(self.slots):
-            self.slots[row] = last
-            self.cache.copy_row(row, self.cache, len(self.slots), last.length - 1)
+
+def compact(items, keep, buffers):
+    """Remove the items that `keep` refuses. The last item moves into each hole, and so does its row of the buffers."""
+    for row in reversed(range(len(items))):
+        if not keep(items[row]):
+            last = items.pop()
+            if row < len(items):
+                items[row] = last
+                for buffer in buffers:
+                    buffer[:, row] = buffer[:, len(items)]
 
 
 def next_token(logits, uniform, temperature=None, top_p=None):
@@ -280,17 +278,19 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 
 
 def cache_size(requests, num_slots):
-    """(num_slots, capacity) of a sampler for these requests."""
-    most = sum(request.n for request in requests)
-    return min(num_slots, most), max(request.capacity for request in requests)
+    """(num_slots, prompt_tokens, max_new_tokens) of a sampler for these requests."""
+    num_responses = sum(request.n for request in requests)
+    prompt_tokens = max(len(request.prompt) for request in requests)
+    return min(num_slots, num_responses), prompt_tokens, max(request.max_new_tokens for request in requests)
 
 
-def describe_cache(model, num_slots, capacity):
+def describe_cache(model, num_slots, prompt_tokens, max_new_tokens):
     """The memory of a sampler's keys and values, as a line of text."""
     c = model.model.c
-    numbers = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * num_slots * capacity
-    gigabytes = numbers * model.head_weight.itemsize / 1e9
-    return f"{num_slots} slots x {capacity:,} tokens: up to {gigabytes:.2f} GB of keys and values"
+    tokens = num_slots * (prompt_tokens + max_new_tokens)
+    size = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * model.head_weight.itemsize
+    return (f"{num_slots} slots x ({prompt_tokens:,} + {max_new_tokens:,}) tokens: "
+            f"at most {tokens * size / 1e9:.2f} GB of keys and values")
 
 
 def generate(model, requests, num_slots, chat):

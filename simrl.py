@@ -357,7 +357,7 @@ def run_simrl(args):
         f"{args.prompts_per_step} x {args.n} responses a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
 
     # 3. Train.
-    score = partial(score_response, chat, strip_eos=args.strip_eos, binary=args.reward == "binary")
+    score = partial(training_reward, chat, args)
     if not refine(model, reference, prompts, chat, score, args, start, valid):
         return train.stopped_run(args)
 
@@ -369,3 +369,9 @@ def run_simrl(args):
     if train.rank() == 0:
         runs.show_refinement(args.out, summary)
     return 0
+
+
+def training_reward(chat, args, record, text):
+    """The reward of Sim-RL. Returns {"reward", "answer_score", "case": why, "exact": is it the gold answer}."""
+    binary = args.reward == "binary"
+    return score_response(chat, record, text, strip_eos=args.strip_eos, binary=binary)

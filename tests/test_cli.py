@@ -303,29 +303,17 @@ OLD_SETTINGS = {
               "episodes": 3, "steps": 3, "think": "off", "tools": "flat", "temperature": 1.0, "top_p": 1.0,
               "max_new_tokens": 8, "prompts": 4, "n": 2, "reward": "similarity", "strip_eos": False, "filter": "none",
               "max_draws": 4, "advantage": "group_norm", "kl_weight": 0.001, "clip": [0.2, 0.2], "loss_mean": "token",
-              "lr": 0.001, "batch": 4, "weight_decay": 0.0, "save_dtype": "float32", "dtype": "float32", "seed": 42},
-    "eval": {"command": "eval", "model": "student", "data": "train.jsonl", "limit": 6, "max_prompt_tokens": 5120,
-             "compare": None, "n": 0, "rows": 8, "max_new_tokens": 4, "think": "off", "tools": "flat",
-             "dtype": "float32", "seed": 42},
-    "rollout": {"command": "rollout", "model": "teacher", "data": "train.jsonl", "limit": None,
-                "max_prompt_tokens": 5120, "n": 2, "rows": 64, "think": None, "tools": "flat", "temperature": 1.0,
-                "top_p": 1.0, "max_new_tokens": 8, "dtype": "float32", "seed": 42}}
+              "lr": 0.001, "batch": 4, "weight_decay": 0.0, "save_dtype": "float32", "dtype": "float32", "seed": 42}}
 
 
 @pytest.mark.parametrize("command, new_flags", [
-    (SFT, "share_prefix, batch_size"), (CKD, "share_prefix, batch_size"), (EVAL, "max_concurrent"),
-    (SIMRL, "prompts_per_step, batch_size"), (ROLLOUT, "max_concurrent"), (f"{ROLLOUT} --seed 42", "max_concurrent")])
+    (SFT, "share_prefix, batch_size"), (CKD, "share_prefix, batch_size"),
+    (SIMRL, "valid, valid_limit, prompts_per_step, valid_every, batch_size")])
 def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags):
     name = command.split()[0]
     out = re.search(r"--out (\S+)", command)[1]
-    if name == "rollout" and "--seed" in command:  # stopped
-        Path("out.jsonl.part").write_text(json.dumps(OLD_SETTINGS[name]) + "\n")
-    elif name == "rollout":  # finished
-        shutil.copy("train.jsonl", "out.jsonl")
-        Path("out.jsonl.arguments.json").write_text(json.dumps(OLD_SETTINGS[name]))
-    else:
-        Path(out).mkdir()
-        Path(out, "arguments.json").write_text(json.dumps(OLD_SETTINGS[name]))
+    Path(out).mkdir()
+    Path(out, "arguments.json").write_text(json.dumps(OLD_SETTINGS[name]))
     before = files(here)
     assert run(f"{command} --resume") == 2
     error = capsys.readouterr().err

@@ -731,10 +731,10 @@ def simrl_command(world, out, *flags):
 
 def test_a_diverged_command_is_one_line_and_exit_code_2(world, tmp_path, capsys, monkeypatch):
     """The random model's own rewards are all -1, so its advantages would be 0."""
-    def length(chat, record, text, **options):
+    def length(chat, args, record, text):
         return {"reward": len(text) % 5 / 4, "answer_score": 0.5}
 
-    monkeypatch.setattr(simrl, "score_response", length)
+    monkeypatch.setattr(simrl, "training_reward", length)
     out = tmp_path / "run"
     assert star.main(simrl_command(world, out, "--lr", "1e20")) == 2
     captured = capsys.readouterr()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import InputError
-from model import SIZES, KVCache, Transformer, past_mask, read_config
+from model import SIZES, KVCache, Transformer, read_config
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
@@ -82,37 +82,31 @@ def test_real_weights_equal_transformers(tmp_path):
 
 
 @pytest.mark.parametrize("knob", ["qwen2", "qwen3"])
-def test_cache_equals_no_cache(knob, ids):
+@pytest.mark.parametrize("shared", [[0, 0, 0, 1, 1], [2, 0, 1, 0, 2], [1, 1, 1, 1, 1]])
+def test_cached_steps_equal_whole_rows(knob, shared, ids):
+    """Prompts of 0, 9 and 33 tokens, the last two computed together; five responses share them and start one by one."""
     model = random_model(knob).double()
+    cache = KVCache(model, prompt_rows=3, prompt_tokens=34, response_rows=5, response_tokens=40)
+    for buffer in (*cache.prompts, *cache.responses):
+        buffer.normal_(0, 100)  # what lies in a row before its sequence
+    prompts = [ids[0, :0], ids[1, :9], ids[2, :33]]
+    g = torch.Generator().manual_seed(0)
+    responses = torch.randint(0, 90, (5, 40), generator=g)
     with torch.no_grad():
-        expected = model(ids)
-        for prefilled in (1, 7, 39):  # the other tokens follow in pieces of 1 and 3
-            cache = KVCache(model, rows=5, capacity=50)
-            parts = []
-            steps = [0, prefilled, *range(prefilled + 1, 40, 3), 40]
-            for start, end in zip(steps, steps[1:]):
-                positions = torch.arange(start, end).expand(len(ids), -1) if start else None
-                parts.append(model(ids[:, start:end], positions, cache=cache))
-            assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-10)
-
-
-def test_rows_of_the_cache_have_their_own_lengths_and_can_be_copied_and_reused(ids):
-    """Row 1 of one cache becomes row 0 of another; row 1 of that decodes a shorter sequence over old keys."""
-    model = random_model("qwen3").double()
-    first = KVCache(model, rows=3, capacity=40)
-    second = KVCache(model, rows=2, capacity=64)
-    with torch.no_grad():
-        expected = model(ids)
-        model(ids[:, :30], cache=first)
-        model(ids[:2], cache=second)
-        second.copy_row(0, first, 1, 30)
-        second.copy_row(1, first, 2, 11)
-        for step in range(10):
-            positions = torch.tensor([[30 + step], [11 + step]])
-            new = torch.stack((ids[1, 30 + step], ids[2, 11 + step]))[:, None]
-            for mask in (None, past_mask(positions, 41)):
-                logits = model(new, positions, mask, second)[:, 0]
-                assert torch.allclose(logits, expected[[1, 2], [30 + step, 11 + step]], atol=1e-10)
+        cache.start_prompts(1)
+        model(torch.stack((ids[1, :33], ids[2, :33])), cache=cache)
+        lengths = [0] * 5
+        for step in range(36):
+            rows = min(5, 1 + step // 3)
+            cache.start_step(shared[:rows], [0, 9, 33], lengths[:rows])
+            at = torch.tensor(lengths[:rows])
+            positions = torch.tensor([len(prompts[p]) for p in shared[:rows]]) + at
+            new = responses[range(rows), at]
+            logits = model(new[:, None], positions[:, None], cache=cache)[:, 0]
+            for row in range(rows):
+                lengths[row] += 1
+                whole = torch.cat((prompts[shared[row]], responses[row, :lengths[row]]))
+                assert torch.allclose(logits[row], model(whole[None])[0, -1], atol=1e-9), (step, row)
 
 
 def test_weights_are_copied_in_place():

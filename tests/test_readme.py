@@ -155,7 +155,7 @@ IN_THE_FORK = """
 import json, sys
 import simrl, star
 
-def refine(model, reference, prompts, chat, score, args, start):  # instead of training: score the walk's answers
+def refine(model, reference, prompts, chat, score, args, start, valid):  # instead of training: score the walk's answers
     record = prompts[0].record
     right = chat.answer(record)
     texts = [right, right.replace("livono", "livona"),

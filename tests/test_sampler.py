@@ -8,8 +8,8 @@ import torch
 from conftest import sample
 
 from data.chat import Chat
-from model import Transformer
-from sampler import KEY_BUCKET, Request, Sampler, generate, next_token
+from model import KVCache, Transformer
+from sampler import Request, Sampler, generate, next_token
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
@@ -181,7 +181,7 @@ def test_requests_of_all_kinds_are_admitted_while_others_run(model, prompts):
     for request in alone:
         assert list(generate(model, [request], 1, chat)) == [request] and request.done
     together = make_requests()
-    sampler = Sampler(model, 4, 64, chat)
+    sampler = Sampler(model, 4, 14, 30, chat)
     done = []
     for request in together:  # one every other step
         sampler.add(request)
@@ -227,8 +227,8 @@ def test_a_prompt_is_computed_once_and_a_free_slot_is_used_at_once(model, prompt
     monkeypatch.setattr(model, "hidden_states", recorder)
     groups = sample(model, prompts, 4, 30, STOP_IDS, 2, num_slots=6)
     monkeypatch.undo()
-    prefills = [shape for shape in shapes if shape[1] > 1]
-    assert prefills == [(1, len(prompt) - 1) for prompt in prompts if len(prompt) > 1]
+    computed = [shape for shape in shapes if shape[1] > 1]  # but for the last token, which each response feeds
+    assert sum(rows for rows, _ in computed) == len(prompts)
     lengths = [len(response.ids) for group in groups for response in group]
     rows = [shape[0] for shape in shapes if shape[1] == 1]  # a row for each slot in use
     assert sum(rows) == sum(lengths)  # no row is computed in vain
@@ -238,19 +238,39 @@ def test_a_prompt_is_computed_once_and_a_free_slot_is_used_at_once(model, prompt
     assert len(rows) == max(slots)
 
 
-def test_keys_are_read_in_buckets(model, monkeypatch):
+def test_requests_with_one_prompt_share_its_keys(model, prompts, monkeypatch):
+    """As the greedy answer and the samples of an evaluation do; and nothing outlives `clear`."""
+    chat = SimpleNamespace(stop_ids=STOP_IDS, vocab_size=61)
+    requests = [Request(prompts[0], 1, 0, 0.0, 20), Request(prompts[0], 3, 1, 1.0, 20), Request(prompts[2], 2, 2, 1.0, 20)]
+    sampler = Sampler(model, 8, 14, 20, chat)
+    for request in requests:
+        sampler.add(request)
+    sampler.fill_slots()
+    assert sampler.prompts == [prompts[0], prompts[2]]
+    while sampler.busy:
+        sampler.step()
+    assert sampler.prompts == []
+    alone = Request(prompts[0], 3, 1, 1.0, 20)
+    list(generate(model, [alone], 8, chat))
+    assert [r.ids for r in alone.responses] == [r.ids for r in requests[1].responses]
+    sampler.add(Request(prompts[0], 1, 0, 0.0, 20))
+    sampler.fill_slots()
+    sampler.clear()
+    assert sampler.prompts == [] and not sampler.busy
+
+
+def test_keys_are_read_in_multiples_of_32(model, monkeypatch):
     """So that a compiled step would see few shapes."""
     widths = set()
-    hidden_states = model.hidden_states
+    start_step = KVCache.start_step
 
-    def recorder(ids, positions=None, mask=None, cache=None):
-        if mask is not None:
-            widths.add(mask.shape[-1])
-        return hidden_states(ids, positions, mask, cache)
+    def recorder(self, *args, **kwargs):
+        start_step(self, *args, **kwargs)
+        widths.add((self.prompt_mask.shape[-1], self.mask.shape[-1]))
 
-    monkeypatch.setattr(model, "hidden_states", recorder)
-    sample(model, [[1, 2, 3]], 1, 200)
-    assert widths == {KEY_BUCKET, 2 * KEY_BUCKET, 3 * KEY_BUCKET, 203}
+    monkeypatch.setattr(KVCache, "start_step", recorder)
+    sample(model, [[1] * 50], 1, 110)
+    assert widths == {(50, 32), (50, 64), (50, 96), (50, 110)}
 
 
 def test_greedy_equals_transformers_on_real_weights():
