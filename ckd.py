@@ -32,6 +32,7 @@ from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.groups import read_groups
 from data.records import add_data_flags
+from head import head_loss, hidden_states
 from model import Transformer
 from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
@@ -243,9 +244,9 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
             head = head[:teacher.vocab_size]
             draw = (step, i) if step else ()
             topk = teacher(packed, *draw)  # ids [N, k], log-probs [N, k]
-        hidden = train.hidden_states(student, packed, dtype)  # [N, H]
+        hidden = hidden_states(student, packed, dtype)  # [N, H]
         weights = torch.full((len(hidden),), 1 / total, device=device, dtype=high)
-        value, stats = train.head_loss(
+        value, stats = head_loss(
             hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()

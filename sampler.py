@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import non_negative, number, positive
 from data.groups import Response
-from model import KVCache
+from kv_cache import KVCache
 
 PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
 LOGITS_AT_ONCE = 2 ** 20  # of float32 in a draw: larger tensors are given back to the system, and faulted in anew

@@ -37,6 +37,7 @@ from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
 from data.rollouts import prompt_groups, score_response
 from experience import make_sampler, sample_step, validate
+from head import head_loss, hidden_states, token_log_probs
 from model import Transformer
 from sampler import add_count_flags
 
@@ -257,9 +258,9 @@ def log_probs_of(policy, packed, vocab_size, args):
     if policy is None:
         return None
     dtype = getattr(torch, args.dtype)
-    hidden = train.hidden_states(policy, packed, dtype)  # [N, H]
+    hidden = hidden_states(policy, packed, dtype)  # [N, H]
     head = policy.head_weight[:vocab_size]  # [V, H]
-    return train.token_log_probs(
+    return token_log_probs(
         hidden, head, packed["targets"], args.temperature, dtype=dtype)
 
 
@@ -273,9 +274,9 @@ def accumulate_gradients(model, batch, vocab_size, args):
     names += ["kl"] if args.kl_weight else []
     sums = dict.fromkeys(names, 0.0)  # the same names on a rank without a micro-batch
     for packed in batch:
-        hidden = train.hidden_states(model, packed, dtype)  # [N, H]
+        hidden = hidden_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
-        value, stats = train.head_loss(
+        value, stats = head_loss(
             hidden, head, packed["token_weights"], loss, packed["targets"],
             packed["advantage"], packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
         value.backward()

@@ -16,6 +16,7 @@ import train
 from data import MODEL_FOLDER, InputError, read_json
 from data.cache import fingerprint, number_rows, open_cache, write_cache
 from data.chat import read_tokenizer
+from head import hidden_states, topk_log_probs
 from model import Transformer
 
 
@@ -49,9 +50,9 @@ class Teacher:
     @torch.no_grad()
     def view(self, packed, generator=None):
         """The model's top-k, or the generator's draws, in the precision of its weights (no autocast)."""
-        hidden = train.hidden_states(self.model, packed, torch.float32)  # [N, H]
+        hidden = hidden_states(self.model, packed, torch.float32)  # [N, H]
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
-        return train.topk_log_probs(hidden, head, self.k, generator)
+        return topk_log_probs(hidden, head, self.k, generator)
 
     def generator(self, device, *draw):
         """A torch.Generator seeded by the seed and `draw`; None without a seed."""

@@ -17,9 +17,10 @@ from data import InputError, non_negative, natural, positive, write_lines
 from data.chat import Chat, add_prompt_flags, text_of
 from data.groups import make_groups, pack
 from data.records import has_answer, read_records
+from head import hidden_states
 from model import Transformer
 from teacher import Teacher, check_pair, clamp_to_vocab
-from train import add_machine_flags, hidden_states, pick_device
+from train import add_machine_flags, pick_device
 
 
 def lens_flags(parser):

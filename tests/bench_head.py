@@ -21,7 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from ckd import ckd_loss  # noqa: E402
-from train import head_loss  # noqa: E402
+from head import head_loss  # noqa: E402
 
 V, HIDDEN, K = 151_936, 896, 100
 

@@ -14,9 +14,10 @@ from ckd import DIVERGENCES, ckd_loss, objective_loss, reverse_kl
 from conftest import settings
 from data import InputError
 from data.groups import Group, Response, attention_mask, pack
+from head import head_loss, hidden_states, topk_log_probs
 from model import Transformer
 from teacher import Teacher, cache_key, load_teacher
-from train import clip_gradients, head_loss, hidden_states, make_optimisers, optimiser_step, topk_log_probs
+from train import clip_gradients, make_optimisers, optimiser_step
 
 OBJECTIVES = ["ckd", "fkl", "rkl", "akl", "rskd", "ce"]
 V, K, M, N, H = 40, 6, 9, 11, 8

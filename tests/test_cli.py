@@ -308,7 +308,7 @@ OLD_SETTINGS = {
 
 @pytest.mark.parametrize("command, new_flags", [
     (SFT, "share_prefix, batch_size"), (CKD, "share_prefix, batch_size"),
-    (SIMRL, "valid, valid_limit, prompts_per_step, valid_every, batch_size")])
+    (SIMRL, "valid, valid_limit, valid_every, prompts_per_step, batch_size")])
 def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags):
     name = command.split()[0]
     out = re.search(r"--out (\S+)", command)[1]
@@ -643,7 +643,12 @@ def test_rollout_killed_and_resumed(here):
     with open(part, "ab") as file:
         file.write('[3, {"id": "ü'.encode()[:-1])  # half a line that ends within a character
     assert run(f"{command} --resume") == 0
-    assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes() and not part.exists()
+    assert not part.exists()
+    # What runs beside a response changes the rounding of its log-prob, and in float32 nothing else.
+    for one, other in zip(rows("out.jsonl"), rows("whole.jsonl"), strict=True):
+        for a, b in zip(one["responses"], other["responses"], strict=True):
+            assert a.pop("logprob") == pytest.approx(b.pop("logprob"), abs=2e-4)
+        assert one == other
 
 
 @pytest.mark.parametrize("tokens", [600, 100_000])  # with the larger, one of the two has no micro-batch

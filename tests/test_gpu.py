@@ -9,9 +9,9 @@ from conftest import sample, settings
 import star
 from ckd import DIVERGENCES, ckd_loss
 from data.groups import Group
+from head import head_loss
 from model import Transformer
 from simrl import refine
-from train import head_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

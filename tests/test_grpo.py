@@ -23,6 +23,7 @@ import train
 from data import InputError
 from data.groups import Group, micro_batches, next_prompts, pack
 from data.runs import load_checkpoint, summarise_refinement
+from head import head_loss, hidden_states
 from model import Transformer
 from sampler import Sampler
 from simrl import advantages, has_signal, log_probs_of, policy_loss, refine, token_weights
@@ -136,9 +137,9 @@ def test_right_after_sampling_the_ratio_is_one(temperature, budget):
             gap = max(gap, (wrong - sampler_log_p).abs().max())
         values = [r.advantage for r in responses_of(micro) for _ in r.ids]
         advantage = torch.tensor(values)  # [N]
-        hidden = train.hidden_states(model, packed, torch.float32)
+        hidden = hidden_states(model, packed, torch.float32)
         loss = partial(policy_loss, temperature=temperature)
-        _, sums = train.head_loss(hidden, model.head_weight[:V], torch.ones(len(advantage)), loss,
+        _, sums = head_loss(hidden, model.head_weight[:V], torch.ones(len(advantage)), loss,
                                   packed["targets"], advantage, old_log_p)
         assert sums["policy"] == pytest.approx(-advantage.sum().item(), abs=1e-5)
         assert sums["clipped"] == 0
@@ -156,9 +157,9 @@ def test_log_probs_before_the_first_update_are_those_of_the_loss():
             old_log_p = log_probs_of(model, packed, V, args)
             results = []
             for old in (old_log_p, None):
-                hidden = train.hidden_states(model, packed, getattr(torch, dtype))
+                hidden = hidden_states(model, packed, getattr(torch, dtype))
                 loss = partial(policy_loss, temperature=0.7, kl_weight=0.1)
-                value, sums = train.head_loss(
+                value, sums = head_loss(
                     hidden, model.head_weight[:V], torch.ones(len(old_log_p)), loss, packed["targets"],
                     torch.ones(len(old_log_p)), old, old_log_p - 0.5, old_log_p, dtype=getattr(torch, dtype))
                 grads = torch.autograd.grad(value, list(model.parameters()))

@@ -13,9 +13,9 @@ from ckd import ckd_loss
 from data.chat import Chat
 from data.groups import make_groups, pack
 from data.records import read_records
+from head import head_loss, hidden_states
 from model import Transformer
 from teacher import Teacher
-from train import head_loss, hidden_states
 
 K, M, WEIGHT = 20, 30, 10.0
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!--data--><b>&amp;\u2028\u202e é"

@@ -8,7 +8,8 @@ import torch
 from conftest import sample
 
 from data.chat import Chat
-from model import KVCache, Transformer
+from kv_cache import KVCache
+from model import Transformer
 from sampler import Request, Sampler, generate, next_token
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

@@ -1,0 +1,137 @@
+"""The output head in chunks of positions: losses with their gradients, log-probs and top-k, without ever holding all logits.
+
+A row of logits has 151,936 numbers, so 4,096 positions would take 2.5 GB and the loss several times that. Departure from
+the released code: no tensor of positions x vocabulary exists, and prompt positions never reach the head.
+
+Shapes: N counted positions, C of them in a chunk, H hidden size, V ids.
+"""
+from contextlib import nullcontext
+
+import torch
+
+from data.groups import attention_mask
+
+WEIGHT_BLOCK = 8192  # rows of the head whose gradient is summed at a time: its product stays in the processor's cache
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """sum over positions of token weight x loss(hidden W^T), one chunk of logits at a time. See `head_loss`."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, token_weights, loss, chunk, dtype, *tensors):
+        x = hidden.to(dtype)  # [N, H]
+        w = weight.to(dtype)  # [V, H]
+        high = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
+        needs_grad = any(ctx.needs_input_grad)
+        if needs_grad:
+            d_hidden = torch.zeros_like(hidden, dtype=high)  # [N, H]
+            d_weight = torch.zeros_like(weight, dtype=high)  # [V, H]
+        total = torch.zeros((), dtype=high, device=hidden.device)
+        sums = {}
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = (x[rows] @ w.T).to(high).requires_grad_(needs_grad)  # [C, V]
+            with torch.set_grad_enabled(needs_grad):
+                slices = [None if t is None else t[rows] for t in tensors]
+                losses, stats = loss(logits, *slices)  # [C], {name: [C]}
+            total += losses.detach() @ token_weights[rows]
+            for name, values in stats.items():
+                sums[name] = sums.get(name, 0) + values.detach().sum()
+            if needs_grad:
+                d_logits, = torch.autograd.grad(losses, logits, token_weights[rows])  # [C, V]
+                del logits, losses, stats
+                d_logits = d_logits.to(dtype)
+                d_hidden[rows] = d_logits @ w
+                for i in range(0, len(w), WEIGHT_BLOCK):
+                    block = slice(i, i + WEIGHT_BLOCK)
+                    d_weight[block] += d_logits[:, block].T @ x[rows]
+        if needs_grad:
+            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(*sums.values())
+        return total, *sums.values(), list(sums)
+
+    @staticmethod
+    def backward(ctx, d_total, *_):
+        d_hidden, d_weight = ctx.saved_tensors
+        unused = [None] * (len(ctx.needs_input_grad) - 2)
+        return d_hidden * d_total, d_weight * d_total, *unused
+
+
+def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=256, dtype=None):
+    """Apply the output head and a loss without ever holding all logits.
+
+    hidden: [N, H]
+    weight: [V, H], the output head
+    token_weights: [N], the factor of each position's loss
+    loss: a function (logits [C, V], *slices [C, ...]) -> (losses [C], {name: [C]}) of a chunk of positions
+    tensors: [N, ...] each, or None; the loss is given the chunk's slice of every one
+    dtype: of the matrix products; default: hidden's
+
+    Returns (sum of token_weights x losses, {name: sum over positions}).
+
+    >>> hidden = torch.ones(3, 2)
+    >>> weight = torch.tensor([[1., 0], [0, 1], [1, 1]])
+    >>> nll = lambda logits, target: (logits.logsumexp(-1) - logits.gather(-1, target[:, None])[:, 0], {})
+    >>> head_loss(hidden, weight, torch.full((3,), 1 / 3), nll, torch.tensor([2, 2, 2]), chunk=2)[0]
+    tensor(0.5514)
+    """
+    if not torch.is_grad_enabled():  # a parameter requires its gradient under no_grad too
+        hidden = hidden.detach()
+        weight = weight.detach()
+    with torch.autocast(hidden.device.type, enabled=False):  # the chunks choose their own precision
+        total, *sums, names = ChunkedLoss.apply(
+            hidden, weight, token_weights, loss, chunk, dtype or hidden.dtype, *tensors)
+    return total, dict(zip(names, sums))
+
+
+@torch.no_grad()
+def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=256, dtype=None):
+    """The log-prob of each target token, [N], chunk for chunk the numbers that the loss computes; no gradient.
+
+    Parameters as in `head_loss`; targets [N].
+    """
+    dtype = dtype or hidden.dtype
+    x = hidden.to(dtype)  # [N, H]
+    w = weight.to(dtype)  # [V, H]
+    high = torch.promote_types(dtype, torch.float32)
+    log_probs = torch.empty(targets.shape, dtype=high, device=targets.device)  # [N]
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, start + chunk)
+        logits = (x[rows] @ w.T).to(high)  # [C, V]
+        log_p = (logits / temperature).log_softmax(-1)  # [C, V]
+        log_probs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
+    return log_probs
+
+
+@torch.no_grad()
+def topk_log_probs(hidden, weight, k, generator=None, chunk=256):
+    """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32, in descending order.
+
+    hidden: [N, H]
+    weight: [V, H]; log-probs are those of the softmax over all V
+    generator: if given, draw k tokens with replacement instead, and return the log of each one's share of the draws
+    """
+    ids = []
+    log_p = []
+    for rows in hidden.split(chunk):
+        log_probs = (rows @ weight.T).float().log_softmax(-1)  # [C, V]
+        if generator is None:
+            values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
+        else:
+            tokens = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)
+            same = tokens[:, :, None] == tokens[:, None, :]  # [C, k, k]
+            values = same.float().mean(-1).log()  # [C, k]
+        ids.append(tokens)
+        log_p.append(values)
+    return torch.cat(ids), torch.cat(log_p)
+
+
+def hidden_states(model, packed, dtype):
+    """The hidden states [N, H] that predict a packed batch's counted tokens, computed in `dtype`."""
+    device = packed["targets"].device
+    cast = nullcontext()  # float32, or float64 in tests
+    if dtype.itemsize < 4:
+        cast = torch.autocast(device.type, dtype)
+    with cast:
+        hidden = model.hidden_states(packed["input_ids"], packed["positions"], attention_mask(packed))  # [B, T, H]
+    return hidden.flatten(0, 1).index_select(0, packed["logit_positions"])  # [N, H]
