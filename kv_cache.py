@@ -38,19 +38,24 @@ class KVCache:
         prompt_lengths: P integers, the tokens of each prompt
         lengths: B integers, the tokens of each response before this one
         """
-        count = [0] * len(prompt_lengths)
-        place = []  # of each response in a grid of P prompts x G responses
-        for row in prompt_rows:
-            place.append((row, count[row]))
-            count[row] += 1
+        responses = [[] for _ in prompt_lengths]  # to each prompt
+        column = []
+        for i, row in enumerate(prompt_rows):
+            column.append(len(responses[row]))
+            responses[row].append(i)
+        G = max(map(len, responses))
+        grid = [indices + [0] * (G - len(indices)) for indices in responses]
         device = self.prompts[0].device
-        self.grid = (len(count), max(count))  # P, G
-        self.place = torch.tensor(place).T.to(device)  # [2, B]
+        self.grid = torch.tensor(grid).to(device)  # [P, G], responses by prompt; where there are fewer, 0
+        self.place = torch.tensor([prompt_rows, column]).to(device)  # [2, B], where in the grid a response is
         self.lengths = torch.tensor(lengths).to(device)  # [B]
-        keys = torch.arange(key_width(max(lengths) + 1, self.responses), device=device)
-        self.mask = (keys <= self.lengths[:, None])[:, None, None]  # [B, 1, 1, S]
-        keys = torch.arange(key_width(max(prompt_lengths), self.prompts), device=device)
-        self.prompt_mask = (keys < torch.tensor(prompt_lengths).to(device)[:, None])[:, None, None]  # [P, 1, 1, S]
+        self.rows = torch.arange(len(lengths), device=device)  # [B]
+        self.prompt_keys = key_width(max(prompt_lengths), self.prompts)
+        self.response_keys = key_width(max(lengths) + 1, self.responses)
+        in_prompt = torch.arange(self.prompt_keys, device=device)
+        in_prompt = in_prompt < torch.tensor(prompt_lengths).to(device)[self.place[0], None]
+        in_response = torch.arange(self.response_keys, device=device) <= self.lengths[:, None]
+        self.hidden = ~torch.cat((in_prompt, in_response), dim=-1)[:, None, None]  # [B, 1, 1, S]
 
     def attend(self, layer, q, k, v):
         """Store new keys and values [B, Hkv, T, D]. Return the attention [B, H, T, D] of the queries q [B, H, T, D]."""
@@ -61,37 +66,31 @@ class KVCache:
         if self.place is None:
             prompts[:, self.row:self.row + B, :, :T] = kv
             return attention(q, k, v)
-        rows = torch.arange(B, device=q.device)
-        responses[:, rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
-        q = q.view(B, k.shape[1], -1, D)  # [B, Hkv, R, D]: R query heads share keys
-        own, own_lse = partial_attention(q, responses[:, :B], self.mask)
-        # The queries of all responses to a prompt become rows of one product with its keys.
-        P, G = self.grid
-        _, Hkv, R, _ = q.shape
-        p, g = self.place  # [B] each
-        grid = q.new_zeros(P, G, Hkv, R, D)
-        grid[p, g] = q
-        grid = grid.transpose(1, 2).reshape(P, Hkv, G * R, D)
-        shared, lse = partial_attention(grid, prompts[:, :P], self.prompt_mask)
-        shared, lse = (x.view(P, Hkv, G, R, -1)[p, :, g] for x in (shared, lse))  # [B, Hkv, R, D], [B, Hkv, R, 1]
-        weight = (lse - own_lse).sigmoid().to(own.dtype)  # [B, Hkv, R, 1], the share of the prompt in one softmax
-        return own.lerp(shared, weight).view(B, H, 1, D)
+        responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
+        prompt_k, prompt_v = prompts[:, :len(self.grid), :, :self.prompt_keys]  # [P, Hkv, S, D] each
+        own_k, own_v = responses[:, :B, :, :self.response_keys]  # [B, Hkv, S, D] each
+        # One softmax over the keys of the prompt and of the response.
+        q = q.view(B, k.shape[1], -1, D) * D ** -0.5  # [B, Hkv, R, D]
+        scores = self.by_prompt(q, prompt_k.transpose(2, 3)), q @ own_k.transpose(2, 3)
+        scores = torch.cat(scores, dim=-1).masked_fill(self.hidden, -torch.inf)  # [B, Hkv, R, S]
+        exact = torch.promote_types(q.dtype, torch.float32)
+        weights = scores.softmax(-1, dtype=exact).to(q.dtype)
+        on_prompt, on_own = weights.split((self.prompt_keys, self.response_keys), dim=-1)
+        x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]
+        return x.view(B, H, 1, D)
+
+    def by_prompt(self, x, y):
+        """x [B, Hkv, R, M] @ y [P, Hkv, M, N] of each one's prompt -> [B, Hkv, R, N].
+
+        All responses to a prompt are rows of one product, so what is stored of the prompt is read once.
+        """
+        P, G = self.grid.shape
+        _, heads, R, M = x.shape
+        x = x[self.grid].transpose(1, 2).reshape(P, heads, G * R, M)
+        x = (x @ y).view(P, heads, G, R, -1)
+        return x[self.place[0], :, self.place[1]]  # [B, Hkv, R, N]
 
 
 def key_width(length, buffers):
-    """`length` keys, rounded up, as there is room: compiled steps and CUDA graphs want few shapes."""
+    """`length` keys, rounded up as far as there is room: compiled steps and CUDA graphs want few shapes."""
     return min(-(-max(length, 1) // 32) * 32, buffers[0].shape[3])
-
-
-def partial_attention(q, kv, mask):
-    """Attention over some of the keys, to be merged: q [B, Hkv, R, D], kv [2, B, Hkv, S or more, D], mask [B, 1, 1, S].
-
-    Returns the outputs [B, Hkv, R, D] and the log-sum-exp of their scores [B, Hkv, R, 1].
-    """
-    k, v = kv[:, :, :, :mask.shape[-1]]  # [B, Hkv, S, D] each
-    scores = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).to(torch.promote_types(q.dtype, torch.float32))
-    scores = scores.masked_fill(~mask, -1e30)  # finite: a prompt may have no keys
-    most = scores.amax(-1, keepdim=True)  # [B, Hkv, R, 1]
-    weights = (scores - most).exp_()  # [B, Hkv, R, S]
-    total = weights.sum(-1, keepdim=True)  # [B, Hkv, R, 1]
-    return weights.to(q.dtype) @ v / total.to(q.dtype), most + total.log()

@@ -267,7 +267,7 @@ def test_keys_are_read_in_multiples_of_32(model, monkeypatch):
 
     def recorder(self, *args, **kwargs):
         start_step(self, *args, **kwargs)
-        widths.add((self.prompt_mask.shape[-1], self.mask.shape[-1]))
+        widths.add((self.prompt_keys, self.response_keys))
 
     monkeypatch.setattr(KVCache, "start_step", recorder)
     sample(model, [[1] * 50], 1, 110)

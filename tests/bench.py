@@ -1,0 +1,493 @@
+"""Speed and memory as ratios against named peers: python -m tests.bench [ROW ...] --model FOLDER
+
+A row runs this project and its peer in turn, on the same machine with the same allocator settings, and prints the
+medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without names, all
+rows but `gpu` run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet meanwhile.
+
+`rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` needs a GPU, and was not run.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import star  # noqa: E402
+import train  # noqa: E402
+from ckd import ckd_loss, cross_entropy, loss_over_batch  # noqa: E402
+from data.chat import Chat  # noqa: E402
+from data.groups import Group, Response  # noqa: E402
+from data.runs import read_metrics  # noqa: E402
+from head import head_loss  # noqa: E402
+from model import Transformer  # noqa: E402
+from sampler import Request, Sampler, generate  # noqa: E402
+from simrl import refine  # noqa: E402
+from teacher import Teacher  # noqa: E402
+
+BF16 = torch.bfloat16
+
+
+def medians(repeat, warm_up=1, **sides):
+    """{name: median seconds} of functions, run in turn."""
+    seconds = {name: [] for name in sides}
+    for i in range(warm_up + repeat):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run()
+            if i >= warm_up:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def report(what, ours, peers, target=""):
+    """Print a line of the table for each peer: how many times as long as this project it takes."""
+    for peer, seconds in peers.items():
+        print(f"| {what} | {peer} | {ours:.3g} s | {seconds:.3g} s | **{seconds / ours:.2f}** | {target} |", flush=True)
+
+
+def text_ids(chat, length, start=0):
+    """`length` tokens of a running text."""
+    text = "".join((ROOT / name).read_text() for name in ("simrl.py", "ckd.py", "reward.py", "train.py"))
+    return chat.encode(text)[start:start + length]
+
+
+def groups_of(chat, num_prompts, prompt, n, response):
+    """Groups of prompts and responses with these numbers of tokens; `response` may be a list of n."""
+    lengths = response if isinstance(response, list) else [response] * n
+    groups = []
+    for i in range(num_prompts):
+        responses = []
+        for j, length in enumerate(lengths):
+            responses.append(Response(text_ids(chat, length, 40 * (i * n + j) + prompt), (0, length)))
+        groups.append(Group({}, text_ids(chat, prompt, 31 * i), responses))
+    return groups
+
+
+# ---- A step of GRPO beside TRL -----------------------------------------------------------------------------------
+
+SAMPLES, TOKENS = 8, 48
+STEPS = 2  # the first one warms up
+
+
+def star_steps(folder, length):
+    """Seconds of the steps of GRPO here: one prompt, 8 samples of 48 tokens, no KL, bfloat16 over float32 weights."""
+    chat = Chat.from_pretrained(folder)
+    chat.stop_ids = []
+    model = Transformer.from_pretrained(folder)
+    record = {"answer": {"tool_calls": [], "content": "-"}}  # samples.jsonl shows the gold answer of every group
+    prompts = [Group(record, text_ids(chat, length), [])]
+    rewards = itertools.cycle((0.0, 0.5, 1.0))  # no matter what the response is
+    with tempfile.TemporaryDirectory() as out:
+        flags = (f"--kl-weight 0 --filter none --lr 1e-6 --n {SAMPLES} --max-new-tokens {TOKENS} --prompts-per-step 1 "
+                 f"--batch-size {SAMPLES} --steps {STEPS} --save-every 1000000")
+        args, _ = star.parse(["simrl", "--model", str(folder), "--data", "none", "--out", out, *flags.split()])
+        refine(model, None, prompts, chat, lambda *_: {"reward": next(rewards), "answer_score": 0.5}, args)
+        rows = read_metrics(out)
+    return [sum(row[f"seconds_{name}"] for name in ("sampling", "scoring", "training")) for row in rows]
+
+
+def trl_steps(folder, length, checkpointing):
+    """The same from TRL."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    chat = Chat.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rewards = itertools.cycle((0.0, 0.5, 1.0))
+    marks = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+        def on_train_end(self, *args, **kwargs):
+            marks.append(time.perf_counter())
+
+    rows = [{"prompt": chat.decode(text_ids(chat, length))}] * STEPS
+    with tempfile.TemporaryDirectory() as out:
+        config = GRPOConfig(
+            out, num_generations=SAMPLES, per_device_train_batch_size=SAMPLES, gradient_accumulation_steps=1,
+            max_completion_length=TOKENS, max_steps=STEPS, learning_rate=1e-6, beta=0.0, bf16=True, use_cpu=True,
+            gradient_checkpointing=checkpointing, generation_kwargs={"min_new_tokens": TOKENS}, report_to=[],
+            save_strategy="no", logging_steps=1)
+        trainer = GRPOTrainer(
+            model, reward_funcs=lambda completions, **_: [next(rewards) for _ in completions], args=config,
+            train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+        trainer.train()
+    return [end - start for start, end in zip(marks, marks[1:])]
+
+
+def rl_row(folder, lengths=(400, 1000)):
+    """Each side in a process of its own: two models with their optimisers do not fit the memory."""
+    for length, targets in zip(lengths, ((6, 4.5), (7, 5))):
+        seconds = {}
+        for side in ("star", "trl", "trl-without-checkpointing", "star"):
+            command = [sys.executable, "-m", "tests.bench", "--model", folder, "--side", side, str(length)]
+            process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+            seconds.setdefault(side, []).extend(json.loads(process.stdout.splitlines()[-1])[1:])
+        ours = statistics.median(seconds["star"])
+        for side, peer, target in zip(("trl", "trl-without-checkpointing"), (
+                "TRL, its defaults", "TRL, gradient checkpointing off"), targets):
+            report(f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}", ours,
+                   {peer: statistics.median(seconds[side])}, target)
+
+
+def run_side(folder, side, length):
+    train.pick_device("cpu")  # with its allocator settings
+    if side == "star":
+        return star_steps(folder, length)
+    return trl_steps(folder, length, side == "trl")
+
+
+# ---- Training steps ----------------------------------------------------------------------------------------------
+
+def ckd_row(folder):
+    """CKD of a model by itself: a packed group against a padded row for each response."""
+    chat = Chat.from_pretrained(folder)
+    model = Transformer.from_pretrained(folder)
+    teacher = make_teacher(folder, chat)
+    packed = groups_of(chat, 1, 600, 8, 60)
+    padded = [Group(g.record, g.prompt, [r]) for g in packed for r in g.responses]
+    args = training_args("ckd", 4096)
+
+    def step(groups):
+        model.zero_grad()
+        loss_over_batch(model, teacher, groups, ckd_loss, args, step=1)
+
+    seconds = medians(2, ours=partial(step, packed), padded=partial(step, padded))
+    report("CKD step, 600-token prompt x 8 x 60", seconds["ours"], {"padded rows here": seconds["padded"]}, 4)
+
+
+def training_args(command, micro_batch_tokens, dtype="bfloat16"):
+    flags = {"ckd": "--teacher t --student s", "sft": "--model m"}[command]
+    args, _ = star.parse([command, *flags.split(), "--data", "d", "--out", "o"])
+    args.micro_batch_tokens = micro_batch_tokens
+    args.dtype = dtype
+    return args
+
+
+def make_teacher(folder, chat):
+    return Teacher(Transformer.from_pretrained(folder, BF16), 100, chat.vocab_size)
+
+
+def sft_row(folder):
+    """Eight records of unequal lengths: forward, backward, clip and AdamW, beside a plain transformers loop."""
+    from transformers import AutoModelForCausalLM
+    chat = Chat.from_pretrained(folder)
+    lengths = [(120, 30), (180, 90), (240, 20), (300, 60), (380, 120), (450, 40), (520, 80), (640, 50)]
+    groups = [groups_of(chat, 1, prompt, 1, response)[0] for prompt, response in lengths]
+    model = Transformer.from_pretrained(folder)
+    optimisers = train.make_optimisers("adamw", model, SimpleNamespace(lr=1e-6, weight_decay=0.0))
+    args = training_args("sft", 4096)
+
+    def ours():
+        loss_over_batch(model, None, groups, cross_entropy, args)
+        train.clip_gradients(model)
+        train.optimiser_step(optimisers, 1e-6)
+
+    seconds = medians(2, ours=ours)
+    del model, optimisers
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimiser = torch.optim.AdamW(peer.parameters(), lr=1e-6, fused=True)
+    width = max(map(sum, lengths))
+    ids, mask = torch.zeros(2, 8, width, dtype=torch.long)
+    labels = torch.full((8, width), -100)
+    for row, group in enumerate(groups):
+        length = group.length
+        ids[row, :length] = torch.tensor(group.prompt + group.responses[0].ids)
+        labels[row, len(group.prompt):length] = ids[row, len(group.prompt):length]
+        mask[row, :length] = 1
+
+    def plain():
+        for rows in torch.arange(8).split(4):  # 2,760 padded tokens a time
+            with torch.autocast("cpu", BF16):
+                loss = peer(ids[rows], attention_mask=mask[rows], labels=labels[rows]).loss
+            (loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    seconds |= medians(2, plain=plain)
+    report("supervised step, 8 records of 150 to 690 tokens", seconds["ours"],
+           {"plain transformers loop": seconds["plain"]}, 1.2)
+
+
+def slopes_row(folder):
+    """Cost of a CKD step of a small random model against each size: the slope of log time over log size."""
+    config = {"model_type": "qwen3", "vocab_size": 16_000, "hidden_size": 256, "intermediate_size": 768,
+              "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64,
+              "tie_word_embeddings": True}
+    base = {"prompts": 4, "responses": 4, "positions": 64, "k": 100, "vocabulary": 16_000}
+    r = random.Random(0)
+
+    def seconds(sizes):
+        model = Transformer(config | {"vocab_size": sizes["vocabulary"]}).init_weights(0)
+        groups = []
+        for _ in range(sizes["prompts"]):
+            responses = [Response([r.randrange(9_000) for _ in range(sizes["positions"])], (0, sizes["positions"]))
+                         for _ in range(sizes["responses"])]
+            groups.append(Group({}, [r.randrange(9_000) for _ in range(200)], responses))
+        teacher = Teacher(model, sizes["k"], sizes["vocabulary"])
+        loss = partial(ckd_loss, m=sizes["k"])
+        args = training_args("ckd", 4096, "float32")
+        return medians(3, step=lambda: loss_over_batch(model, teacher, groups, loss, args, step=1))["step"]
+
+    for name, size in base.items():
+        sizes = [size, 2 * size, 4 * size]
+        times = [seconds(base | {name: value}) for value in sizes]
+        slope = math.log(times[-1] / times[0]) / math.log(4)
+        steps = " / ".join(f"{value:.2f}" for value in times)
+        print(f"| CKD step, {name} x 1, 2, 4 | a straight line | {steps} s | | slope **{slope:.2f}** | at most 1.1 |",
+              flush=True)
+
+
+# ---- Sampling ----------------------------------------------------------------------------------------------------
+
+def endless(chat):
+    """A chat without end tokens, so that every response has its full length."""
+    return SimpleNamespace(stop_ids=(), vocab_size=chat.vocab_size, decode=chat.decode)
+
+
+def sampling_row(folder):
+    from transformers import AutoModelForCausalLM
+    chat = Chat.from_pretrained(folder)
+    model = Transformer.from_pretrained(folder, BF16)
+    prompts = [text_ids(chat, 200, 40 * i) for i in range(16)]
+
+    def ours():
+        requests = [Request(prompt, 8, i, 1.0, 48) for i, prompt in enumerate(prompts)]
+        list(generate(model, requests, 128, endless(chat)))
+
+    peer = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+
+    def theirs(cache):
+        peer.generate(torch.tensor(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
+                      num_return_sequences=8, min_new_tokens=48, max_new_tokens=48, cache_implementation=cache,
+                      disable_compile=True, pad_token_id=0)
+
+    sides = {"dynamic cache": lambda: theirs("dynamic"), "static cache": lambda: theirs("static")}
+    seconds = medians(2, ours=ours, **sides)
+    report("sampling 16 prompts of 200 tokens x 8 x 48, bf16", seconds.pop("ours"),
+           {f"transformers `generate`, {name}": value for name, value in seconds.items()}, 5)
+
+
+def decoding_row(folder):
+    """One sequence: a decoding step against its matrices alone, with one vector each."""
+    chat = Chat.from_pretrained(folder)
+    model = Transformer.from_pretrained(folder, BF16)
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    matrices.append(model.head_weight[:chat.vocab_size])
+    vectors = {size: torch.randn(1, size, dtype=BF16) for size in {m.shape[1] for m in matrices}}
+    sampler = Sampler(model, 1, 64, 200, endless(chat))
+    sampler.add(Request(text_ids(chat, 64), 1, 0, 1.0, 200))
+
+    @torch.no_grad()
+    def alone():
+        for matrix in matrices:
+            torch.nn.functional.linear(vectors[matrix.shape[1]], matrix)
+
+    seconds = medians(40, 5, ours=sampler.step, alone=alone)
+    print(f"| decoding one sequence, bf16 | its matrices alone | {seconds['ours'] * 1e3:.1f} ms | "
+          f"{seconds['alone'] * 1e3:.1f} ms | **{seconds['alone'] / seconds['ours']:.0%}** of the limit | 85 % |", flush=True)
+
+
+def neighbours_row(folder):
+    """The share of responses that change with the number of slots, which changes rounding only."""
+    chat = Chat.from_pretrained(folder)
+    for dtype in (torch.float32, BF16):
+        model = Transformer.from_pretrained(folder, dtype)
+        for temperature in (0.0, 1.0):
+            texts = []
+            for slots in (3, 16):
+                requests = [Request(text_ids(chat, 60 + i, 40 * i), 2, i, temperature, 32) for i in range(12)]
+                list(generate(model, requests, slots, endless(chat)))
+                texts.append([r.ids for request in requests for r in request.responses])
+            changed = sum(a != b for a, b in zip(*texts)) / len(texts[0])
+            print(f"| responses of 32 tokens that change between 3 and 16 slots, {str(dtype)[6:]}, T = {temperature:g} "
+                  f"| | | | **{changed:.0%}** | {'0 in float32' if dtype == torch.float32 else ''} |", flush=True)
+
+
+# ---- The output head, loading and saving -------------------------------------------------------------------------
+
+def head_row(folder, V=151_936, H=896, N=1024, k=100, chunk=256):
+    """CKD's loss and gradients against the three matrix products that it cannot do without."""
+    torch.manual_seed(0)
+    W = torch.randn(V, H).mul_(0.02).requires_grad_()
+    h = torch.randn(N, H, requires_grad=True)
+    weights = torch.full((N,), 1 / N)
+    log_p, ids = torch.randn(N, V // 64).mul_(3).log_softmax(-1).topk(k)  # a teacher over 1/64 of the ids
+    tensors = (ids[:, 0], ids, log_p)
+    for dtype, targets in ((torch.float32, (1.1, 1.4, 0.8)), (BF16, (1.5, 2.2, 0.65))):
+        def ours():
+            h.grad = W.grad = None
+            head_loss(h, W, weights, ckd_loss, *tensors, chunk=chunk, dtype=dtype)[0].backward()
+
+        def textbook():
+            h.grad = W.grad = None
+            losses, _ = ckd_loss((h.to(dtype) @ W.to(dtype).T).float(), *tensors)
+            (losses @ weights).backward()
+
+        @torch.no_grad()
+        def products(rows):
+            x = h.to(dtype)
+            w = W.to(dtype)
+            d_hidden = torch.zeros(N, H)
+            d_weight = torch.zeros(V, H)
+            for start in range(0, N, rows):
+                part = slice(start, start + rows)
+                logits = x[part] @ w.T
+                d_hidden[part] = logits @ w
+                d_weight += logits.T @ x[part]
+
+        peers = {"three products in the same chunks": partial(products, chunk),
+                 "three products in one piece": partial(products, N), "textbook": textbook}
+        seconds = medians(5, ours=ours, **peers)
+        for peer, target in zip(peers, targets):
+            print(f"| head, 1,024 positions, {str(dtype)[6:]} | {peer} | {seconds['ours']:.2f} s | {seconds[peer]:.2f} s | "
+                  f"takes **{seconds['ours'] / seconds[peer]:.2f}** times as long | at most {target} |", flush=True)
+
+
+def files_row(folder):
+    """Loading against reading the bytes and casting them; saving against writing and syncing them."""
+    path = Path(folder) / "model.safetensors"
+    scratch = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
+
+    def read_and_cast():
+        data = bytearray(path.stat().st_size)
+        with open(path, "rb") as file:
+            file.readinto(data)
+        end = len(data) // 2 * 2
+        return torch.frombuffer(data, dtype=BF16, count=end // 2).float()
+
+    seconds = medians(5, ours=lambda: Transformer.from_pretrained(folder), peer=read_and_cast)
+    print(f"| loading to float32 | reading its bytes, casting them | {seconds['ours']:.2f} s | {seconds['peer']:.2f} s | "
+          f"takes **{seconds['ours'] / seconds['peer']:.2f}** times as long | at most 1.3 |", flush=True)
+    model = Transformer.from_pretrained(folder)
+    data = torch.zeros(model.num_parameters() * 2, dtype=torch.uint8).fill_(1).numpy()
+
+    def write():
+        with open(scratch / "plain", "wb") as file:
+            file.write(data)
+            os.fsync(file.fileno())
+        (scratch / "plain").unlink()
+
+    def save():
+        model.save_pretrained(scratch / "model", BF16)
+        shutil.rmtree(scratch / "model")
+
+    seconds = medians(5, ours=save, peer=write)
+    shutil.rmtree(scratch)
+    print(f"| saving in bfloat16 | writing and syncing its bytes | {seconds['ours']:.2f} s | {seconds['peer']:.2f} s | "
+          f"takes **{seconds['ours'] / seconds['peer']:.2f}** times as long | at most 1.5 |", flush=True)
+
+
+def memory_row(folder):
+    """Peak memory of the head at 1,024 and 8,192 positions, and of loading, in processes of their own."""
+    loads = "from model import Transformer; m = Transformer.from_pretrained(sys.argv[1])"
+    code = ("import resource, sys, torch; from pathlib import Path; {}; "
+            "status = dict(line.split(':') for line in open('/proc/self/status') if ':' in line); "
+            "print(int(status['RssAnon'].split()[0]))")
+    command = [sys.executable, "-c", code.format(loads), folder]
+    anonymous = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) * 1024
+    copy = 4 * Transformer.from_pretrained(folder, device="meta").num_parameters()
+    print(f"| memory after loading to float32 | one copy, {copy / 1e9:.2f} GB | {anonymous / 1e9:.2f} GB | | "
+          f"**{anonymous / copy:.2f}** | about 1 |", flush=True)
+
+
+# ---- On a GPU: not run yet ---------------------------------------------------------------------------------------
+
+SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}  # hidden, inner, layers, heads, kv heads
+PEAK = 989e12  # bfloat16 operations a second of an H100
+BANDWIDTH = 3.35e12  # bytes a second
+
+
+def gpu_row(folder):
+    """Training as a share of the peak rate, decoding as a share of the memory bandwidth, at the shapes of Qwen3."""
+    if not torch.cuda.is_available():
+        sys.exit("the row gpu needs a CUDA device")
+    for name, (hidden, inner, layers, heads, kv_heads) in SHAPES.items():
+        config = {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": hidden, "intermediate_size": inner,
+                  "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+                  "head_dim": 128, "tie_word_embeddings": True}
+        with torch.device("cuda"):
+            model = Transformer(config)
+        chat = SimpleNamespace(stop_ids=(), vocab_size=151_936, decode=str)
+        for tokens in (4096, 8192, 16_384):
+            prompt = list(range(1000, 1600))
+            groups = [Group({}, prompt, [Response(prompt[:250], (0, 250)) for _ in range(8)])
+                      for _ in range(max(1, tokens // 2600))]
+            args = training_args("sft", tokens)
+
+            def step():
+                model.zero_grad()
+                loss_over_batch(model, None, groups, cross_entropy, args)
+                torch.cuda.synchronize()
+
+            seconds = medians(5, 2, step=step)["step"]
+            packed = sum(group.length for group in groups)
+            layer_weights = model.num_parameters() - model.head_weight.numel()
+            counted = sum(group.counted_tokens for group in groups)
+            operations = 6 * (layer_weights * packed + model.head_weight.numel() * counted)
+            print(f"| training, {name}, {packed:,} tokens | {PEAK / 1e12:.0f} TFLOP/s | {seconds:.3f} s | | "
+                  f"**{operations / seconds / PEAK:.0%}** | 40 % |", flush=True)
+        policy = model.copy(BF16)
+        for slots in (64, 256, 512):
+            sampler = Sampler(policy, slots, 600, 128, chat)
+            for i in range(slots // 8):
+                sampler.add(Request(list(range(1000, 1600)), 8, i, 1.0, 128))
+
+            def decode():
+                sampler.step()
+                torch.cuda.synchronize()
+
+            seconds = medians(60, 5, step=decode)["step"]
+            weights = 2 * policy.num_parameters()
+            keys = 2 * 2 * layers * kv_heads * 128 * (slots // 8 * 600 + slots * 35)
+            print(f"| decoding, {name}, {slots} slots | {BANDWIDTH / 1e12:.2f} TB/s | {seconds * 1e3:.1f} ms | | "
+                  f"**{(weights + keys) / BANDWIDTH / seconds:.0%}** | 50 % |", flush=True)
+
+
+ROWS = {"head": head_row, "decoding": decoding_row, "sampling": sampling_row, "neighbours": neighbours_row,
+        "files": files_row, "memory": memory_row, "slopes": slopes_row, "ckd": ckd_row, "sft": sft_row, "rl": rl_row,
+        "gpu": gpu_row}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; default: all but gpu")
+    parser.add_argument("--model", default=os.environ.get("STAR_REAL_MODEL"), help="model folder")
+    parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        side, length = args.side
+        print("\n" + json.dumps(run_side(args.model, side, int(length))))
+        return
+    if unknown := set(args.rows) - ROWS.keys():
+        parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
+    if not args.model and args.rows != ["gpu"]:
+        parser.error("--model is missing: a folder with a real Qwen2.5 of 0.5B parameters")
+    train.pick_device("cpu")  # with its allocator settings
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}\n")
+    print("| what | peer or limit | here | peer | ratio | asked |\n|---|---|---|---|---|---|")
+    for name in args.rows or [name for name in ROWS if name != "gpu"]:
+        ROWS[name](args.model)
+
+
+if __name__ == "__main__":
+    main()
