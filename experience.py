@@ -14,17 +14,17 @@ from tqdm import tqdm
 
 import train
 from data.groups import Response, next_prompts
-from sampler import Request, Sampler, describe_cache
+from sampler import Request, Sampler, cache_size, describe_cache
 
 STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished groups, if there are several ranks
 
 
 def make_sampler(policy, groups, chat, args):
     """The sampler of a run, with room for the longest prompt."""
-    num_slots = min(args.max_concurrent, args.n * args.max_draws * args.prompts_per_step)
-    size = (num_slots, max(len(group.prompt) for group in groups), args.max_new_tokens)
+    requests = [Request(group.prompt, args.n, 0, args.temperature, args.max_new_tokens) for group in groups]
+    size = cache_size(args.max_concurrent, requests)
     train.note(describe_cache(policy, *size))
-    return Sampler(policy, *size, chat)
+    return Sampler(policy, chat, *size)
 
 
 def sample_step(sampler, prompts, first, score, has_signal, args):

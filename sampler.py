@@ -20,6 +20,7 @@ Departures from the released code:
 3. The stop token is the last id of a response. An immediate stop is allowed; the released code forces one other token
    first. Nothing is appended to a response that reached the length limit (released: an end token).
 """
+import math
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -97,16 +98,18 @@ class Sampler:
     """Draws responses to many requests, up to `num_slots` of them at a time.
 
     model: a Transformer, in the precision to sample with
-    num_slots: responses drawn concurrently
-    prompt_tokens, max_new_tokens: the most that a request has; the cache holds num_slots of each at most
     chat: a response ends with one of its `stop_ids`; ids from its `vocab_size` on are never drawn
+    num_slots: responses drawn concurrently
+    num_prompts: prompts that they may belong to
+    prompt_tokens, max_new_tokens: the most that a request has
     """
 
-    def __init__(self, model, num_slots, prompt_tokens, max_new_tokens, chat):
+    def __init__(self, model, chat, num_slots, num_prompts, prompt_tokens, max_new_tokens):
         self.model = model
         self.chat = chat
         self.num_slots = num_slots
-        self.cache = KVCache(model, num_slots, prompt_tokens, num_slots, max_new_tokens)
+        self.num_prompts = num_prompts
+        self.cache = KVCache(model, num_prompts, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
         self.waiting = deque()  # slots of the request that was started last, which wait for a row
         self.slots = []  # slots[i] is row i of the cache's responses
@@ -167,6 +170,8 @@ class Sampler:
         """Start waiting responses in free slots: those of the request that was started last, then of the next one."""
         started = len(self.prompts)
         while len(self.slots) < self.num_slots and (self.waiting or self.requests):
+            if not self.waiting and len(self.prompts) == self.num_prompts:
+                break
             if not self.waiting:
                 request = self.requests.popleft()
                 generator = torch.Generator().manual_seed(request.seed)
@@ -189,6 +194,7 @@ class Sampler:
             self.cache.start_prompts(row + start)
             if ids.numel():
                 self.model.hidden_states(ids, cache=self.cache)
+
     def draw(self, hidden):
         """The next token of every slot and its log-prob, [B] each, from hidden states [B, H]."""
         head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
@@ -277,25 +283,30 @@ def next_token(logits, uniform, temperature=None, top_p=None):
     return ids.squeeze(-1), log_probs.squeeze(-1).float()
 
 
-def cache_size(requests, num_slots):
-    """(num_slots, prompt_tokens, max_new_tokens) of a sampler for these requests."""
-    num_responses = sum(request.n for request in requests)
+def cache_size(num_slots, requests):
+    """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
+
+    The first responses to a prompt end long before the last one, so there is room for three times as many prompts as
+    whole requests fit the slots.
+    """
+    num_slots = min(num_slots, sum(request.n for request in requests))
+    num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))
     prompt_tokens = max(len(request.prompt) for request in requests)
-    return min(num_slots, num_responses), prompt_tokens, max(request.max_new_tokens for request in requests)
+    return num_slots, num_prompts, prompt_tokens, max(request.max_new_tokens for request in requests)
 
 
-def describe_cache(model, num_slots, prompt_tokens, max_new_tokens):
+def describe_cache(model, num_slots, num_prompts, prompt_tokens, max_new_tokens):
     """The memory of a sampler's keys and values, as a line of text."""
     c = model.model.c
-    tokens = num_slots * (prompt_tokens + max_new_tokens)
+    tokens = num_prompts * prompt_tokens + num_slots * max_new_tokens
     size = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * model.head_weight.itemsize
-    return (f"{num_slots} slots x ({prompt_tokens:,} + {max_new_tokens:,}) tokens: "
-            f"at most {tokens * size / 1e9:.2f} GB of keys and values")
+    return (f"keys and values of {num_prompts} prompts x {prompt_tokens:,} and {num_slots} responses x "
+            f"{max_new_tokens:,} tokens: at most {tokens * size / 1e9:.2f} GB")
 
 
 def generate(model, requests, num_slots, chat):
     """Answer requests; yields each as soon as all its responses are done. Parameters as of `Sampler`."""
-    sampler = Sampler(model, *cache_size(requests, num_slots), chat)
+    sampler = Sampler(model, chat, *cache_size(num_slots, requests))
     for request in requests:
         sampler.add(request)
     while sampler.busy:

@@ -6,12 +6,13 @@ groups with a learning signal, and improves the policy pi in a few optimiser ste
     J = mean_i 1/|o_i| sum_t [ min(r A_i, clip(r, 1 - low, 1 + high) A_i) - beta KL(pi || pi_ref) ]            Eq. 11
     r = pi(o_it) / pi_old(o_it)        A_i = (R_i - mean(R)) / std(R)                                          Eq. 12
 
-The reward is a function of a record and a text; the loop knows nothing of tool calls. The sampler is sampler.py.
+The reward is a function of a record and a text; the loop knows nothing of tool calls. experience.py draws the groups.
 
 Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step is a rollout batch and several updates.
 
 Where paper, released code and this file differ:
-1. Sampler: released, vLLM; here, the model that trains (sampler.py). Log-probs are recomputed before the updates.
+1. Sampler: released, vLLM; here, the model that trains (sampler.py). The log-probs of pi_old are computed again before
+   the updates, except for the first update of a step, whose loss computes the same numbers.
 2. Vocabulary: ids beyond the tokenizer (padding rows of the embedding) are cut off, in the sampler and in the trainer.
 3. Truncation: a truncated response is trained on unchanged. The released code appends an end token and trains on it,
    though the policy never sampled it.
@@ -165,7 +166,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     steps = train.Steps(start, num_steps, "sim-rl")
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
-        # have a learning signal.
+        # have a learning signal. Eq. 12 turns rewards into advantages.
         policy.copy_weights(model)
         accept = partial(has_signal, rule=args.filter)
         groups, kept, seconds = sample_step(

@@ -34,7 +34,7 @@ def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="device to compute on")
+        help="device to compute on; not run on cuda or mps yet")
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
     if seed:
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")

@@ -104,7 +104,7 @@ def sample_responses(args, out, chat, records, prompts, rows, draws):
             requests[i].append(Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i))
     queue = [request for i in missing for request in requests[i]]
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args.device))
-    note(describe_cache(model, *cache_size(queue, args.max_concurrent)))
+    note(describe_cache(model, *cache_size(args.max_concurrent, queue)))
     with tqdm(desc=args.command, total=len(missing), unit="prompt") as bar:
         for request in generate(model, queue, args.max_concurrent, chat):
             i = request.number

@@ -48,7 +48,7 @@ def read_input(prompt):
 
 def print_reply(model, chat, request):
     """Answer a request, printing the text as it comes. Returns it, without the end token."""
-    sampler = Sampler(model, 1, len(request.prompt), request.max_new_tokens, chat)
+    sampler = Sampler(model, chat, 1, 1, len(request.prompt), request.max_new_tokens)
     sampler.add(request)
     printed = ""
     while sampler.busy:

@@ -138,9 +138,7 @@ def rl_row(folder, lengths=(400, 1000)):
     for length, targets in zip(lengths, ((6, 4.5), (7, 5))):
         seconds = {}
         for side in ("star", "trl", "trl-without-checkpointing", "star"):
-            command = [sys.executable, "-m", "tests.bench", "--model", folder, "--side", side, str(length)]
-            process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            seconds.setdefault(side, []).extend(json.loads(process.stdout.splitlines()[-1])[1:])
+            seconds.setdefault(side, []).extend(run_alone(folder, side, length)[1:])
         ours = statistics.median(seconds["star"])
         for side, peer, target in zip(("trl", "trl-without-checkpointing"), (
                 "TRL, its defaults", "TRL, gradient checkpointing off"), targets):
@@ -148,11 +146,20 @@ def rl_row(folder, lengths=(400, 1000)):
                    {peer: statistics.median(seconds[side])}, target)
 
 
-def run_side(folder, side, length):
+def run_alone(folder, side, size):
+    """What `run_side` returns in a process of its own."""
+    command = [sys.executable, "-m", "tests.bench", "--model", folder, "--side", side, str(size)]
+    process = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def run_side(folder, side, size):
     train.pick_device("cpu")  # with its allocator settings
     if side == "star":
-        return star_steps(folder, length)
-    return trl_steps(folder, length, side == "trl")
+        return star_steps(folder, size)
+    if side.startswith("trl"):
+        return trl_steps(folder, size, side == "trl")
+    return head_memory(size) if side == "head" else load_memory(folder)
 
 
 # ---- Training steps ----------------------------------------------------------------------------------------------
@@ -294,7 +301,7 @@ def decoding_row(folder):
     matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     matrices.append(model.head_weight[:chat.vocab_size])
     vectors = {size: torch.randn(1, size, dtype=BF16) for size in {m.shape[1] for m in matrices}}
-    sampler = Sampler(model, 1, 64, 200, endless(chat))
+    sampler = Sampler(model, endless(chat), 1, 1, 64, 200)
     sampler.add(Request(text_ids(chat, 64), 1, 0, 1.0, 200))
 
     @torch.no_grad()
@@ -325,14 +332,18 @@ def neighbours_row(folder):
 
 # ---- The output head, loading and saving -------------------------------------------------------------------------
 
-def head_row(folder, V=151_936, H=896, N=1024, k=100, chunk=256):
-    """CKD's loss and gradients against the three matrix products that it cannot do without."""
+def head_inputs(N, V=151_936, H=896, k=100):
+    """The head, hidden states, token weights and a made-up teacher's top-k, as tensors of CKD's loss."""
     torch.manual_seed(0)
     W = torch.randn(V, H).mul_(0.02).requires_grad_()
     h = torch.randn(N, H, requires_grad=True)
-    weights = torch.full((N,), 1 / N)
     log_p, ids = torch.randn(N, V // 64).mul_(3).log_softmax(-1).topk(k)  # a teacher over 1/64 of the ids
-    tensors = (ids[:, 0], ids, log_p)
+    return W, h, torch.full((N,), 1 / N), (ids[:, 0], ids, log_p)
+
+
+def head_row(folder, N=1024, chunk=256):
+    """CKD's loss and gradients against the three matrix products that it cannot do without."""
+    W, h, weights, tensors = head_inputs(N)
     for dtype, targets in ((torch.float32, (1.1, 1.4, 0.8)), (BF16, (1.5, 2.2, 0.65))):
         def ours():
             h.grad = W.grad = None
@@ -347,8 +358,8 @@ def head_row(folder, V=151_936, H=896, N=1024, k=100, chunk=256):
         def products(rows):
             x = h.to(dtype)
             w = W.to(dtype)
-            d_hidden = torch.zeros(N, H)
-            d_weight = torch.zeros(V, H)
+            d_hidden = torch.zeros_like(h)
+            d_weight = torch.zeros_like(W)
             for start in range(0, N, rows):
                 part = slice(start, start + rows)
                 logits = x[part] @ w.T
@@ -397,17 +408,44 @@ def files_row(folder):
           f"takes **{seconds['ours'] / seconds['peer']:.2f}** times as long | at most 1.5 |", flush=True)
 
 
+def head_memory(N):
+    """Peak memory of the head's loss and gradients in bfloat16, above that of its inputs, in GB."""
+    W, h, weights, tensors = head_inputs(N)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    head_loss(h, W, weights, ckd_loss, *tensors, dtype=BF16)[0].backward()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+
+
 def memory_row(folder):
-    """Peak memory of the head at 1,024 and 8,192 positions, and of loading, in processes of their own."""
-    loads = "from model import Transformer; m = Transformer.from_pretrained(sys.argv[1])"
-    code = ("import resource, sys, torch; from pathlib import Path; {}; "
-            "status = dict(line.split(':') for line in open('/proc/self/status') if ':' in line); "
-            "print(int(status['RssAnon'].split()[0]))")
-    command = [sys.executable, "-c", code.format(loads), folder]
-    anonymous = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout) * 1024
-    copy = 4 * Transformer.from_pretrained(folder, device="meta").num_parameters()
-    print(f"| memory after loading to float32 | one copy, {copy / 1e9:.2f} GB | {anonymous / 1e9:.2f} GB | | "
-          f"**{anonymous / copy:.2f}** | about 1 |", flush=True)
+    """Peak memory of the head at two sizes, and memory after loading, in processes of their own."""
+    small, large = (run_alone(folder, "head", N) for N in (1024, 8192))
+    print(f"| memory of the head, 8,192 positions | 1,024 positions | {large:.2f} GB | {small:.2f} GB | "
+          f"**{large / small:.2f}** | 1 |", flush=True)
+    loaded = run_alone(folder, "load", 0)
+    copy = 4 * Transformer.from_pretrained(folder, device="meta").num_parameters() / 1e9
+    print(f"| peak memory of loading to float32 | one copy | {loaded:.2f} GB | {copy:.2f} GB | "
+          f"**{loaded / copy:.2f}** | about 1 |", flush=True)
+
+
+def load_memory(folder):
+    """Memory that is not of files, at its highest while a model loads, in GB."""
+    import threading
+    highest = 0
+
+    def watch():
+        nonlocal highest
+        while not loaded.wait(0.002):
+            status = Path("/proc/self/status").read_text()
+            highest = max(highest, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+
+    loaded = threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    start = int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+    Transformer.from_pretrained(folder)
+    loaded.set()
+    thread.join()
+    return (highest - start) / 1e9
 
 
 # ---- On a GPU: not run yet ---------------------------------------------------------------------------------------
@@ -448,7 +486,7 @@ def gpu_row(folder):
                   f"**{operations / seconds / PEAK:.0%}** | 40 % |", flush=True)
         policy = model.copy(BF16)
         for slots in (64, 256, 512):
-            sampler = Sampler(policy, slots, 600, 128, chat)
+            sampler = Sampler(policy, chat, slots, slots // 8, 600, 128)
             for i in range(slots // 8):
                 sampler.add(Request(list(range(1000, 1600)), 8, i, 1.0, 128))
 
@@ -475,8 +513,8 @@ def main():
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        side, length = args.side
-        print("\n" + json.dumps(run_side(args.model, side, int(length))))
+        side, size = args.side
+        print("\n" + json.dumps(run_side(args.model, side, int(size))))
         return
     if unknown := set(args.rows) - ROWS.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")

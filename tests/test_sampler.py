@@ -6,11 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import sample
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.chat import Chat
 from kv_cache import KVCache
 from model import Transformer
-from sampler import Request, Sampler, generate, next_token
+from sampler import Request, Sampler, cache_size, generate, next_token
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
@@ -182,7 +183,7 @@ def test_requests_of_all_kinds_are_admitted_while_others_run(model, prompts):
     for request in alone:
         assert list(generate(model, [request], 1, chat)) == [request] and request.done
     together = make_requests()
-    sampler = Sampler(model, 4, 14, 30, chat)
+    sampler = Sampler(model, chat, 4, 4, 14, 30)
     done = []
     for request in together:  # one every other step
         sampler.add(request)
@@ -243,7 +244,7 @@ def test_requests_with_one_prompt_share_its_keys(model, prompts, monkeypatch):
     """As the greedy answer and the samples of an evaluation do; and nothing outlives `clear`."""
     chat = SimpleNamespace(stop_ids=STOP_IDS, vocab_size=61)
     requests = [Request(prompts[0], 1, 0, 0.0, 20), Request(prompts[0], 3, 1, 1.0, 20), Request(prompts[2], 2, 2, 1.0, 20)]
-    sampler = Sampler(model, 8, 14, 20, chat)
+    sampler = Sampler(model, chat, 8, 8, 14, 20)
     for request in requests:
         sampler.add(request)
     sampler.fill_slots()
@@ -258,6 +259,43 @@ def test_requests_with_one_prompt_share_its_keys(model, prompts, monkeypatch):
     sampler.fill_slots()
     sampler.clear()
     assert sampler.prompts == [] and not sampler.busy
+
+
+def test_few_rows_for_prompts_change_no_text(model, prompts):
+    """A request waits for one, and the cache stays small."""
+    chat = SimpleNamespace(stop_ids=STOP_IDS, vocab_size=61)
+    requests = [Request(prompt, 3, 5 + i, 1.0, 20) for i, prompt in enumerate(prompts)]
+    sampler = Sampler(model, chat, 15, 2, 14, 20)
+    for request in requests:
+        sampler.add(request)
+    while sampler.busy:
+        sampler.step()
+        assert len(sampler.prompts) <= 2
+    assert [[r.ids for r in request.responses] for request in requests] == ids_of(
+        sample(model, prompts, 3, 20, STOP_IDS, 5))
+    assert cache_size(8, requests) == (8, 8, 14, 20) and cache_size(100, requests) == (15, 15, 14, 20)
+    assert cache_size(64, [Request([1] * 9, 8, 0, 1.0, 5)] * 99) == (64, 24, 9, 5)
+
+
+def test_a_step_waits_for_the_device_once(model, prompts):
+    """Nothing in it asks for a number of a tensor, which would stop a GPU: not before the drawn tokens are read."""
+    class Recorder(TorchDispatchMode):
+        names = set()
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.add(function.overloadpacket.__name__)
+            return function(*args, **kwargs or {})
+
+    chat = SimpleNamespace(stop_ids=STOP_IDS, vocab_size=61)
+    sampler = Sampler(model, chat, 8, 8, 14, 20)
+    for i, prompt in enumerate(prompts):
+        sampler.add(Request(prompt, 3, i, 1.0 * (i % 2), 20, 0.9))
+    with Recorder():
+        while sampler.busy:
+            sampler.step()
+        assert not {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"} & Recorder.names
+        torch.ones(1).item()
+    assert "_local_scalar_dense" in Recorder.names and "cumsum" in Recorder.names
 
 
 def test_keys_are_read_in_multiples_of_32(model, monkeypatch):
