@@ -8,8 +8,8 @@ from data import InputError
 from data.chat import Chat
 from data.groups import (Group, Response, attention_mask, counted_tokens, make_groups, micro_batches,
                          optimiser_batches, pack, read_groups, share_prefixes)
+from head import head_loss
 from model import Transformer
-from train import head_loss
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
