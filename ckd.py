@@ -32,7 +32,7 @@ from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.groups import read_groups
 from data.records import add_data_flags
-from head import head_loss, hidden_states
+from head import entropy, head_loss, hidden_states
 from model import Transformer
 from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
@@ -137,12 +137,6 @@ def cross_entropy(logits, target):
     log_q = logits.log_softmax(-1)  # [C, V]
     nll = -log_q.gather(-1, target[:, None]).squeeze(-1)  # [C]
     return nll, {"nll": nll, "entropy": entropy(log_q)}
-
-
-@torch.no_grad()
-def entropy(log_q):
-    """Entropy in nats: [C, V] -> [C]."""
-    return -log_q.exp().mul_(log_q).sum(-1)
 
 
 def objective_loss(args):

@@ -1,10 +1,10 @@
 """What a step of Sim-RL learns from: groups of sampled and scored responses, in the order of their prompts.
 
-Groups finish in any order. They are accepted in the order of their prompts, so that short responses are not favoured,
-up to the one that fills the step; what was drawn beyond it is dropped. So neither the number of slots nor that of ranks
-changes what is trained on.
+Groups finish in any order. They are accepted in the order of their prompts, so that short responses are not favoured.
+The group that fills the step ends it, and later ones are dropped. The number of slots or ranks does not change what is
+trained on.
 
-Departure from the released code: it samples whole batches of prompts, here a step stops as soon as it has its groups.
+Departure from the released code: it samples whole batches of prompts; here a step stops as soon as it has its groups.
 """
 from collections import deque
 from dataclasses import asdict
@@ -38,31 +38,30 @@ def sample_step(sampler, prompts, first, score, has_signal, args):
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
     ranks = train.world_size()
     groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
-    mine = deque(range(train.rank(), len(groups), ranks))  # numbers of the groups that this rank samples
+    numbers = deque(range(train.rank(), len(groups), ranks))  # of the groups that this rank samples
     started = 0
     accepted = []
     kept = []
-    sampler.clear()  # the weights have changed
     while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is.
             share = (1 + len(kept)) / (1 + len(accepted))
             missing = args.prompts_per_step - len(kept)
-            while mine and sampler.num_free > 0 and (started - len(accepted)) * share < missing:
-                number = mine.popleft()
+            while numbers and sampler.num_free > 0 and (started - len(accepted)) * share < missing:
+                number = numbers.popleft()
                 seed = args.seed * 1_000_003 + first + number
                 sampler.add(Request(groups[number].prompt, args.n, seed, args.temperature,
                                     args.max_new_tokens, number=number))
                 started += ranks
             # 2. Draw a token in every slot.
-            done = []
+            finished = []
             for _ in range(STEPS_PER_EXCHANGE if ranks > 1 else 1):
-                done += sampler.step()
+                finished += sampler.step()
         with train.timed(seconds, "seconds_scoring"):
             # 3. Score finished groups, and give them to all ranks.
-            for request in done:
+            for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
-            for number, responses in share_responses(done, sampler.model.head_weight.device):
+            for number, responses in share_responses(finished, sampler.model.head_weight.device):
                 groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
         while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
@@ -72,6 +71,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args):
             accepted.append(group)
             if has_signal(group.rewards, group.answer_scores):
                 kept.append(group)
+    sampler.clear()
     return accepted, kept, seconds
 
 
@@ -101,15 +101,14 @@ def validate(sampler, groups, score, args):
     score: as in `sample_step`; also returns "exact", whether a text is the gold answer
     """
     sums = {"valid_reward": 0.0, "valid_exact": 0.0}
-    mine = groups[train.rank()::train.world_size()]
-    sampler.clear()
-    for number, group in enumerate(mine):
+    share = groups[train.rank()::train.world_size()]
+    for number, group in enumerate(share):
         sampler.add(Request(group.prompt, 1, 0, 0.0, args.max_new_tokens, number=number))
-    with tqdm(desc="validate", total=len(mine), delay=2, leave=False, disable=train.rank() > 0) as bar:
+    with tqdm(desc="validate", total=len(share), delay=2, leave=False, disable=train.rank() > 0) as bar:
         while sampler.busy:
             for request in sampler.step():
                 text = sampler.chat.decode(request.responses[0].ids)
-                result = score(mine[request.number].record, text)
+                result = score(share[request.number].record, text)
                 sums["valid_reward"] += result["reward"]
                 sums["valid_exact"] += result["exact"]
                 bar.update()

@@ -1,7 +1,7 @@
-"""The output head in chunks of positions: losses with their gradients, log-probs and top-k, without ever holding all logits.
+"""The output head in chunks of positions: losses with their gradients, log-probs and top-k. All logits never exist.
 
-A row of logits has 151,936 numbers, so 4,096 positions would take 2.5 GB and the loss several times that. Departure from
-the released code: no tensor of positions x vocabulary exists, and prompt positions never reach the head.
+A row of logits has 151,936 numbers, so 4,096 positions would take 2.5 GB, and the loss several times that. Departure
+from the released code: no tensor of positions x vocabulary exists, and prompt positions never reach the head.
 
 Shapes: N counted positions, C of them in a chunk, H hidden size, V ids.
 """
@@ -124,6 +124,12 @@ def topk_log_probs(hidden, weight, k, generator=None, chunk=256):
         ids.append(tokens)
         log_p.append(values)
     return torch.cat(ids), torch.cat(log_p)
+
+
+@torch.no_grad()
+def entropy(log_p):
+    """Entropy in nats: log-probs [C, V] -> [C]."""
+    return -log_p.exp().mul_(log_p).sum(-1)
 
 
 def hidden_states(model, packed, dtype):

@@ -1,10 +1,11 @@
 """The Qwen2 / Qwen2.5 / Qwen3 dense decoder in plain PyTorch, loading and saving.
 
 Read it from top to bottom: settings, normalisation, rotary positions, attention, feed-forward, layer, decoder,
-transformer, safetensors files. Parameters have the names of the published safetensors files, so
-loading needs no mapping table, and a saved folder loads in `transformers` and vLLM.
+transformer, safetensors files. Parameters have the names of the published safetensors files, so loading needs no
+mapping table, and a saved folder loads in `transformers` and vLLM.
 
-Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size, V vocabulary size. `c` is the dict of settings that `read_config` returns.
+Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size, V vocabulary size. `c` is the dict of
+settings that `read_config` returns.
 
 Departures from the released model code:
 1. `mask` is a boolean tensor over (query, key): packed groups and the sampler share one prompt through it.

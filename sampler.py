@@ -9,8 +9,8 @@ frees its slot at once: the last slot in use moves into the hole, and the next r
     generate    requests in, each out as soon as it is done
     next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
 
-What is drawn depends on the request and the model, not on the requests that run beside it: the uniform numbers belong
-to the request. (Rounding does depend on them: seen in bfloat16 now and then, in float32 hardly ever.)
+A response depends on its request and the model only, because the uniform numbers belong to the request. Other requests
+change the rounding of logits: in float32 this hardly ever changes a text, in bfloat16 it changes many.
 
 Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
 
@@ -88,7 +88,7 @@ class Request:
 
 @dataclass
 class Slot:
-    """One response in the making, and a uniform number for each of its tokens."""
+    """A response that is being sampled, and a uniform number for each of its tokens."""
     request: Request
     response: Response
     uniforms: list
@@ -120,7 +120,7 @@ class Sampler:
         self.requests.append(request)
 
     def clear(self):
-        """Drop all requests and cached keys, which are stale when the weights have changed."""
+        """Drop all requests and their prompts. Needed before the weights change, if any are left: keys become stale."""
         self.requests.clear()
         self.waiting.clear()
         self.slots.clear()
@@ -170,19 +170,22 @@ class Sampler:
         """Start waiting responses in free slots: those of the request that was started last, then of the next one."""
         started = len(self.prompts)
         while len(self.slots) < self.num_slots and (self.waiting or self.requests):
-            if not self.waiting and len(self.prompts) == self.num_prompts:
-                break
             if not self.waiting:
-                request = self.requests.popleft()
-                generator = torch.Generator().manual_seed(request.seed)
-                uniforms = torch.rand(request.max_new_tokens, request.n, generator=generator)
-                request.responses = [Response([], (0, 0), log_probs=[]) for _ in range(request.n)]
-                for response, numbers in zip(request.responses, uniforms.T.tolist()):
-                    self.waiting.append(Slot(request, response, numbers))
-                if not any(prompt is request.prompt for prompt in self.prompts):
-                    self.prompts.append(request.prompt)
+                if len(self.prompts) == self.num_prompts:
+                    break
+                self.start_request(self.requests.popleft())
             self.slots.append(self.waiting.popleft())
         self.prefill(started)
+
+    def start_request(self, request):
+        """Make a waiting slot for each response of a request, and give its prompt a row if it has none."""
+        generator = torch.Generator().manual_seed(request.seed)
+        uniforms = torch.rand(request.max_new_tokens, request.n, generator=generator)
+        request.responses = [Response([], (0, 0), log_probs=[]) for _ in range(request.n)]
+        for response, numbers in zip(request.responses, uniforms.T.tolist()):
+            self.waiting.append(Slot(request, response, numbers))
+        if not any(prompt is request.prompt for prompt in self.prompts):
+            self.prompts.append(request.prompt)
 
     def prefill(self, row):
         """Compute the keys of the prompts from `row` on, but for their last tokens: each response feeds that one."""

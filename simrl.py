@@ -21,8 +21,8 @@ Where paper, released code and this file differ:
 5. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
 6. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
    which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
-7. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it has
-   enough groups, at most --max-draws times as many. With too few, it makes fewer updates.
+7. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it
+   has enough groups, at most --max-draws times as many. With too few, it makes fewer updates.
 8. An optimiser batch is made of whole groups (released: of sequences of many prompts).
 """
 import math
@@ -38,7 +38,7 @@ from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
 from data.rollouts import prompt_groups, score_response
 from experience import make_sampler, sample_step, validate
-from head import head_loss, hidden_states, token_log_probs
+from head import entropy, head_loss, hidden_states, token_log_probs
 from model import Transformer
 from sampler import add_count_flags
 
@@ -93,8 +93,6 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     mismatch, the difference between the log-probs of the trainer and the sampler.
     """
     log_probs = (logits / temperature).log_softmax(-1)  # [C, V]
-    with torch.no_grad():
-        entropy = -log_probs.exp().mul_(log_probs).sum(-1)  # [C]
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
     if old_log_p is None:
         old_log_p = log_p.detach()
@@ -102,7 +100,7 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     unclipped = ratio * advantage  # [C]
     limited = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage  # [C]
     policy = -torch.minimum(unclipped, limited)  # [C], Eq. 11
-    stats = {"policy": policy, "entropy": entropy}
+    stats = {"policy": policy, "entropy": entropy(log_probs)}
     stats["clipped"] = limited < unclipped
     if sampler_log_p is not None:
         stats["mismatch"] = (old_log_p - sampler_log_p).abs()
@@ -163,12 +161,11 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         row = validate(sampler, valid, score, args)
         if train.rank() == 0:
             runs.log_step(args.out, {"step": 0} | row)
+    accept = partial(has_signal, rule=args.filter)
     steps = train.Steps(start, num_steps, "sim-rl")
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
-        policy.copy_weights(model)
-        accept = partial(has_signal, rule=args.filter)
         groups, kept, seconds = sample_step(
             sampler, prompts, progress["prompts"], score, accept, args)
         progress["prompts"] += len(groups)
@@ -196,10 +193,10 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
                 train.optimiser_step(optimisers, rate)
                 row |= {"lr": rate, "grad_norm": norm}
             row |= mean_metrics(batch_sums, counted_tokens(kept), device)
+            policy.copy_weights(model)
 
         # 4. Validate.
         if valid and (step % args.valid_every == 0 or step == num_steps):
-            policy.copy_weights(model)
             row |= validate(sampler, valid, score, args)
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
@@ -356,7 +353,8 @@ def run_simrl(args):
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
         f"{len(prompts):,} prompts, {skipped} skipped as too long; "
-        f"{args.prompts_per_step} x {args.n} responses a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+        f"{args.prompts_per_step} x {args.n} responses a step; "
+        f"{model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
 
     # 3. Train.
     score = partial(training_reward, chat, args)

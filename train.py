@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -149,8 +148,9 @@ def pick_device(name):
 
 
 def keep_pages():
-    """Let glibc keep freed memory. Else it goes back to the system, and half of the output head's time on a CPU is spent
-    on faulting it in again. Costs up to 2 GB. Set STAR_KEEP_PAGES=0 to leave the allocator as it is."""
+    """Let glibc keep freed memory, up to 2 GB. Otherwise it goes back to the system, and half of the output head's time
+    on a CPU is page faults. STAR_KEEP_PAGES=0 leaves the allocator as it is.
+    """
     if sys.platform == "linux" and os.environ.get("STAR_KEEP_PAGES") != "0":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another C library may lack it
         mallopt(-1, 2_000_000_000), mallopt(-3, 400_000_000)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD

@@ -97,11 +97,11 @@ def sample_responses(args, out, chat, records, prompts, rows, draws):
     missing.sort(key=lambda i: -len(prompts[i]))  # prompts that run together have similar lengths
     if not missing:
         return [rows[i] for i in sorted(rows)]
-    requests = {i: [] for i in missing}
+    requests = {}
     for i in missing:
-        for n, temperature, top_p in draws:
-            seed = args.seed * 1_000_003 + i
-            requests[i].append(Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i))
+        seed = args.seed * 1_000_003 + i
+        requests[i] = [Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i)
+                       for n, temperature, top_p in draws]
     queue = [request for i in missing for request in requests[i]]
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args.device))
     note(describe_cache(model, *cache_size(args.max_concurrent, queue)))

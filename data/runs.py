@@ -101,17 +101,22 @@ def read_metrics(out):
 
 
 def summarise_training(out):
-    """The figures of a whole run of `ckd` or `sft`. valid_before and valid_after are the first and last validation."""
+    """The figures of a whole run of `ckd` or `sft`."""
     rows = read_metrics(out)
     trained = [row for row in rows if "loss" in row]
-    valid = [valid_metrics(row) for row in rows if "valid_nll" in row] or [None]
     summary = {"steps": len(trained)}
     for name in ("sequences", "packed_tokens", "seconds", "tokens"):
         summary[name] = round(sum(row[name] for row in trained), 1)
     summary["response_tokens"] = summary.pop("tokens")
     seconds = sum(row["seconds"] for row in trained)
     summary["tokens_per_s"] = round(summary["packed_tokens"] / seconds, 1)
-    return summary | {"valid_before": valid[0], "valid_after": valid[-1]}
+    return summary | first_and_last_validation(rows)
+
+
+def first_and_last_validation(rows):
+    """{"valid_before", "valid_after"}: the metrics of a run's first and last validation; None without one."""
+    valid = [valid_metrics(row) for row in rows if valid_metrics(row)] or [None]
+    return {"valid_before": valid[0], "valid_after": valid[-1]}
 
 
 def valid_metrics(row):
@@ -122,8 +127,8 @@ def valid_metrics(row):
 def summarise_refinement(out):
     """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
     rows = read_metrics(out)
-    valid = [valid_metrics(row) for row in rows if "valid_reward" in row] or [None]
-    rows = [row for row in rows if "reward" in row]  # without that of the validation before the first step
+    validation = first_and_last_validation(rows)
+    rows = [row for row in rows if "reward" in row]  # the validation before the first step has none
     fifth = max(1, len(rows) // 5)
     sampled = sum(row["groups_drawn"] for row in rows)
     kept = sum(row["groups_kept"] for row in rows)
@@ -138,7 +143,7 @@ def summarise_refinement(out):
     }
     for name in ("seconds_sampling", "seconds_scoring", "seconds_training"):
         summary[name] = round(sum(row[name] for row in rows), 1)
-    return summary | {"valid_before": valid[0], "valid_after": valid[-1]}
+    return summary | validation
 
 
 def describe_batch(batch, seconds):

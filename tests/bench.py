@@ -1,10 +1,10 @@
 """Speed and memory as ratios against named peers: python -m tests.bench [ROW ...] --model FOLDER
 
 A row runs this project and its peer in turn, on the same machine with the same allocator settings, and prints the
-medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without names, all
-rows but `gpu` run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet meanwhile.
+medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without
+names, all rows but `gpu` run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet meanwhile.
 
-`rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` needs a GPU, and was not run.
+`rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` needs a GPU; not run.
 """
 import argparse
 import itertools
@@ -12,12 +12,12 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -60,22 +60,22 @@ def report(what, ours, peers, target=""):
         print(f"| {what} | {peer} | {ours:.3g} s | {seconds:.3g} s | **{seconds / ours:.2f}** | {target} |", flush=True)
 
 
+def report_limit(what, limit, ours, least, target):
+    """Print a line of the table: how many times as long as a limit this project takes."""
+    print(f"| {what} | {limit} | {ours:.2f} s | {least:.2f} s | takes **{ours / least:.2f}** times as long | "
+          f"at most {target} |", flush=True)
+
+
 def text_ids(chat, length, start=0):
     """`length` tokens of a running text."""
     text = "".join((ROOT / name).read_text() for name in ("simrl.py", "ckd.py", "reward.py", "train.py"))
     return chat.encode(text)[start:start + length]
 
 
-def groups_of(chat, num_prompts, prompt, n, response):
-    """Groups of prompts and responses with these numbers of tokens; `response` may be a list of n."""
-    lengths = response if isinstance(response, list) else [response] * n
-    groups = []
-    for i in range(num_prompts):
-        responses = []
-        for j, length in enumerate(lengths):
-            responses.append(Response(text_ids(chat, length, 40 * (i * n + j) + prompt), (0, length)))
-        groups.append(Group({}, text_ids(chat, prompt, 31 * i), responses))
-    return groups
+def group_of(chat, prompt, n, response):
+    """A group of a prompt and n responses with these numbers of tokens."""
+    responses = [Response(text_ids(chat, response, 40 * j + prompt), (0, response)) for j in range(n)]
+    return Group({}, text_ids(chat, prompt), responses)
 
 
 # ---- A step of GRPO beside TRL -----------------------------------------------------------------------------------
@@ -140,8 +140,8 @@ def rl_row(folder, lengths=(400, 1000)):
         for side in ("star", "trl", "trl-without-checkpointing", "star"):
             seconds.setdefault(side, []).extend(run_alone(folder, side, length)[1:])
         ours = statistics.median(seconds["star"])
-        for side, peer, target in zip(("trl", "trl-without-checkpointing"), (
-                "TRL, its defaults", "TRL, gradient checkpointing off"), targets):
+        peers = {"trl": "TRL, its defaults", "trl-without-checkpointing": "TRL, gradient checkpointing off"}
+        for (side, peer), target in zip(peers.items(), targets):
             report(f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}", ours,
                    {peer: statistics.median(seconds[side])}, target)
 
@@ -159,7 +159,9 @@ def run_side(folder, side, size):
         return star_steps(folder, size)
     if side.startswith("trl"):
         return trl_steps(folder, size, side == "trl")
-    return head_memory(size) if side == "head" else load_memory(folder)
+    if side == "head":
+        return head_memory(size)
+    return peak_above_start(lambda: Transformer.from_pretrained(folder))
 
 
 # ---- Training steps ----------------------------------------------------------------------------------------------
@@ -168,16 +170,16 @@ def ckd_row(folder):
     """CKD of a model by itself: a packed group against a padded row for each response."""
     chat = Chat.from_pretrained(folder)
     model = Transformer.from_pretrained(folder)
-    teacher = make_teacher(folder, chat)
-    packed = groups_of(chat, 1, 600, 8, 60)
-    padded = [Group(g.record, g.prompt, [r]) for g in packed for r in g.responses]
+    teacher = Teacher(Transformer.from_pretrained(folder, BF16), 100, chat.vocab_size)
+    group = group_of(chat, 600, 8, 60)
+    padded = [Group({}, group.prompt, [response]) for response in group.responses]
     args = training_args("ckd", 4096)
 
     def step(groups):
         model.zero_grad()
         loss_over_batch(model, teacher, groups, ckd_loss, args, step=1)
 
-    seconds = medians(2, ours=partial(step, packed), padded=partial(step, padded))
+    seconds = medians(2, ours=partial(step, [group]), padded=partial(step, padded))
     report("CKD step, 600-token prompt x 8 x 60", seconds["ours"], {"padded rows here": seconds["padded"]}, 4)
 
 
@@ -189,16 +191,12 @@ def training_args(command, micro_batch_tokens, dtype="bfloat16"):
     return args
 
 
-def make_teacher(folder, chat):
-    return Teacher(Transformer.from_pretrained(folder, BF16), 100, chat.vocab_size)
-
-
 def sft_row(folder):
     """Eight records of unequal lengths: forward, backward, clip and AdamW, beside a plain transformers loop."""
     from transformers import AutoModelForCausalLM
     chat = Chat.from_pretrained(folder)
     lengths = [(120, 30), (180, 90), (240, 20), (300, 60), (380, 120), (450, 40), (520, 80), (640, 50)]
-    groups = [groups_of(chat, 1, prompt, 1, response)[0] for prompt, response in lengths]
+    groups = [group_of(chat, prompt, 1, response) for prompt, response in lengths]
     model = Transformer.from_pretrained(folder)
     optimisers = train.make_optimisers("adamw", model, SimpleNamespace(lr=1e-6, weight_decay=0.0))
     args = training_args("sft", 4096)
@@ -284,9 +282,9 @@ def sampling_row(folder):
     peer = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
 
     def theirs(cache):
-        peer.generate(torch.tensor(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0,
-                      num_return_sequences=8, min_new_tokens=48, max_new_tokens=48, cache_implementation=cache,
-                      disable_compile=True, pad_token_id=0)
+        peer.generate(torch.tensor(prompts), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                      repetition_penalty=1.0, num_return_sequences=8, min_new_tokens=48, max_new_tokens=48,
+                      cache_implementation=cache, disable_compile=True, pad_token_id=0)
 
     sides = {"dynamic cache": lambda: theirs("dynamic"), "static cache": lambda: theirs("static")}
     seconds = medians(2, ours=ours, **sides)
@@ -310,8 +308,9 @@ def decoding_row(folder):
             torch.nn.functional.linear(vectors[matrix.shape[1]], matrix)
 
     seconds = medians(40, 5, ours=sampler.step, alone=alone)
+    share = seconds["alone"] / seconds["ours"]
     print(f"| decoding one sequence, bf16 | its matrices alone | {seconds['ours'] * 1e3:.1f} ms | "
-          f"{seconds['alone'] * 1e3:.1f} ms | **{seconds['alone'] / seconds['ours']:.0%}** of the limit | 85 % |", flush=True)
+          f"{seconds['alone'] * 1e3:.1f} ms | **{share:.0%}** of the limit | 85 % |", flush=True)
 
 
 def neighbours_row(folder):
@@ -370,8 +369,7 @@ def head_row(folder, N=1024, chunk=256):
                  "three products in one piece": partial(products, N), "textbook": textbook}
         seconds = medians(5, ours=ours, **peers)
         for peer, target in zip(peers, targets):
-            print(f"| head, 1,024 positions, {str(dtype)[6:]} | {peer} | {seconds['ours']:.2f} s | {seconds[peer]:.2f} s | "
-                  f"takes **{seconds['ours'] / seconds[peer]:.2f}** times as long | at most {target} |", flush=True)
+            report_limit(f"head, 1,024 positions, {str(dtype)[6:]}", peer, seconds["ours"], seconds[peer], target)
 
 
 def files_row(folder):
@@ -387,8 +385,7 @@ def files_row(folder):
         return torch.frombuffer(data, dtype=BF16, count=end // 2).float()
 
     seconds = medians(5, ours=lambda: Transformer.from_pretrained(folder), peer=read_and_cast)
-    print(f"| loading to float32 | reading its bytes, casting them | {seconds['ours']:.2f} s | {seconds['peer']:.2f} s | "
-          f"takes **{seconds['ours'] / seconds['peer']:.2f}** times as long | at most 1.3 |", flush=True)
+    report_limit("loading to float32", "reading its bytes, casting them", seconds["ours"], seconds["peer"], 1.3)
     model = Transformer.from_pretrained(folder)
     data = torch.zeros(model.num_parameters() * 2, dtype=torch.uint8).fill_(1).numpy()
 
@@ -404,20 +401,11 @@ def files_row(folder):
 
     seconds = medians(5, ours=save, peer=write)
     shutil.rmtree(scratch)
-    print(f"| saving in bfloat16 | writing and syncing its bytes | {seconds['ours']:.2f} s | {seconds['peer']:.2f} s | "
-          f"takes **{seconds['ours'] / seconds['peer']:.2f}** times as long | at most 1.5 |", flush=True)
-
-
-def head_memory(N):
-    """Peak memory of the head's loss and gradients in bfloat16, above that of its inputs, in GB."""
-    W, h, weights, tensors = head_inputs(N)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    head_loss(h, W, weights, ckd_loss, *tensors, dtype=BF16)[0].backward()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 1e9
+    report_limit("saving in bfloat16", "writing and syncing its bytes", seconds["ours"], seconds["peer"], 1.5)
 
 
 def memory_row(folder):
-    """Peak memory of the head at two sizes, and memory after loading, in processes of their own."""
+    """Peak memory of the head at two sizes, and of loading, in processes of their own."""
     small, large = (run_alone(folder, "head", N) for N in (1024, 8192))
     print(f"| memory of the head, 8,192 positions | 1,024 positions | {large:.2f} GB | {small:.2f} GB | "
           f"**{large / small:.2f}** | 1 |", flush=True)
@@ -427,25 +415,35 @@ def memory_row(folder):
           f"**{loaded / copy:.2f}** | about 1 |", flush=True)
 
 
-def load_memory(folder):
-    """Memory that is not of files, at its highest while a model loads, in GB."""
-    import threading
-    highest = 0
+def head_memory(N):
+    """Peak memory of the head's loss and gradients in bfloat16, above that of its inputs, in GB."""
+    W, h, weights, tensors = head_inputs(N)
+    return peak_above_start(lambda: head_loss(h, W, weights, ckd_loss, *tensors, dtype=BF16)[0].backward())
+
+
+def peak_above_start(run):
+    """The most memory while `run` runs, without that of mapped files, above what was there before, in GB.
+
+    ru_maxrss is no help: a process inherits the maximum of the one that started it.
+    """
+    sizes = [anonymous_memory()]
+    finished = threading.Event()
 
     def watch():
-        nonlocal highest
-        while not loaded.wait(0.002):
-            status = Path("/proc/self/status").read_text()
-            highest = max(highest, int(status.split("RssAnon:")[1].split()[0]) * 1024)
+        while not finished.wait(0.002):
+            sizes.append(anonymous_memory())
 
-    loaded = threading.Event()
     thread = threading.Thread(target=watch)
     thread.start()
-    start = int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
-    Transformer.from_pretrained(folder)
-    loaded.set()
+    run()
+    finished.set()
     thread.join()
-    return (highest - start) / 1e9
+    return max(sizes) - sizes[0]
+
+
+def anonymous_memory():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e9
 
 
 # ---- On a GPU: not run yet ---------------------------------------------------------------------------------------

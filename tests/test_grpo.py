@@ -592,7 +592,8 @@ def test_no_model_is_in_memory_that_is_not_needed(tmp_path):
 
     model.copy = recording_copy
     run(tmp_path / "run", model=model, dtype="bfloat16", steps=3)
-    policy, = copies  # whose weights were those of the model before the last step
+    policy, = copies
+    assert torch.equal(flat(policy), flat(model).bfloat16())
     assert all(1e-6 < row["mismatch"] < 0.05 for row in metrics(tmp_path / "run"))  # a bfloat16 sampler differs a little
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not torch.equal(flat(policy), flat(tiny()).bfloat16())

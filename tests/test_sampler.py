@@ -243,7 +243,8 @@ def test_a_prompt_is_computed_once_and_a_free_slot_is_used_at_once(model, prompt
 def test_requests_with_one_prompt_share_its_keys(model, prompts, monkeypatch):
     """As the greedy answer and the samples of an evaluation do; and nothing outlives `clear`."""
     chat = SimpleNamespace(stop_ids=STOP_IDS, vocab_size=61)
-    requests = [Request(prompts[0], 1, 0, 0.0, 20), Request(prompts[0], 3, 1, 1.0, 20), Request(prompts[2], 2, 2, 1.0, 20)]
+    requests = [Request(prompts[0], 1, 0, 0.0, 20), Request(prompts[0], 3, 1, 1.0, 20),
+                Request(prompts[2], 2, 2, 1.0, 20)]
     sampler = Sampler(model, chat, 8, 8, 14, 20)
     for request in requests:
         sampler.add(request)
