@@ -166,7 +166,7 @@ def distill(student, teacher, groups, valid, args, start=0):
     """
     loss = objective_loss(args) if teacher else cross_entropy
     batches = plan_batches(groups, args)
-    optimisers = train.make_optimisers(args.optimiser, student, args)
+    optimisers = train.make_optimisers(student, args)
     if start:
         runs.load_checkpoint(args.out, start, student, optimisers)
     elif valid:
@@ -310,8 +310,6 @@ def add_supervised_flags(parser, lr, weight_decay):
         "into one shared-prefix row")
     add("--samples", type=natural, default=3, metavar="N",
         help="held-out prompts to answer before and after")
-    add("--optimiser", choices=("adamw", "muon"), default="adamw",
-        help="muon, for very small models, trains the layers' matrices at 5 x --lr")
     valid_help = "records or rollouts to validate on; default: hold out some of --data"
     train.add_valid_flags(parser, valid_help, every=100)
     add_prompt_flags(parser)

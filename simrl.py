@@ -151,7 +151,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         raise ValueError("a reference is required when kl_weight > 0, and only then")
     device = model.head_weight.device
     num_steps, num_updates = plan_steps(len(prompts), args)
-    optimisers = train.make_optimisers("adamw", model, args)
+    optimisers = train.make_optimisers(model, args)
     progress = {"prompts": 0, "updates": 0}
     if start:
         progress = runs.load_checkpoint(args.out, start, model, optimisers)

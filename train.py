@@ -44,6 +44,8 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=non_negative, default=lr,
         help="peak learning rate; 3%% warm-up, cosine to a tenth")
+    add("--optimiser", choices=("adamw", "muon"), default="adamw",
+        help="muon, for very small models, trains the layers' matrices at 5 x --lr")
     add("--batch-size", type=positive, default=128, metavar="N",
         help="responses per optimiser step, in whole groups")
     add("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
@@ -80,12 +82,12 @@ def adamw(parameters, lr, weight_decay):
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
 
-def make_optimisers(name, model, args):
-    """The optimisers called "adamw" or "muon", as a list, with the rate and weight decay of `args`.
+def make_optimisers(model, args):
+    """The optimisers that --optimiser names, as a list, with the rate and weight decay of `args`.
 
     muon, for very small models: Muon on the matrices of the layers at 5 times the rate; AdamW on the rest.
     """
-    if name == "adamw":
+    if args.optimiser == "adamw":
         return [adamw(model.parameters(), args.lr, args.weight_decay)]
     matrices = []
     rest = []

@@ -198,7 +198,7 @@ def sft_row(folder):
     lengths = [(120, 30), (180, 90), (240, 20), (300, 60), (380, 120), (450, 40), (520, 80), (640, 50)]
     groups = [group_of(chat, prompt, 1, response) for prompt, response in lengths]
     model = Transformer.from_pretrained(folder)
-    optimisers = train.make_optimisers("adamw", model, SimpleNamespace(lr=1e-6, weight_decay=0.0))
+    optimisers = train.make_optimisers(model, SimpleNamespace(optimiser="adamw", lr=1e-6, weight_decay=0.0))
     args = training_args("sft", 4096)
 
     def ours():

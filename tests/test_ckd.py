@@ -372,7 +372,7 @@ def test_bfloat16_products_keep_the_direction_of_the_gradient():
 
 def test_the_optimiser_is_the_released_one():
     model = Transformer(CONFIG | {"model_type": "qwen2"}).init_weights(0)
-    adamw, = make_optimisers("adamw", model, settings("ckd", lr=0.5, weight_decay=0.25))
+    adamw, = make_optimisers(model, settings("ckd", lr=0.5, weight_decay=0.25))
     matrices, vectors = adamw.param_groups
     assert matrices["weight_decay"] == 0.25 and vectors["weight_decay"] == 0.0
     assert {p.dim() for p in matrices["params"]} == {2} and {p.dim() for p in vectors["params"]} == {1}
@@ -388,7 +388,7 @@ def test_the_optimiser_is_the_released_one():
 
 def test_muon_takes_the_matrices_of_the_layers():
     model = Transformer(CONFIG)
-    optimisers = make_optimisers("muon", model, settings("ckd", lr=0.5, weight_decay=0.0))
+    optimisers = make_optimisers(model, settings("ckd", optimiser="muon", lr=0.5, weight_decay=0.0))
     muon, adamw = ({id(p) for group in o.param_groups for p in group["params"]} for o in optimisers)
     for name, p in model.named_parameters():
         p.grad = torch.ones_like(p)

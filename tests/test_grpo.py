@@ -859,7 +859,7 @@ def test_interrupted_and_resumed(tmp_path, whole):
 def test_the_optimiser_resumes_at_its_own_count(whole):
     """A step is one rollout batch; AdamW counts optimiser steps."""
     model = tiny()
-    optimisers = train.make_optimisers("adamw", model, small_settings(whole))
+    optimisers = train.make_optimisers(model, small_settings(whole))
     progress = load_checkpoint(whole, 8, model, optimisers)
     updates = metrics(whole)[7]["updates"]
     assert progress["updates"] == updates > 8 and progress["prompts"] > 8 * 6

@@ -237,20 +237,23 @@ def make_reasoning(r, tools, calls):
 
 
 def sloppy_calls(calls, tools):
-    """The calls as a careless annotator writes them: the first only, numbers as text, no optional arguments.
+    """The calls as a careless annotator writes them: the first only, without numbers, with every flag set, and with
+    an argument of his own beside each word from a list (an enum).
 
-    >>> tool = {"name": "set_timer", "parameters": {"required": ["minutes"]}}
-    >>> sloppy_calls([{"name": "set_timer", "arguments": {"minutes": 5, "label": "pasta"}}], [tool])
-    [{'name': 'set_timer', 'arguments': {'minutes': '5'}}]
+    >>> tool = {"name": "brew", "parameters": {"properties": {
+    ...     "kind": {"type": "string", "enum": ["tea", "coffee"]}, "cups": {"type": "integer"}}}}
+    >>> sloppy_calls([{"name": "brew", "arguments": {"kind": "tea", "cups": 2}}], [tool])
+    [{'name': 'brew', 'arguments': {'kind': 'tea', 'priority': 'high'}}]
     """
-    required = {tool["name"]: tool["parameters"]["required"] for tool in tools}
+    properties = {tool["name"]: tool["parameters"]["properties"] for tool in tools}
     result = []
     for call in calls[:1]:
         arguments = {}
-        for name in call["arguments"]:
-            if name in required[call["name"]]:
-                value = call["arguments"][name]
-                arguments[name] = str(value) if type(value) is int else value  # a bool is an int too
+        for name, value in call["arguments"].items():
+            if type(value) is not int:  # a bool is an int too
+                arguments[name] = True if type(value) is bool else value
+            if "enum" in properties[call["name"]][name]:
+                arguments["priority"] = "high"
         result.append({"name": call["name"], "arguments": arguments})
     return result
 
