@@ -25,9 +25,10 @@ from model import Transformer
 PLAN = """
 sft --model teacher-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out teacher-easy {sft}
 sft --model teacher-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out teacher-full {sft}
-sft --model teacher-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out teacher {sft}
+sft --model teacher-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out teacher-world {sft}
+sft --model teacher-world/model --data mixed.jsonl.gz --steps 300 --lr 1e-3 --out teacher {sft}
 sft --model student-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out student-easy {sft}
-sft --model student-easy/model --data sloppy.jsonl.gz --steps 1100 --lr 2e-3 --out student {sft}
+sft --model student-easy/model --data sloppy.jsonl.gz --steps 2200 --lr 2e-3 --out student {sft}
 """
 CEILING = """
 sft --model student-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out ceiling-full {sft}
@@ -89,10 +90,11 @@ def write_inputs(out, seed):
                   optional=0.3, two_words=0.0)
     write_records(out / "full.jsonl.gz", 9_600, seed, offered=(1, 2, 2), two=0.1, real=0.1)
     write_records(out / "world.jsonl.gz", 3_600, seed)
-    write_records(out / "sloppy.jsonl.gz", 6_600, seed, offered=(2,), sloppy=0.7)
+    write_records(out / "mixed.jsonl.gz", 3_600, seed, sloppy=0.3)
+    write_records(out / "sloppy.jsonl.gz", 13_200, seed, offered=(2,), sloppy=0.7)
     write_records(out / "train.jsonl.gz", 800, seed)  # to distil and refine with
     for split in SPLITS[1:]:
-        write_records(out / f"{split}.jsonl.gz", 640, seed, split, shared=1)
+        write_records(out / f"{split}.jsonl.gz", 1_280, seed, split, shared=1)
     chat = make_record(random.Random(7), random_names=0, offered=(2,))
     write_json(out / "chat_tools.json", chat["tools"])
     tiny = {"tokenizer": make_tokenizer(), "layers": 4, "think": "off"}
