@@ -31,7 +31,9 @@ from data import non_negative, natural, number, positive, read_json, runs, write
 from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.groups import read_groups
-from data.records import add_data_flags
+from data.records import add_data_flags, has_answer
+from data.rollouts import score_response
+from experience import score_answers
 from head import entropy, head_loss, hidden_states
 from model import Transformer
 from sampler import greedy_answers
@@ -153,7 +155,7 @@ def objective_loss(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
-def distill(student, teacher, groups, valid, args, start=0):
+def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     """Train a student on groups, with the `--objective` loss if there is a teacher, otherwise with cross-entropy.
 
     student: a Transformer with float32 weights, changed in place
@@ -161,6 +163,7 @@ def distill(student, teacher, groups, valid, args, start=0):
     groups, valid: lists of `Group`, to train and to validate on
     args: the parsed flags of `ckd` or `sft`
     start: the step to resume after
+    answer_valid: a function student -> {"valid_reward", "valid_exact"} of its own answers, or None
 
     Writes metrics.jsonl and checkpoints under --out. Returns False if Ctrl-C stopped the run.
     """
@@ -170,7 +173,7 @@ def distill(student, teacher, groups, valid, args, start=0):
     if start:
         runs.load_checkpoint(args.out, start, student, optimisers)
     elif valid:
-        row = validate(student, teacher, valid, args)
+        row = validate(student, teacher, valid, args, answer_valid)
         if train.rank() == 0:
             runs.log_step(args.out, {"step": 0} | row)
     steps = train.Steps(start, len(batches), args.command)
@@ -190,7 +193,7 @@ def distill(student, teacher, groups, valid, args, start=0):
 
         # 3. Validate.
         if valid and (step % args.valid_every == 0 or step == len(batches)):
-            row |= validate(student, teacher, valid, args)
+            row |= validate(student, teacher, valid, args, answer_valid)
             runs.check_finite(args.out, step, "the validation nll", row["valid_nll"])
 
         # 4. Log and save. After Ctrl-C on any rank, this step ends the loop.
@@ -251,8 +254,8 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
 
 
 @torch.no_grad()
-def validate(student, teacher, valid, args):
-    """Means over the held-out tokens, their names prefixed with valid_.
+def validate(student, teacher, valid, args, answer_valid=None):
+    """Means over the held-out tokens, their names prefixed with valid_; with answer_valid, also its figures.
 
     kl is the forward KL for every objective but rskd, so that the curves of different objectives can be compared.
     """
@@ -262,7 +265,10 @@ def validate(student, teacher, valid, args):
         loss = partial(ckd_loss, m=args.m, divergence=divergence)
     means = loss_over_batch(student, teacher, valid, loss, args)
     del means["loss"]  # not the training objective
-    return {f"valid_{name}": value for name, value in means.items()}
+    means = {f"valid_{name}": value for name, value in means.items()}
+    if answer_valid:
+        means |= answer_valid(student.in_dtype(getattr(torch, args.dtype)))
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,6 +318,8 @@ def add_supervised_flags(parser, lr, weight_decay):
         help="held-out prompts to answer before and after")
     valid_help = "records or rollouts to validate on; default: hold out some of --data"
     train.add_valid_flags(parser, valid_help, every=100)
+    parser.add_argument("--valid-answers", type=natural, default=0, metavar="N",
+        help="also answer the first N held-out prompts at each validation: exact calls, reward")
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, save_every=100)
 
@@ -357,7 +365,13 @@ def run_training(args, student_folder, teacher_folder=None):
     dtype = getattr(torch, args.dtype)
     if train.rank() == 0 and not start:
         write_json(path, greedy_answers(student, chat, shown, dtype, "before"))
-    if not distill(student, teacher, groups, valid, args, start):
+    answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
+    answer_valid = None
+    if answered:
+        answer_valid = partial(
+            score_answers, chat=chat, groups=answered, score=partial(score_response, chat),
+            num_slots=64, max_new_tokens=args.max_response_tokens)
+    if not distill(student, teacher, groups, valid, args, start, answer_valid):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.

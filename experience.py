@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import train
 from data.groups import Response, next_prompts
-from sampler import Request, Sampler, cache_size, describe_cache
+from sampler import Request, Sampler, cache_size, describe_cache, generate
 
 STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished groups, if there are several ranks
 
@@ -95,22 +95,20 @@ def share_responses(requests, device):
 
 
 @torch.no_grad()
-def validate(sampler, groups, score, args):
-    """{"valid_reward", "valid_exact"}: means over greedy answers to held-out prompts.
+def score_answers(model, chat, groups, score, num_slots, max_new_tokens):
+    """{"valid_reward", "valid_exact"}: means over greedy answers to held-out prompts, on all ranks.
 
+    model: a Transformer in the precision to answer in
+    groups: their prompts are answered, in full
     score: as in `sample_step`; also returns "exact", whether a text is the gold answer
     """
     sums = {"valid_reward": 0.0, "valid_exact": 0.0}
     share = groups[train.rank()::train.world_size()]
-    for number, group in enumerate(share):
-        sampler.add(Request(group.prompt, 1, 0, 0.0, args.max_new_tokens, number=number))
-    with tqdm(desc="validate", total=len(share), delay=2, leave=False, disable=train.rank() > 0) as bar:
-        while sampler.busy:
-            for request in sampler.step():
-                text = sampler.chat.decode(request.responses[0].ids)
-                result = score(share[request.number].record, text)
-                sums["valid_reward"] += result["reward"]
-                sums["valid_exact"] += result["exact"]
-                bar.update()
-    sums = train.sum_over_ranks(sums, sampler.model.head_weight.device)
+    requests = [Request(group.prompt, 1, 0, 0.0, max_new_tokens, number=i) for i, group in enumerate(share)]
+    finished = generate(model, requests, num_slots, chat)
+    for request in tqdm(finished, "validate", len(share), delay=2, leave=False, disable=train.rank() > 0):
+        result = score(share[request.number].record, chat.decode(request.responses[0].ids))
+        sums["valid_reward"] += result["reward"]
+        sums["valid_exact"] += result["exact"]
+    sums = train.sum_over_ranks(sums, model.head_weight.device)
     return {name: value / len(groups) for name, value in sums.items()}

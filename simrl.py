@@ -37,7 +37,7 @@ from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
 from data.rollouts import prompt_groups, score_response
-from experience import make_sampler, sample_step, validate
+from experience import make_sampler, sample_step, score_answers
 from head import entropy, head_loss, hidden_states, token_log_probs
 from model import Transformer
 from sampler import add_count_flags
@@ -156,9 +156,10 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     if start:
         progress = runs.load_checkpoint(args.out, start, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
-    sampler = make_sampler(policy, [*prompts, *valid], chat, args)
+    sampler = make_sampler(policy, prompts, chat, args)
+    validate = partial(score_answers, policy, chat, valid, score, args.max_concurrent, args.max_new_tokens)
     if valid and not start:
-        row = validate(sampler, valid, score, args)
+        row = validate()
         if train.rank() == 0:
             runs.log_step(args.out, {"step": 0} | row)
     accept = partial(has_signal, rule=args.filter)
@@ -197,7 +198,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
 
         # 4. Validate.
         if valid and (step % args.valid_every == 0 or step == num_steps):
-            row |= validate(sampler, valid, score, args)
+            row |= validate()
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
         row |= {"updates": progress["updates"]} | seconds

@@ -395,6 +395,21 @@ def test_the_files_of_a_run(here, capsys, command):
     assert rows("run/metrics.jsonl") == logged
 
 
+def test_held_out_prompts_are_answered_at_each_validation(here):
+    """The figures after the last step are those of `eval` for the model that was saved; training stays the same."""
+    command = f"{CKD} --steps 2 --valid-every 1 --lr 1e-2 --save-dtype float32 --valid train.jsonl --valid-limit 6"
+    assert run(f"{command} --valid-answers 4 --max-response-tokens 200") == 0
+    logged = rows("run/metrics.jsonl")
+    assert [row["step"] for row in logged if "valid_exact" in row and "valid_kl" in row] == [0, 1, 2]
+    assert run("eval --model run/model --data train.jsonl --limit 4 --max-new-tokens 200 --out scores "
+               "--dtype float32 --device cpu") == 0
+    summary = json.loads(Path("scores/summary.json").read_text())
+    assert logged[-1]["valid_reward"] == pytest.approx(summary["metrics"]["reward"]["mean"])
+    assert run(f"{command} --overwrite --max-response-tokens 200") == 0
+    for before, after in zip(logged, rows("run/metrics.jsonl")):
+        assert before.get("loss") == after.get("loss") and "valid_exact" not in after
+
+
 @pytest.mark.parametrize("command", [SIMRL, f"{SIMRL} --kl-weight 0 --reward binary --loss-mean sequence"])
 def test_the_files_of_sim_rl(here, capsys, command):
     assert run(command) == 0

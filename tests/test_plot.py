@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import star
+from data import InputError
 
 pytest.importorskip("matplotlib")
 VALID = {"step": 0, "valid_kl": 1.5, "valid_inside": 0.75}
@@ -22,12 +23,12 @@ def draw(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
 
-    def draw(runs):
+    def draw(runs, *flags):
         for folder, rows in runs.items():
             (tmp_path / folder).mkdir(parents=True)
             (tmp_path / folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         folders = [str(tmp_path / folder) for folder in runs]
-        args, run = star.parse(["plot", *folders, "--out", str(tmp_path / "x.png")])
+        args, run = star.parse(["plot", *folders, "--out", str(tmp_path / "x.png"), *flags])
         run(args)
         figure = figures.pop()
         panels = {}
@@ -65,3 +66,25 @@ def test_a_long_curve_is_smoothed_in_place(draw):
     assert smooth[0].tolist() == list(range(2000))
     assert np.abs(smooth[1] - 0.01 * np.arange(2000))[50:-50].max() < 0.6 < np.abs(noise).max()  # follows the line
     assert abs(smooth[1][0]) < 1 and abs(smooth[1][-1] - 20) < 1  # to both its ends
+
+
+def test_the_story_puts_runs_one_after_the_other(draw, tmp_path):
+    """Held-out answers over the seconds of both runs, the teacher's figure as a line."""
+    runs = {"ckd": [{"step": 0, "valid_exact": 0.2, "valid_reward": 0.1},
+                    {"step": 1, "seconds": 4.0, "valid_exact": 0.6, "valid_reward": 0.5}],
+            "star": [{"step": 0, "valid_exact": 0.6, "valid_reward": 0.5},
+                     {"step": 1, "reward": 0.1, "seconds_sampling": 2.0, "seconds_training": 1.0},
+                     {"step": 2, "reward": 0.1, "seconds_sampling": 2.0, "seconds_training": 1.0,
+                      "valid_exact": 0.9, "valid_reward": 0.8}]}
+    answers = [{"exact": True, "reward": 1.0}, {"exact": False, "reward": 0.0}]
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    (folder / "generations.jsonl").write_text(
+        "".join(json.dumps({"responses": [answer, answers[0]]}) + "\n" for answer in answers))
+    panels, names = draw(runs, "--story", "--teacher", str(folder))
+    assert names == ["ckd", "star", "teacher"]
+    ckd, star_run, teacher = panels["Exact answers, held out, greedy"]
+    assert [list(values) for values in ckd] == [[0, 4], [0.2, 0.6]]
+    assert [list(values) for values in star_run] == [[4, 10], [0.6, 0.9]] and list(teacher[1]) == [0.5, 0.5]
+    with pytest.raises(InputError, match="no held-out answers"):
+        draw({"other": SIMRL}, "--story")
