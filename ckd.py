@@ -265,10 +265,8 @@ def validate(student, teacher, valid, args, answer_valid=None):
         loss = partial(ckd_loss, m=args.m, divergence=divergence)
     means = loss_over_batch(student, teacher, valid, loss, args)
     del means["loss"]  # not the training objective
-    means = {f"valid_{name}": value for name, value in means.items()}
-    if answer_valid:
-        means |= answer_valid(student.in_dtype(getattr(torch, args.dtype)))
-    return means
+    answers = answer_valid(student.in_dtype(getattr(torch, args.dtype))) if answer_valid else {}
+    return {f"valid_{name}": value for name, value in means.items()} | answers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,11 +364,9 @@ def run_training(args, student_folder, teacher_folder=None):
     if train.rank() == 0 and not start:
         write_json(path, greedy_answers(student, chat, shown, dtype, "before"))
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
-    answer_valid = None
-    if answered:
-        answer_valid = partial(
-            score_answers, chat=chat, groups=answered, score=partial(score_response, chat),
-            num_slots=64, max_new_tokens=args.max_response_tokens)
+    answer_valid = None if not answered else partial(
+        score_answers, chat=chat, groups=answered, score=partial(score_response, chat),
+        num_slots=64, max_new_tokens=args.max_response_tokens)
     if not distill(student, teacher, groups, valid, args, start, answer_valid):
         return train.stopped_run(args)
 

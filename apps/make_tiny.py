@@ -5,8 +5,9 @@ same command resumes an interrupted rebuild. data/tiny holds copies of the resul
 runs/tiny/student/model and the record files that PLAN does not train on.
 
 The teacher learns easy records (two tools offered, one call requested), then records a little harder than the
-world's, then the world's own. The student should write the right form but often the wrong call, so seven in ten of
-its later records have a careless annotator's answer (`sloppy_calls`): it learns to read tools, and bad habits.
+world's, then the world's own, at last with the answers of a careless annotator (`sloppy_calls`) in three of ten: its
+greedy answers stay right, its samples are mixed. Seven in ten of the student's later records have such answers: it
+learns to read tools, and bad habits.
 """
 import argparse
 import json
@@ -26,13 +27,9 @@ PLAN = """
 sft --model teacher-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out teacher-easy {sft}
 sft --model teacher-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out teacher-full {sft}
 sft --model teacher-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out teacher-world {sft}
-sft --model teacher-world/model --data mixed.jsonl.gz --steps 300 --lr 1e-3 --out teacher {sft}
+sft --model teacher-world/model --data world30.jsonl.gz --steps 300 --lr 1e-3 --out teacher {sft}
 sft --model student-init --data easy.jsonl.gz --steps 400 --lr 2e-3 --out student-easy {sft}
-sft --model student-easy/model --data sloppy.jsonl.gz --steps 2200 --lr 2e-3 --out student {sft}
-"""
-CEILING = """
-sft --model student-easy/model --data full.jsonl.gz --steps 1600 --lr 2e-3 --out ceiling-full {sft}
-sft --model ceiling-full/model --data world.jsonl.gz --steps 300 --lr 1e-3 --out ceiling {sft}
+sft --model student-easy/model --data sloppy2.jsonl.gz --steps 2200 --lr 2e-3 --out student {sft}
 """
 SFT = """
     --optimiser muon --share-prefix 8 --batch-size 96 --micro-batch-tokens 2048
@@ -90,8 +87,8 @@ def write_inputs(out, seed):
                   optional=0.3, two_words=0.0)
     write_records(out / "full.jsonl.gz", 9_600, seed, offered=(1, 2, 2), two=0.1, real=0.1)
     write_records(out / "world.jsonl.gz", 3_600, seed)
-    write_records(out / "mixed.jsonl.gz", 3_600, seed, sloppy=0.3)
-    write_records(out / "sloppy.jsonl.gz", 13_200, seed, offered=(2,), sloppy=0.7)
+    write_records(out / "world30.jsonl.gz", 3_600, seed, sloppy=0.3)
+    write_records(out / "sloppy2.jsonl.gz", 13_200, seed, offered=(2,), sloppy=0.7)
     write_records(out / "train.jsonl.gz", 800, seed)  # to distil and refine with
     for split in SPLITS[1:]:
         write_records(out / f"{split}.jsonl.gz", 1_280, seed, split, shared=1)
@@ -106,15 +103,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--out", default="runs/tiny", help="folder for everything")
-    add("--ceiling", action="store_true", help="also train the ceiling of README.md")
     add("--seed", type=int, default=42, help="random seed")
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     write_inputs(out, args.seed)
     machine = f"--think off --dtype float32 --device cpu --seed {args.seed}"
-    plan = (PLAN + CEILING * args.ceiling).format(sft=f"{SFT} {machine}")
-    for name in ["teacher", "student", "ceiling"][:2 + args.ceiling]:
+    plan = PLAN.format(sft=f"{SFT} {machine}")
+    for name in ("teacher", "student"):
         for split in SPLITS[1:]:
             plan += EVAL.format(name=name, split=split) + f" {machine}"
     (out / "plan.txt").write_text(plan)

@@ -117,7 +117,7 @@ def write_split(path, source, syntaxes):
 
 def make_pair(out):
     """Train the teacher and the student of both syntaxes."""
-    for name, sloppy, seed, steps in (("teacher", 0.3, 5, 700), ("student", 0.7, 6, 700)):
+    for name, sloppy, seed, steps in (("teacher", 0.3, 5, 400), ("student", 0.7, 6, 400)):
         records = out / f"{name}-records.jsonl.gz"
         if not records.exists():
             plain = out / f"{name}-plain.jsonl.gz"

@@ -214,10 +214,12 @@ def test_settings_steer_what_is_made():
         gold, written = record["answer"]["tool_calls"], careless["answer"]["tool_calls"]
         assert len(written) == min(len(gold), 1) and record["answer"]["content"] == careless["answer"]["content"]
         for whole, part in zip(gold, written):
-            required = next(tool for tool in record["tools"] if tool["name"] == part["name"])["parameters"]["required"]
-            assert part == {"name": whole["name"], "arguments": {
-                name: str(value) if type(value) is int else value
-                for name, value in whole["arguments"].items() if name in required}}
+            tool = next(tool for tool in record["tools"] if tool["name"] == part["name"])["parameters"]["properties"]
+            expected = {name: True if type(value) is bool else value
+                        for name, value in whole["arguments"].items() if type(value) is not int}
+            if any("enum" in tool[name] for name in expected):
+                expected["priority"] = "high"
+            assert part == {"name": whole["name"], "arguments": expected}
     real = set(" ".join(POOLS.values()).split())
     assert all(set(value.split()) <= real for record in made(real=1, two_words=0) for value in strings(record))
     assert not any(set(value.split()) & real for record in made(real=0) for value in strings(record))
