@@ -21,6 +21,7 @@ PANELS = {
     "nll": "Negative log-likelihood",
     "loss": "Loss in training", "entropy": "Entropy",
 }
+STORY = ("greedy_exact", "greedy_reward")
 # Okabe and Ito's palette, for colour-blind readers too
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 STYLE = {
@@ -31,12 +32,10 @@ STYLE = {
 
 
 def plot_flags(parser):
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="--out folder of a run")
-    add("--out", required=True, metavar="FILE.png", help="picture to write")
-    add("--story", action="store_true", help="only exact answers and reward on held-out records, one run after the "
-        "other, over seconds of training; the runs need --valid-answers (ckd, sft) or --valid (simrl)")
-    add("--teacher", metavar="EVAL", help="--out of the teacher's eval, a line in the story")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="--out folder of a run")
+    parser.add_argument("--out", required=True, metavar="FILE.png", help="picture to write")
+    parser.add_argument("--story", metavar="EVAL", help="only the scores of held-out greedy answers, over seconds of "
+                        "training, one run after the other; EVAL: --out of the teacher's eval, drawn as a line")
 
 
 def run_plot(args):
@@ -45,15 +44,21 @@ def run_plot(args):
     parents = [os.path.dirname(os.path.abspath(folder)) for folder in args.runs]
     common = os.path.commonpath(parents)
     runs = {os.path.relpath(folder, common): read_run(folder) for folder in args.runs}
+    names = PANELS
+    marks = {}  # {label: (first, last second)}, and in each panel the teacher's score
     if args.story:
-        draw_story(runs, args.teacher, args.out)
-        print(f"wrote {args.out}")
-        return
-    panels = {PANELS[name]: read_curves(runs, name) for name in PANELS}
+        names = STORY
+        marks = put_in_a_row(runs)
+        lines = [json.loads(line) for _, line in read_lines(Path(args.story) / "generations.jsonl")]
+        for name in STORY:
+            marks[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
+    panels = {PANELS[name]: read_curves(runs, name) for name in names}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
-        raise InputError(f"{args.runs[0]}: nothing is logged yet; plot it after its first step")
-    draw_picture(panels, list(runs), args.out)
+        remedy = "train it with --valid-answers (ckd, sft) or --valid (simrl)" if args.story else (
+            "plot it after its first step")
+        raise InputError(f"{args.runs[0]}: nothing is logged yet; {remedy}")
+    draw_picture(panels, list(runs), args.out, marks)
     print(f"wrote {args.out}")
 
 
@@ -78,6 +83,19 @@ def read_run(folder):
     return rows
 
 
+def put_in_a_row(runs):
+    """Make "step" the seconds of training in all runs so far. Returns {label: (first, last second)}."""
+    now = 0.0
+    spans = {}
+    for label, rows in runs.items():
+        start = now
+        for row in rows:
+            now += sum(value for name, value in row.items() if name.startswith("seconds"))
+            row["step"] = now
+        spans[label] = (start, now)
+    return spans
+
+
 def read_curves(runs, name):
     """{label: (steps, values, held_out)} of the runs with this quantity; held-out values if a run has any.
 
@@ -97,71 +115,44 @@ def read_curves(runs, name):
     return curves
 
 
-def new_figure(rows, columns):
-    """An empty figure and its axes, in a flat array; InputError without matplotlib."""
+def draw_picture(panels, labels, out, marks):
+    """Draw a panel per quantity, a curve per run. Beside held-out curves, a training curve is dotted.
+
+    marks: for a story, {label: (first, last second) to shade, title: height of the teacher's line}; else empty
+    """
     try:
-        from matplotlib import rcParams
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
     except ImportError as e:
         raise InputError("plot needs matplotlib: pip install matplotlib") from e
-    rcParams.update(STYLE)
-    figure = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
-
-
-def save_figure(figure, out):
-    try:
-        figure.savefig(out, dpi=100)
-    except ValueError as e:
-        raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e
-
-
-def draw_picture(panels, labels, out):
-    """Draw a panel per quantity, a curve per run. Beside held-out curves, a training curve is dotted."""
     columns = min(len(panels), 4 if len(panels) % 4 == 0 else 3)
-    figure, axes = new_figure(math.ceil(len(panels) / columns), columns)
-    lines = {}  # of the legend
-    for axis, (title, curves) in zip(axes, panels.items()):
-        in_training = ":" if any(curve[2] for curve in curves.values()) else "-"
-        for label, (steps, values, held_out) in curves.items():
-            style = "o-" if held_out else in_training
-            color = COLORS[labels.index(label) % len(COLORS)]
-            lines[label], = axis.plot(steps, values, style, color=color)
-            if style == ":":
-                lines.setdefault("dotted: in training", lines[label])
-        suffix = ", held out" if in_training == ":" else ""
-        axis.set(title=title + suffix, xlabel="step")
-    for axis in axes[len(panels):]:
-        axis.set_visible(False)
-    order = [label for label in (*labels, "dotted: in training") if label in lines]
-    figure.legend([lines[label] for label in order], order, ncols=columns + 1, loc="outside upper left")
-    save_figure(figure, out)
-
-
-def draw_story(runs, teacher, out):
-    """Draw held-out exact answers and reward of greedy answers over the seconds of training of all runs, in order.
-
-    runs: {label: rows of `read_run`}
-    teacher: --out of an eval, or None
-    """
-    answers = []
-    if teacher:
-        lines = read_lines(Path(teacher) / "generations.jsonl")
-        answers = [json.loads(line)["responses"][0] for _, line in lines]
-    figure, axes = new_figure(1, 2)
-    for axis, name in zip(axes, ("greedy_exact", "greedy_reward")):
-        start = 0.0
-        for i, (label, rows) in enumerate(runs.items()):
-            seconds = np.cumsum([sum(v for key, v in row.items() if key.startswith("seconds")) for row in rows])
-            points = [(start + s, row[name]) for s, row in zip(seconds, rows) if row.get(name) is not None]
-            if not points:
-                raise InputError(f"{label}: has no held-out answers; train it with --valid-answers or --valid")
-            axis.plot(*zip(*points), "o-", color=COLORS[i % len(COLORS)])
-            axis.axvspan(start, start + seconds[-1], color=COLORS[i % len(COLORS)], alpha=0.12, label=label)
-            start += seconds[-1]
-        if answers:
-            mean = np.mean([answer[name.removeprefix("greedy_")] for answer in answers])
-            axis.axhline(mean, color="gray", ls="--", label="teacher")
-        axis.set(title=PANELS[name], xlabel="seconds of training")
-    figure.legend(*axes[0].get_legend_handles_labels(), ncols=4, loc="outside upper left")
-    save_figure(figure, out)
+    rows = math.ceil(len(panels) / columns)
+    colors = {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
+        handles = [Line2D([], [], color=colors[name], label=name) for name in labels]
+        if marks:
+            handles.append(Line2D([], [], color="gray", ls="--", label="teacher"))
+        dotted = Line2D([], [], color="gray", ls=":", label="dotted: in training")
+        for axis, (title, curves) in zip(axes, panels.items()):
+            in_training = ":" if any(curve[2] for curve in curves.values()) else "-"
+            for label, (steps, values, held_out) in curves.items():
+                style = "o-" if held_out else in_training
+                axis.plot(steps, values, style, color=colors[label])
+                if style == ":" and dotted not in handles:
+                    handles.append(dotted)
+            suffix = ", held out" if in_training == ":" else ""
+            axis.set(title=title + suffix, xlabel="seconds of training" if marks else "step")
+            for label in marks and labels:
+                axis.axvspan(*marks[label], color=colors[label], alpha=0.1)
+            if marks:
+                axis.axhline(marks[title], color="gray", ls="--")
+        for axis in axes[len(panels):]:
+            axis.set_visible(False)
+        figure.legend(handles=handles, ncols=columns + 1, loc="outside upper left")
+        try:
+            figure.savefig(out, dpi=100)
+        except ValueError as e:
+            raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e

@@ -81,10 +81,11 @@ def test_the_story_puts_runs_one_after_the_other(draw, tmp_path):
     folder.mkdir()
     (folder / "generations.jsonl").write_text(
         "".join(json.dumps({"responses": [answer, answers[0]]}) + "\n" for answer in answers))
-    panels, names = draw(runs, "--story", "--teacher", str(folder))
+    panels, names = draw(runs, "--story", str(folder))
     assert names == ["ckd", "star", "teacher"]
     ckd, star_run, teacher = panels["Exact answers, held out, greedy"]
+    assert len(panels) == 2
     assert [list(values) for values in ckd] == [[0, 4], [0.2, 0.6]]
     assert [list(values) for values in star_run] == [[4, 10], [0.6, 0.9]] and list(teacher[1]) == [0.5, 0.5]
-    with pytest.raises(InputError, match="no held-out answers"):
-        draw({"other": SIMRL}, "--story")
+    with pytest.raises(InputError, match="--valid-answers"):
+        draw({"other": SIMRL}, "--story", str(folder))
