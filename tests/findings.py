@@ -2,7 +2,8 @@
 
     python tests/findings.py --make-pair     the teacher and the student that know two call syntaxes (minutes)
     python tests/findings.py                 every claim, with three seeds; continues a stopped run
-    python tests/findings.py T3 T5           these claims only
+    python tests/findings.py T3 T5           these claims only; writes findings.md below --out instead
+    python tests/findings.py demo            the demo with three seeds instead: demo.md
 
 The pair starts from the models of data/tiny and learns to think in a line first (in one of four wordings, so that the
 teacher is unsure), and to write calls as JSON or as Python, whichever the system line asks for. Careless annotators
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 import reward  # noqa: E402
 from apps.make_tiny import write_records  # noqa: E402
-from apps.evaluate import record_metrics  # noqa: E402
+from apps.evaluate import INTERVAL, compare, metric_values, record_metrics  # noqa: E402
 from ckd import DIVERGENCES, ckd_loss  # noqa: E402
 from data import read_json, write_lines  # noqa: E402
 from data.chat import Chat  # noqa: E402
@@ -88,8 +89,8 @@ def write_python(calls):
 def python_as_json(text):
     """A response with Python calls, rewritten with <tool_call> blocks; unchanged if it has none.
 
-    >>> python_as_json("<think>\\nx\\n</think>\\n\\n[brew(cups=2)]<|im_end|>")[-68:]
-    '<tool_call>\\n{"name": "brew", "arguments": {"cups": 2}}\\n</tool_call>'
+    >>> python_as_json("<think>x</think>[brew(cups=2)]<|im_end|>")
+    '<think>x</think>\\n\\n<tool_call>\\n{"name": "brew", "arguments": {"cups": 2}}\\n</tool_call>'
     """
     thought, tag, answer = text.rpartition("</think>")
     try:
@@ -353,7 +354,9 @@ CLAIMS = {
     "T9": (
         "A k that is too small hurts after RL; a large k tends to plain FKL.",
         "k in {1, 4, 32}; their captured mass is in the rows below.",
-        [*both(minus, "ckd + sim-rl", "ckd k=1 + sim-rl", EXACT, "+"),
+        [*[(f"P, mass in V_k of {model}", "", {model: 1}, "run valid_captured", "json")
+           for model in ("ckd k=1", "ckd", "ckd k=32")],
+         *both(minus, "ckd + sim-rl", "ckd k=1 + sim-rl", EXACT, "+"),
          *both(minus, "ckd", "ckd k=1", EXACT, "+"),
          *both(minus, "ckd + sim-rl", "ckd k=32 + sim-rl", EXACT, ""), minus("ckd k=32", "fkl", EXACT, "")],
         "after RL, k = 10, 100, 1000: BFCL 51.48, 51.70, 51.59; ACEBench 49.2, 53.0, 52.2"),
@@ -448,6 +451,49 @@ EXACT_CLAIMS = {
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The demo with several seeds
+
+STAGES = ("teacher", "student", "after-CKD", "after-STAR")
+STEPS = (("after-CKD", "student"), ("after-STAR", "after-CKD"), ("after-STAR", "teacher"))
+
+
+def run_demos(out, seeds):
+    """Run `star.py demo` once for each seed, one after the other, with all cores."""
+    for seed in seeds:
+        folder = out / f"demo-{seed}"
+        command = [sys.executable, str(ROOT / "star.py"), "demo", "--seed", str(seed), "--out", str(folder)]
+        subprocess.run(command + ["--resume"] * folder.exists(), check=True)
+
+
+def describe_demos(out, seeds):
+    """Markdown: the scores of every stage, what each stage adds, and the reward while Sim-RL trains."""
+    folders = {seed: out / f"demo-{seed}" for seed in seeds}
+    rows = {seed: {stage: [json.loads(line) for line in texts(folder / "eval" / stage / "generations.jsonl")]
+                   for stage in STAGES} for seed, folder in folders.items()}
+    metrics = ("exact calls", "reward", "valid calls", "correct refusals", "pass@1", "pass@8", "reward at T = 1", "entropy")
+    lines = ["# The demo, several seeds", "", "Mean over the seeds (range).", "",
+             f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
+    for stage in STAGES:
+        means = {metric: [np.mean(metric_values(rows[seed][stage])[metric]) for seed in seeds] for metric in metrics}
+        cells = [f"{np.mean(values):.3f} ({np.ptp(values):.3f})" for values in means.values()]
+        lines.append(f"| {stage} | {' | '.join(cells)} |")
+    lines += ["", "| seed | difference | exact calls | reward |", "|---|---|---|---|"]
+    for seed in seeds:
+        for stage, before in STEPS:
+            paired = compare(rows[seed][stage], rows[seed][before])
+            cells = [INTERVAL.replace(":", ":+").format(**paired[metric]) for metric in ("exact calls", "reward")]
+            lines.append(f"| {seed} | {stage} − {before} | {' | '.join(cells)} |")
+    lines += ["", "| seed | reward of samples in each fifth of Sim-RL | seconds of CKD, Sim-RL |", "|---|---|---|"]
+    for seed, folder in folders.items():
+        fifths = np.array_split([row["reward"] for row in read_metrics(folder / "star") if "reward" in row], 5)
+        seconds = [sum(value for row in read_metrics(folder / stage) for name, value in row.items()
+                       if name.startswith("seconds")) for stage in ("ckd", "star")]
+        means = ", ".join(f"{fifth.mean():.3f}" for fifth in fifths)
+        lines.append(f"| {seed} | {means} | {seconds[0]:.0f}, {seconds[1]:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The report
 
 def describe_claim(out, seeds, name):
@@ -473,6 +519,22 @@ def describe_claim(out, seeds, name):
     return verdict, text
 
 
+def describe_models(out, seeds, models):
+    """Markdown: the scores of every model, means over the seeds."""
+    columns = [(EXACT, "json"), (EXACT, "python"), ("reward", "json"), ("reward", "python"), ("pass@1", "json"),
+               ("pass@4", "json"), ("reward at T = 1", "json"), ("entropy", "json"), ("correct refusals", "json")]
+    rows = [f"| model | {' | '.join(f'{metric}, {syntax}' for metric, syntax in columns)} |",
+            "|---" * (len(columns) + 1) + "|"]
+    for model in models:
+        cells = []
+        for metric, syntax in columns:
+            values = [read_scores(out, seed, model, syntax).get(metric, {}) for seed in seeds]
+            means = [np.mean(list(one.values())) for one in values if one]
+            cells.append(f"{np.mean(means):.3f}" if means else "")
+        rows.append(f"| {model} | {' | '.join(cells)} |")
+    return "\n".join(["## Every model", "", "Means over the seeds.", "", *rows, ""])
+
+
 def write_report(out, seeds, names):
     verdicts = {}
     parts = []
@@ -481,11 +543,14 @@ def write_report(out, seeds, names):
         parts.append(text)
     rows = [f"| [{name}](#{name.lower()}) | {(CLAIMS.get(name) or EXACT_CLAIMS[name])[0]} | {verdict} |"
             for name, verdict in verdicts.items()]
+    parts.append(describe_models(out, seeds, sorted({model for name in names for model in models_of(name)})))
     head = ["# The paper's claims, tested on small models", "", __doc__.split("\n\n", 2)[2].strip(), "",
             f"Seeds: {', '.join(map(str, seeds))}.", "", "| claim | | verdict |", "|---|---|---|", *rows, ""]
-    (out / "findings.md").write_text("\n".join([*head, *parts]))
+    whole = len(names) == len(CLAIMS) + len(EXACT_CLAIMS)
+    path = ROOT / "tests/findings.md" if whole else out / "findings.md"
+    path.write_text("\n".join([*head, *parts]))
     print("\n".join(rows))
-    print(f"wrote {out}/findings.md")
+    print(f"wrote {path}")
 
 
 def models_of(name):
@@ -501,8 +566,13 @@ def main():
     parser.add_argument("--make-pair", action="store_true", help="train the two models of two syntaxes into OUT/pair")
     args = parser.parse_args()
     chosen = args.claims or names
-    if unknown := set(chosen) - set(names):
+    if unknown := set(chosen) - {*names, "demo"}:
         parser.error(f"no claim {', '.join(unknown)}; there are {', '.join(names)}")
+    if args.claims == ["demo"]:
+        run_demos(args.out, args.seeds)
+        page = describe_demos(args.out, args.seeds)
+        (args.out / "demo.md").write_text(page)
+        return print(page)
     pair = args.out / "pair"
     pair.mkdir(parents=True, exist_ok=True)
     if args.make_pair:
