@@ -535,6 +535,32 @@ def describe_models(out, seeds, models):
     return "\n".join(["## Every model", "", "Means over the seeds.", "", *rows, ""])
 
 
+def draw_findings(out, seeds, path):
+    """A picture: CKD less cross-entropy over the grid, and every start before and after Sim-RL, in both syntaxes."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 4.2), layout="constrained")
+    axes = figure.subplots(1, 4, width_ratios=(1, 1, 1.4, 1.4))
+    for axis, syntax in zip(axes, SYSTEM):
+        for n, color in zip(ROLLOUTS, ("#0072b2", "#d55e00", "#009e73")):
+            cells = [("ckd", "ce") if (p, n) == (200, 8) else (f"ckd on {p}x{n}", f"ce on {p}x{n}") for p in PROMPTS]
+            points = [effect(out, seeds, {ckd: 1, ce: -1}, EXACT, syntax) for ckd, ce in cells]
+            means, halves = zip(*points)
+            axis.errorbar(PROMPTS, means, halves, fmt="o-", color=color, capsize=3, label=f"{n} answers a prompt")
+        axis.axhline(0, color="gray", lw=1)
+        axis.set(xscale="log", xticks=PROMPTS, xticklabels=PROMPTS, xlabel="prompts",
+                 title=f"CKD − CE, exact calls, {syntax}")
+    axes[0].legend(frameon=False)
+    starts = ("student", *list(OBJECTIVES)[:6])
+    for axis, syntax in zip(axes[2:], SYSTEM):
+        for y, start in enumerate(reversed(starts)):
+            before, after = (effect(out, seeds, {model: 1}, EXACT, syntax)[0] for model in (start, f"{start} + sim-rl"))
+            axis.annotate("", (after, y), (before, y), arrowprops={"arrowstyle": "->", "color": "#0072b2"})
+            axis.plot([before, after], [y, y], "o", ms=4, color="#0072b2")
+        axis.set(yticks=range(len(starts)), yticklabels=starts[::-1], title=f"before → after Sim-RL, {syntax}",
+                 xlabel="exact calls")
+    figure.savefig(path, dpi=80)
+
+
 def write_report(out, seeds, names):
     verdicts = {}
     parts = []
@@ -548,6 +574,9 @@ def write_report(out, seeds, names):
             f"Seeds: {', '.join(map(str, seeds))}.", "", "| claim | | verdict |", "|---|---|---|", *rows, ""]
     whole = len(names) == len(CLAIMS) + len(EXACT_CLAIMS)
     path = ROOT / "tests/findings.md" if whole else out / "findings.md"
+    if whole:
+        draw_findings(out, seeds, path.with_suffix(".png"))
+        head += ["![CKD less cross-entropy over prompts and answers; exact calls before and after Sim-RL](findings.png)", ""]
     path.write_text("\n".join([*head, *parts]))
     print("\n".join(rows))
     print(f"wrote {path}")
