@@ -307,8 +307,8 @@ OLD_SETTINGS = {
 
 
 @pytest.mark.parametrize("command, new_flags", [
-    (SFT, "share_prefix, batch_size"), (CKD, "share_prefix, batch_size"),
-    (SIMRL, "valid, valid_limit, valid_every, prompts_per_step, batch_size")])
+    (SFT, "share_prefix, valid_answers, batch_size"), (CKD, "share_prefix, valid_answers, batch_size"),
+    (SIMRL, "valid, valid_limit, valid_every, prompts_per_step, optimiser, batch_size")])
 def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags):
     name = command.split()[0]
     out = re.search(r"--out (\S+)", command)[1]
