@@ -26,9 +26,10 @@ class KVCache:
         self.prompts = [new_zeros(2, prompt_rows, heads, prompt_tokens, c["head_dim"]) for _ in layers]
         self.responses = [new_zeros(2, response_rows, heads, response_tokens, c["head_dim"]) for _ in layers]
 
-    def start_prompts(self, row):
-        """The next pass computes whole prompts [B, T], to be stored in the rows from `row` on."""
+    def start_prompts(self, row, known=0):
+        """The next pass computes prompts [B, T], to be stored in the rows from `row` on, behind `known` tokens there."""
         self.row = row
+        self.known = known
         self.place = None
 
     def start_step(self, prompt_rows, prompt_lengths, lengths):
@@ -64,8 +65,12 @@ class KVCache:
         responses = self.responses[layer]
         B, H, T, D = q.shape
         if self.place is None:
-            prompts[:, self.row:self.row + B, :, :T] = kv
-            return attention(q, k, v)
+            rows = prompts[:, self.row:self.row + B, :, :self.known + T]  # [2, B, Hkv, S, D]
+            rows[:, :, :, self.known:] = kv
+            mask = None
+            if self.known:
+                mask = torch.ones(T, self.known + T, dtype=torch.bool, device=q.device).tril(self.known)  # [T, S]
+            return attention(q, *(rows if self.known else kv), mask)
         responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
         prompt_k, prompt_v = prompts[:, :len(self.grid), :, :self.prompt_keys]  # [P, Hkv, S, D] each
         own_k, own_v = responses[:, :B, :, :self.response_keys]  # [B, Hkv, S, D] each

@@ -102,13 +102,15 @@ class Sampler:
     num_slots: responses drawn concurrently
     num_prompts: prompts that they may belong to
     prompt_tokens, max_new_tokens: the most that a request has
+    prefixes: keeps the keys of earlier prompts, see apps/serve.py; or None
     """
 
-    def __init__(self, model, chat, num_slots, num_prompts, prompt_tokens, max_new_tokens):
+    def __init__(self, model, chat, num_slots, num_prompts, prompt_tokens, max_new_tokens, prefixes=None):
         self.model = model
         self.chat = chat
         self.num_slots = num_slots
         self.num_prompts = num_prompts
+        self.prefixes = prefixes
         self.cache = KVCache(model, num_prompts, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
         self.waiting = deque()  # slots of the request that was started last, which wait for a row
@@ -190,13 +192,17 @@ class Sampler:
     def prefill(self, row):
         """Compute the keys of the prompts from `row` on, but for their last tokens: each response feeds that one."""
         new = self.prompts[row:]
-        size = max(1, PREFILL_TOKENS // max(map(len, new), default=1))
-        for start in range(0, len(new), size):
-            part = [torch.tensor(prompt[:-1]) for prompt in new[start:start + size]]
+        size = 1 if self.prefixes else max(1, PREFILL_TOKENS // max(map(len, new), default=1))
+        for i in range(0, len(new), size):
+            known = self.prefixes.load(self.cache, row + i, new[i][:-1]) if self.prefixes else 0
+            part = [torch.tensor(prompt[known:-1]) for prompt in new[i:i + size]]
             ids = pad_sequence(part, batch_first=True).long().to(self.model.head_weight.device)  # [P, T]
-            self.cache.start_prompts(row + start)
+            positions = torch.arange(known, known + ids.shape[1], device=ids.device)[None]  # [1, T]
+            self.cache.start_prompts(row + i, known)
             if ids.numel():
-                self.model.hidden_states(ids, cache=self.cache)
+                self.model.hidden_states(ids, positions, cache=self.cache)
+            if self.prefixes:
+                self.prefixes.save(self.cache, row + i, new[i][:-1])
 
     def draw(self, hidden):
         """The next token of every slot and its log-prob, [B] each, from hidden states [B, H]."""

@@ -25,6 +25,7 @@ COMMANDS = {
     "table": ("apps.curriculum", "several evaluations side by side"),
     "reward": ("apps.evaluate", "the similarity reward of given texts"),
     "chat": ("apps.talk", "talk to a model; you are its tools"),
+    "serve": ("apps.serve", "an OpenAI-compatible endpoint on this machine"),
     "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
     "plot": ("apps.plot", "curves of runs as a picture"),
 }

@@ -1,0 +1,437 @@
+"""`star.py serve`: a model behind an OpenAI-compatible HTTP endpoint on this machine.
+
+    GET  /v1/models, /v1/stats      the model; counts of requests, failures and tokens since the start
+    POST /v1/completions            prompt (text) -> text
+    POST /v1/chat/completions       messages, tools -> content, tool_calls, reasoning_content
+
+One thread draws tokens, for all requests at once: a slot that becomes free takes the next response. A prompt computes
+only what follows its longest beginning that an earlier prompt had (`PrefixCache`), so that a conversation is paid once.
+
+A completion's prompt that ends in an assistant header gets the model's think opening (--think), as in training.
+Official benchmark tools send prompts without it. Nothing that a model writes is executed here.
+
+Whatever fails is an HTTP error, counted and printed. It is never an answer: a benchmark that records an error as the
+answer scores it, and where no call is due even as right.
+"""
+import json
+import queue
+import select
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import reward
+from data import InputError, natural, positive
+from data.chat import THINK, Chat, add_prompt_flags
+from data.records import read_record
+from model import Transformer
+from sampler import Request, Sampler, add_length_flag, describe_cache
+from train import add_machine_flags, pick_device
+
+HEADER = "<|im_start|>assistant\n"
+MAX_BODY = 8_000_000  # bytes
+PATIENCE = 60  # seconds that a client may take to send a part of its request, or to read a part of the reply
+
+
+def serve_flags(parser):
+    add = parser.add_argument
+    add("--model", required=True, help="model folder")
+    add("--port", type=natural, default=8000, help="port on 127.0.0.1; no other address is served")
+    add("--max-concurrent", type=positive, default=16, metavar="N", help="sequences generated concurrently")
+    add("--max-waiting", type=positive, default=1024, metavar="N", help="responses that may wait; more get HTTP 503")
+    add("--max-prompt-tokens", type=positive, default=8192, metavar="N", help="longer prompts get HTTP 400")
+    add("--prefix-tokens", type=natural, default=65_536, metavar="N",
+        help="tokens of earlier prompts whose keys are kept; 0: every prompt is computed whole")
+    add_length_flag(parser)
+    add_prompt_flags(parser)
+    add_machine_flags(parser, "weights and compute")
+
+
+def run_serve(args):
+    """Serve a model to OpenAI clients on this machine, until Ctrl-C."""
+    server = make_server(args)
+    chat = server.engine.sampler.chat
+    print(f"{args.model} at http://127.0.0.1:{server.server_port}/v1 with --think {chat.think}; Ctrl-C ends", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print(json.dumps(server.engine.describe()))
+    server.server_close()
+
+
+def make_server(args):
+    """A server that listens, with its engine running."""
+    device = pick_device(args.device)
+    chat = Chat.from_pretrained(args.model, args.think, args.tools)
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+    size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
+    print(describe_cache(model, *size), flush=True)
+    server = Server(("127.0.0.1", args.port), Handler)
+    server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
+    server.engine.start()
+    return server
+
+
+class PrefixCache:
+    """Keys and values of earlier prompts, up to `max_tokens` of them; the least recently used ones go first."""
+
+    def __init__(self, max_tokens):
+        self.max_tokens = max_tokens
+        self.entries = []  # (ids, [keys and values [2, Hkv, tokens, D] of a layer]), the last used one last
+        self.loaded = 0
+        self.computed = 0
+
+    def load(self, cache, row, ids):
+        """Copy the longest known beginning of a prompt into its row of the cache. Returns its number of tokens."""
+        ids = np.array(ids)
+        shared = [common_length(known, ids) for known, _ in self.entries]
+        length = max(shared, default=0)
+        if length:
+            entry = self.entries.pop(shared.index(length))
+            self.entries.append(entry)
+            for buffer, keys in zip(cache.prompts, entry[1]):
+                buffer[:, row, :, :length] = keys[:, :, :length]
+        self.loaded += length
+        self.computed += len(ids) - length
+        return length
+
+    def save(self, cache, row, ids):
+        """Keep the keys of a prompt in a row of the cache; earlier prompts that are beginnings of it go."""
+        ids = np.array(ids)
+        self.entries = [entry for entry in self.entries if common_length(entry[0], ids) < len(entry[0])]
+        while self.entries and sum(len(known) for known, _ in self.entries) + len(ids) > self.max_tokens:
+            del self.entries[0]
+        if 0 < len(ids) <= self.max_tokens:
+            self.entries.append((ids, [buffer[:, row, :, :len(ids)].clone() for buffer in cache.prompts]))
+
+
+def common_length(a, b):
+    """How many ids two arrays have in common at their beginning."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine: the thread that owns the sampler
+
+@dataclass(eq=False)
+class Job:
+    """A request of a client. `news` gets True when there are new tokens (if `stream` is set), False at the end."""
+    request: Request
+    stream: bool = False
+    gone: bool = False  # the client went away
+    news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+
+class Engine(threading.Thread):
+    """Draws tokens for all jobs. Handlers `submit` a job and wait for its news."""
+
+    def __init__(self, sampler, args):
+        super().__init__(daemon=True)
+        self.sampler = sampler
+        self.args = args
+        self.changed = threading.Condition()
+        self.jobs = {}  # {request: job}
+        self.new = []
+        self.error = None
+        self.counts = {"requests": 0, "failures": 0, "cut": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+    def submit(self, job):
+        """Queue a job; HTTPError if too many are waiting."""
+        with self.changed:
+            waiting = sum(other.n for other in self.jobs) - len(self.sampler.slots)
+            if self.error or waiting + job.request.n > self.args.max_waiting:
+                raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
+            self.jobs[job.request] = job
+            self.new.append(job.request)
+            self.changed.notify()
+
+    def run(self):
+        try:
+            while True:
+                with self.changed:
+                    while not self.new and not self.sampler.busy:
+                        self.changed.wait()
+                    for request in self.new:
+                        self.sampler.add(request)
+                    self.new.clear()
+                self.step()
+        except Exception as error:  # out of memory, say: every waiting client must hear of it
+            self.error = f"the sampler failed: {error}"
+            for job in list(self.jobs.values()):
+                job.news.put(False)
+            raise
+
+    def step(self):
+        for request, job in list(self.jobs.items()):
+            if job.gone:
+                for response in request.responses:
+                    response.finish_reason = response.finish_reason or "cancelled"
+        for request in self.sampler.step():
+            with self.changed:
+                job = self.jobs.pop(request)
+            job.news.put(False)
+        for job in list(self.jobs.values()):
+            if job.stream and job.request.responses:
+                job.news.put(True)
+
+    def count(self, **counts):
+        with self.changed:
+            for name, value in counts.items():
+                self.counts[name] += value
+
+    def describe(self):
+        """What /v1/stats returns."""
+        prefixes = self.sampler.prefixes
+        return self.counts | {"prompt_tokens_computed": prefixes.computed, "prompt_tokens_loaded": prefixes.loaded}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a body to a request, and from responses to a reply
+
+class HTTPError(Exception):
+    """A failure that the client hears of. args: status, message."""
+
+
+def read_number(body, name, default, low, high, kind=float):
+    value = body.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or kind(value) != value:
+        raise HTTPError(400, f"{name} is {str(value)[:40]}; it must be a number from {low} to {high}")
+    return kind(value)
+
+
+def read_prompt(engine, body, chatting):
+    """The text of a body's prompt, up to the think opening."""
+    chat = engine.sampler.chat
+    if chatting:
+        try:
+            record = read_record(json.dumps({name: body.get(name) for name in ("messages", "tools")}).encode(), "", False)
+        except (InputError, RecursionError) as error:
+            raise HTTPError(400, str(error)) from error
+        return chat.prompt(record)
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1:
+        prompt = prompt[0]
+    if not isinstance(prompt, str):
+        raise HTTPError(400, "prompt must be one string")
+    return prompt + THINK[chat.think] if prompt.endswith(HEADER) else prompt
+
+
+def read_request(engine, body, chatting, number):
+    """The `Request` of a body. number: of the HTTP request, which seeds those without a seed."""
+    args = engine.args
+    ids = engine.sampler.chat.encode(read_prompt(engine, body, chatting))
+    if not 0 < len(ids) <= args.max_prompt_tokens:
+        raise HTTPError(400, f"the prompt has {len(ids)} tokens; it must have 1 to {args.max_prompt_tokens}")
+    stop = body.get("stop") or []
+    stop = [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
+        raise HTTPError(400, "stop must be a string or a list of up to 16 strings of 1 to 200 characters")
+    length = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    length = read_number(body, length, args.max_new_tokens, 1, 10 ** 9, int)
+    return Request(
+        ids, read_number(body, "n", 1, 1, min(128, args.max_waiting), int),
+        read_number(body, "seed", args.seed + number, -2 ** 63, 2 ** 63 - 1, int) % 2 ** 63,
+        read_number(body, "temperature", 1.0, 0, 100), min(length, args.max_new_tokens),
+        read_number(body, "top_p", 1.0, 1e-6, 1), tuple(stop))
+
+
+def text_so_far(chat, request, response):
+    """A response's text without the end token, cut before a stop string and before half a character."""
+    text = chat.decode([i for i in response.ids if i not in chat.stop_ids])
+    if not response.finish_reason:
+        text = text.rstrip("\ufffd")
+    for string in request.stop_strings:
+        text = text.partition(string)[0]
+    return text
+
+
+def read_answer(text, think):
+    """A chat message from a response's text: content, reasoning_content, tool_calls as OpenAI's clients read them."""
+    reasoning, tag, answer = text.rpartition("</think>")
+    if think == "on" and not tag:
+        reasoning, answer = text, ""
+    message = {"role": "assistant", "content": answer.strip("\n")}
+    if reasoning := reasoning.replace("<think>", "").strip("\n"):
+        message["reasoning_content"] = reasoning
+    try:
+        calls, _ = reward.parse(answer)
+    except (reward.FormatError, RecursionError):
+        calls = None  # the client sees the text as it is
+    if calls:
+        message["content"] = answer.partition("<tool_call>")[0].strip() or None
+        message["tool_calls"] = [
+            {"index": i, "id": f"call_{i}", "type": "function",
+             "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+            for i, call in enumerate(calls)]
+    return message
+
+
+def make_choices(chat, request, chatting):
+    """The `choices` of a reply."""
+    choices = []
+    for index, response in enumerate(request.responses):
+        text = text_so_far(chat, request, response)
+        choice = {"index": index, "finish_reason": response.finish_reason, "logprobs": None}
+        if chatting:
+            choice["message"] = read_answer(text, chat.think)
+            if "tool_calls" in choice["message"] and response.finish_reason == "stop":
+                choice["finish_reason"] = "tool_calls"
+        else:
+            choice["text"] = text
+        choices.append(choice)
+    return choices
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# HTTP
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """A client went away in the middle; anything else is printed."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection. Every reply has a Content-Length or ends the connection."""
+    protocol_version = "HTTP/1.1"
+    timeout = PATIENCE
+
+    def log_message(self, *_):
+        """Failures are printed by `fail`; the rest is silent."""
+
+    def do_GET(self):
+        engine = self.server.engine
+        if self.path == "/v1/models":
+            name = Path(engine.args.model).name
+            self.reply(200, {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "star"}]})
+        elif self.path == "/v1/stats":
+            self.reply(200, engine.describe())
+        else:
+            self.fail(404, f"no {self.path} here")
+
+    def do_POST(self):
+        engine = self.server.engine
+        engine.count(requests=1)
+        try:
+            chatting = self.path == "/v1/chat/completions"
+            if not chatting and self.path != "/v1/completions":
+                raise HTTPError(404, f"no {self.path} here")
+            body = self.read_body()
+            job = Job(read_request(engine, body, chatting, engine.counts["requests"]), bool(body.get("stream")))
+            engine.submit(job)
+            head = {"id": f"star-{time.time_ns()}", "created": int(time.time()), "model": str(body.get("model")),
+                    "object": "chat.completion" if chatting else "text_completion"}
+            if job.stream:
+                self.stream(job, head, chatting)
+            else:
+                self.wait(job)
+                self.reply(200, head | {"choices": make_choices(engine.sampler.chat, job.request, chatting),
+                                        "usage": usage(job.request)})
+        except HTTPError as error:
+            return self.fail(*error.args)
+        except OSError:
+            job.gone = True
+            raise
+        counts = usage(job.request)
+        del counts["total_tokens"]
+        cut = sum(response.finish_reason == "length" for response in job.request.responses)
+        engine.count(cut=cut, **counts)
+
+    def read_body(self):
+        """The JSON object that the client sends."""
+        try:
+            size = int(self.headers.get("Content-Length", ""))
+        except ValueError:
+            raise HTTPError(411, "Content-Length is missing or not a number") from None
+        if not 0 <= size <= MAX_BODY:
+            raise HTTPError(413, f"the body has {size:,} bytes; the most is {MAX_BODY:,}")
+        try:
+            body = json.loads(self.rfile.read(size))
+        except (ValueError, RecursionError) as error:
+            raise HTTPError(400, f"the body is not JSON ({error})") from error
+        if not isinstance(body, dict):
+            raise HTTPError(400, "the body must be a JSON object")
+        return body
+
+    def wait(self, job):
+        """Wait until there are new tokens or the job is done. Returns whether it goes on."""
+        while True:
+            try:
+                going_on = job.news.get(timeout=1)
+                if self.server.engine.error and not job.request.done:
+                    raise HTTPError(500, self.server.engine.error)
+                return going_on
+            except queue.Empty:
+                readable, _, _ = select.select([self.connection], [], [], 0)
+                if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                    raise ConnectionAbortedError("the client closed the connection") from None
+
+    def stream(self, job, head, chatting):
+        """Send the responses as server-sent events: text as it comes, a chat's calls and reasoning at the end."""
+        head["object"] = "chat.completion.chunk" if chatting else "text_completion"
+        sent = [0] * job.request.n  # characters
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        going_on = True
+        while going_on:
+            going_on = self.wait(job)
+            choices = make_choices(self.server.engine.sampler.chat, job.request, chatting)
+            for choice in choices:
+                message = choice.pop("message", {})
+                text = message.get("content") or "" if chatting else choice["text"]
+                if chatting and going_on and ("<" in text or "reasoning_content" in message):
+                    text = ""  # a call or a thought begins
+                new = text[sent[choice["index"]]:]
+                sent[choice["index"]] += len(new)
+                if not chatting:
+                    choice["text"] = new
+                else:
+                    choice["delta"] = {"content": new} if going_on else message | {"content": new}
+                if going_on:
+                    choice["finish_reason"] = None
+            self.send_event(head | {"choices": choices})
+        self.send_event("[DONE]")
+
+    def send_event(self, data):
+        text = data if isinstance(data, str) else json.dumps(data)
+        self.wfile.write(f"data: {text}\n\n".encode())
+        self.wfile.flush()
+
+    def reply(self, status, data):
+        content = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def fail(self, status, message):
+        """An error reply. The connection ends, because the rest of the body may be unread."""
+        self.server.engine.count(failures=1)
+        print(f"star.py serve: {self.path[:80]}: {status}: {message}", file=sys.stderr, flush=True)
+        self.close_connection = True
+        self.reply(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
+
+
+def usage(request):
+    tokens = sum(len(response.ids) for response in request.responses)
+    return {"prompt_tokens": len(request.prompt), "completion_tokens": tokens,
+            "total_tokens": len(request.prompt) + tokens}

@@ -1,0 +1,219 @@
+"""`star.py serve`: what OpenAI's client, plain sockets and floods get. The embedded teacher answers."""
+import http.client
+import json
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import star
+from apps import serve
+from data import tiny
+from data.chat import Chat
+from data.records import read_records
+from model import Transformer
+from sampler import Request, generate
+
+TINY = Path(tiny.__file__).parent
+FLAGS = ("serve --think off --dtype float32 --device cpu --port 0 --max-new-tokens 64 --max-prompt-tokens 400 "
+         "--max-concurrent 8 --max-waiting 200")
+
+
+def start(*flags):
+    args, _ = star.parse([*FLAGS.split(), "--model", str(TINY / "teacher"), *flags])
+    server = serve.make_server(args)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def records():
+    return read_records(TINY / "values.jsonl.gz")[:40]
+
+
+@pytest.fixture(scope="module")
+def greedy(records):
+    """{record id: (prompt without its think opening, text)} of `generate`, without the end token."""
+    chat = Chat.from_pretrained(TINY / "teacher")
+    model = Transformer.from_pretrained(TINY / "teacher")
+    requests = [Request(chat.encode(chat.prompt(r)), 1, 0, 0.0, 64, number=i) for i, r in enumerate(records)]
+    texts = {}
+    for request in generate(model, requests, 16, chat):
+        record = records[request.number]
+        ids = [i for i in request.responses[0].ids if i not in chat.stop_ids]
+        texts[record["id"]] = (chat.prompt(record).removesuffix(serve.THINK["off"]), chat.decode(ids))
+    return texts
+
+
+def post(server, path, body, timeout=60):
+    """(status, parsed reply)"""
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=timeout)
+    connection.request("POST", path, body if isinstance(body, bytes) else json.dumps(body))
+    reply = connection.getresponse()
+    content = json.loads(reply.read())
+    connection.close()
+    return reply.status, content
+
+
+def complete(server, prompt, **options):
+    status, reply = post(server, "/v1/completions", {"prompt": prompt, "temperature": 0.0, "max_tokens": 64} | options)
+    assert status == 200, reply
+    return reply["choices"][0]["text"]
+
+
+def test_greedy_text_is_that_of_generate(server, records, greedy):
+    """40 requests at once, twice: prompts of the second round are known as a whole."""
+    for _ in range(2):
+        with ThreadPoolExecutor(20) as pool:
+            texts = list(pool.map(lambda record: complete(server, greedy[record["id"]][0]), records))
+        assert texts == [greedy[record["id"]][1] for record in records]
+    stats = server.engine.describe()
+    assert stats["prompt_tokens_loaded"] > stats["prompt_tokens_computed"] > 0
+    assert stats["failures"] == 0 and stats["cut"] == 0
+
+
+def test_prompts_with_a_common_beginning_compute_the_rest_only():
+    """Same logits as without the store: texts are equal, at temperature 1 too; forgotten prompts are computed anew."""
+    r = serve.np.random.default_rng(0)
+    texts = {}
+    for tokens in ("0", "100000", "300"):
+        server = start("--prefix-tokens", tokens)
+        shared = "<|im_start|>user\n" + " ".join(map(str, range(100)))
+        prompts = [f"{shared} {i}<|im_end|>\n{serve.HEADER}" for i in r.integers(0, 9, 12)] if not texts else prompts
+        texts[tokens] = [complete(server, prompt, temperature=1.0, seed=3) for prompt in prompts]
+        stats = server.engine.describe()
+        entries = server.engine.sampler.prefixes.entries
+        assert sum(len(ids) for ids, _ in entries) <= int(tokens)
+        share = stats["prompt_tokens_loaded"] / (stats["prompt_tokens_loaded"] + stats["prompt_tokens_computed"])
+        assert share == 0 if tokens == "0" else share > 0.8
+        server.shutdown()
+        server.server_close()
+    assert texts["0"] == texts["100000"] == texts["300"]
+
+
+def test_the_openai_client(server, records):
+    openai = pytest.importorskip("openai", reason="the client is optional: pip install openai")
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="none", max_retries=0)
+    assert client.models.list().data[0].id == "teacher"
+    record = next(r for r in records if len(r["answer"]["tool_calls"]) == 1)
+    tools = [{"type": "function", "function": tool} for tool in record["tools"]]
+    ask = {"model": "any", "messages": record["messages"], "tools": tools, "temperature": 0}
+    choice = client.chat.completions.create(**ask).choices[0]
+    call = choice.message.tool_calls[0].function
+    assert {"name": call.name, "arguments": json.loads(call.arguments)} == record["answer"]["tool_calls"][0]
+    assert choice.finish_reason == "tool_calls" and choice.message.content is None
+    chunks = list(client.chat.completions.create(**ask, stream=True))
+    assert chunks[-1].choices[0].delta.tool_calls[0].function.arguments == call.arguments
+    assert not any(chunk.choices[0].delta.content for chunk in chunks)
+    # The result of the call, as a client sends it back.
+    messages = [*record["messages"], choice.message, {"role": "tool", "tool_call_id": "call_0", "content": "done"}]
+    assert client.chat.completions.create(**ask | {"messages": messages}).usage.prompt_tokens > 80
+    hello = {"model": "any", "messages": [{"role": "user", "content": "Hello!"}], "tools": tools, "temperature": 0}
+    whole = client.chat.completions.create(**hello).choices[0].message
+    parts = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**hello, stream=True)]
+    assert "".join(parts).strip("\n") == whole.content and len(parts) > 3 and not whole.tool_calls
+    two = client.completions.create(model="any", prompt="a", n=2, seed=5, max_tokens=8)
+    again = client.completions.create(model="any", prompt="a", n=2, seed=5, max_tokens=8)
+    assert [c.text for c in two.choices] == [c.text for c in again.choices] and two.choices[0].text != two.choices[1].text
+    with pytest.raises(openai.BadRequestError, match="temperature is -1"):
+        client.completions.create(model="any", prompt="a", temperature=-1)
+
+
+def test_reasoning_is_apart():
+    text = "<think>\nwhy\n</think>\n\nSo.\n<tool_call>\n{\"name\": \"f\", \"arguments\": {}}\n</tool_call>"
+    message = serve.read_answer(text, "on")
+    assert message["reasoning_content"] == "why" and message["content"] == "So."
+    assert message["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert serve.read_answer("never closed", "on") == {
+        "role": "assistant", "content": "", "reasoning_content": "never closed"}
+    assert serve.read_answer("<tool_call>{</tool_call>", "off")["content"] == "<tool_call>{</tool_call>"
+
+
+def test_stop_strings_and_lengths(server, records, greedy):
+    prompt, text = next(greedy[r["id"]] for r in records if r["answer"]["tool_calls"])
+    assert complete(server, prompt, stop=['"arguments"']) == text.partition('"arguments"')[0]
+    status, reply = post(server, "/v1/completions", {"prompt": prompt, "temperature": 0, "max_tokens": 3})
+    assert reply["choices"][0]["finish_reason"] == "length" and reply["usage"]["completion_tokens"] == 3
+
+
+BAD = [
+    (b"{", 400, "not JSON"), (b"[]", 400, "JSON object"), ({}, 400, "prompt must"), ({"prompt": ""}, 400, "0 tokens"),
+    ({"prompt": "a " * 1000}, 400, "tokens; it must"), ({"prompt": "a", "temperature": "hot"}, 400, "temperature"),
+    ({"prompt": "a", "n": 1000}, 400, "n is"), ({"prompt": "a", "n": 2.5}, 400, "n is"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"), ({"prompt": "a", "stop": [""]}, 400, "stop"),
+    ({"prompt": "a", "top_p": float("nan")}, 400, "top_p"), (b"[" * 100_000, 400, "not JSON"),
+    (b" " * (serve.MAX_BODY + 1), 413, "bytes"),
+]
+
+
+@pytest.mark.parametrize("body, status, message", BAD, ids=range(len(BAD)))
+def test_bad_requests_are_errors(server, capsys, body, status, message):
+    failures = server.engine.counts["failures"]
+    try:
+        got, reply = post(server, "/v1/completions", body)
+        assert got == status and message in reply["error"]["message"] and "choices" not in reply
+    except (ConnectionError, BrokenPipeError):  # a body that is not read to its end
+        assert status == 413
+    assert server.engine.counts["failures"] == failures + 1
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": [{"role": "robot", "content": "a"}]},
+                                  {"messages": "hello"}, {"messages": [{"role": "user", "content": "a"}], "tools": 3}])
+def test_bad_chats_are_errors(server, body):
+    status, reply = post(server, "/v1/chat/completions", body)
+    assert status == 400 and reply["error"]["message"]
+
+
+def test_it_serves_on_while_clients_go_away_and_dawdle(server, records, greedy):
+    prompt, text = greedy[records[0]["id"]]
+    sockets = []
+    for i in range(30):  # some send half a request, some leave before the reply
+        s = socket.create_connection(("127.0.0.1", server.server_port))
+        body = json.dumps({"prompt": prompt, "max_tokens": 64, "stream": i % 3 == 0}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        s.sendall(head + body[:5 if i % 2 else None])
+        sockets.append(s)
+    assert complete(server, prompt) == text
+    for s in sockets:
+        s.close()
+    assert complete(server, prompt) == text
+    for _ in range(100):
+        if not server.engine.jobs:
+            break
+        time.sleep(0.1)
+    assert not server.engine.jobs and not server.engine.sampler.busy
+
+
+def test_too_many_waiting_requests_are_refused(records, greedy):
+    server = start("--max-waiting", "4", "--max-concurrent", "2")
+    prompt, text = greedy[records[0]["id"]]
+    body = {"prompt": prompt, "temperature": 0, "max_tokens": 64}
+    with ThreadPoolExecutor(40) as pool:
+        replies = list(pool.map(lambda _: post(server, "/v1/completions", body), range(40)))
+    assert {status for status, _ in replies} == {200, 503}
+    assert {reply["choices"][0]["text"] for status, reply in replies if status == 200} == {text}
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
+    server = start()
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    monkeypatch.setattr(server.engine.sampler, "draw", lambda hidden: torch.zeros(-1))
+    for _ in range(2):
+        status, reply = post(server, "/v1/completions", {"prompt": "a"})
+        assert status in (500, 503) and "the sampler failed" in reply["error"]["message"]
+    server.shutdown()
+    server.server_close()
