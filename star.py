@@ -26,6 +26,7 @@ COMMANDS = {
     "reward": ("apps.evaluate", "the similarity reward of given texts"),
     "chat": ("apps.talk", "talk to a model; you are its tools"),
     "serve": ("apps.serve", "an OpenAI-compatible endpoint on this machine"),
+    "bfcl": ("apps.official", "official BFCL scores, by the official tool"),
     "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
     "plot": ("apps.plot", "curves of runs as a picture"),
 }

@@ -1,0 +1,263 @@
+"""`star.py bfcl`: the official BFCL scores of a model, by the official tool (`bfcl-eval`), offline.
+
+The tool renders the prompts, runs the simulated tools of multi-turn items, and scores. This file makes the tool's own
+environment, serves the model (apps/serve.py), calls the tool's two commands and reads what they write:
+
+    --env DIR            a virtual environment with bfcl-eval; made if it is missing (minutes, about 1 GB, needs pip)
+    OUT/result_star      what the model answered, by category       OUT/score_star    the tool's scores
+    OUT/items.json       {category: {item: 1 or 0}}                 OUT/summary.json  the table, and what moves a score
+
+A subset (--items) is drawn by the seed, the same for every model. Items whose prompt does not fit the model are left
+out before anything is generated, and counted.
+
+Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them where nothing is to lose.
+"""
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import venv
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from apps.evaluate import INTERVAL, bootstrap_ci, sign_flip_p
+from data import InputError, positive, print_table, read_json, write_json
+from data.chat import Chat, add_prompt_flags
+from data.records import read_lines
+from data.runs import add_output_flags
+from train import add_machine_flags, open_run
+
+VERSION = "2026.3.23"  # of bfcl-eval: BFCL v4, whose single-turn items are those of v3 but for a few
+HANDLER = "Qwen/Qwen3-0.6B-FC"  # it renders Qwen3's template, whatever the model
+SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+NON_LIVE = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance")
+LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+GROUPS = {"non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
+FAILED = "Error during inference"  # what the tool records as an answer if a request failed
+
+
+def bfcl_flags(parser):
+    add = parser.add_argument
+    add("--model", required=True, help="model folder")
+    add("--categories", nargs="+", default=["non_live", "live"], choices=[*GROUPS, *sum(GROUPS.values(), ())],
+        metavar="NAME", help=f"{', '.join(GROUPS)}, or single ones such as simple_python")
+    add("--items", type=positive, metavar="N", help="draw N items of each category; default: all")
+    add("--compare", metavar="OUT", help="--out of an earlier run: paired differences on the items of both")
+    add("--env", default="bfcl-env", metavar="DIR", help="virtual environment of the tool; made if it is missing")
+    add("--max-concurrent", type=positive, default=16, metavar="N", help="sequences generated concurrently")
+    add("--max-new-tokens", type=positive, default=512, help="longest answer; the tool itself would allow 4,096")
+    add_output_flags(parser, "folder for the tool's files and the table")
+    add_prompt_flags(parser)
+    add_machine_flags(parser, "weights and compute")
+
+
+def run_bfcl(args):
+    """Score a model on BFCL with the official tool, offline."""
+    # 1. Before anything is written, refuse bad input; make the tool's environment if it is missing.
+    chat = Chat.from_pretrained(args.model, args.think, args.tools)
+    context = read_json(Path(args.model) / "config.json").get("max_position_embeddings", 2 ** 30)
+    other = read_json(Path(args.compare) / "items.json", "give the --out of an earlier run") if args.compare else {}
+    tool = find_tool(Path(args.env))
+    open_run(args, "cpu", [args.model], [args.compare])
+
+    # 2. Choose the items, and let the tool generate and score.
+    chosen, too_long = choose_items(tool, chat, args, context - args.max_new_tokens)
+    out = Path(args.out).resolve()
+    write_json(out / "test_case_ids_to_generate.json", chosen)
+    port, process = start_server(args)
+    try:
+        generate(tool, out, args, port, sum(map(len, chosen.values())))
+        stats = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/stats"))
+    finally:
+        process.terminate()
+        process.wait()
+    call_tool(tool, out, "evaluate", "--partial-eval", "--score-dir", "score_star", log="evaluate.log")
+
+    # 3. Read, check, report.
+    items = read_items(out, chosen)
+    write_json(out / "items.json", items)
+    report(out, args, items, other, {"too_long": too_long, "think": chat.think} | stats)
+
+
+def find_tool(env):
+    """The `bfcl` of an environment, which is made if it is missing. Returns its path."""
+    tool = env / "bin/bfcl"
+    if tool.exists():
+        return tool.resolve()
+    print(f"making {env} with bfcl-eval {VERSION}", flush=True)
+    venv.create(env, with_pip=True)
+    pip = [str(env / "bin/python"), "-m", "pip", "install", "--quiet"]
+    # Without what only categories need that cannot run offline; soundfile and transformers are missing in its list.
+    list_needs = ("from importlib.metadata import requires; print(*(r.replace(' ', '') for r in requires('bfcl-eval') "
+                  "if 'extra' not in r and not r.startswith(('sentence-transformers', 'faiss'))))")
+    try:
+        subprocess.run([*pip, "--no-deps", f"bfcl-eval=={VERSION}"], check=True)
+        needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
+        subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
+    except subprocess.CalledProcessError as error:
+        raise InputError(f"{env}: pip failed (exit code {error.returncode}); delete the folder and try again") from error
+    return tool.resolve()
+
+
+def choose_items(tool, chat, args, most):
+    """({category: ids}, {category: how many are left out because their prompt has more than `most` tokens})."""
+    data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
+    if data is None:
+        raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")
+    names = [name for key in args.categories for name in GROUPS.get(key, (key,))]
+    chosen = {}
+    too_long = {}
+    for name in tqdm(dict.fromkeys(names), "choose items", delay=2):
+        entries = [json.loads(line) for _, line in read_lines(data / f"BFCL_v4_{name}.json")]
+        if args.items and args.items < len(entries):
+            entries = random.Random(f"{args.seed} {name}").sample(entries, args.items)
+        fitting = [entry["id"] for entry in entries if name in MULTI_TURN or prompt_tokens(chat, entry) <= most]
+        too_long |= {name: len(entries) - len(fitting)} if len(fitting) < len(entries) else {}
+        if fitting:
+            chosen[name] = sorted(fitting)
+    if not chosen:
+        raise InputError(f"{args.model}: no prompt of these categories fits its context with --max-new-tokens")
+    return chosen, too_long
+
+
+def prompt_tokens(chat, entry):
+    """Tokens of a single-turn item's prompt; the tool adds a note of at most 32 tokens to each description."""
+    text = chat.render(entry["question"][0], entry["function"], generation_prompt=True)
+    return len(chat.encode(text)) + 32 * len(entry["function"]) + 8
+
+
+def start_server(args):
+    """Serve the model in a process of its own. Returns (port, process)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    flags = ["--model", args.model, "--port", port, "--dtype", args.dtype, "--device", args.device, "--seed", args.seed,
+             "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools]
+    flags += ["--think", args.think] if args.think else []
+    star = Path(__file__).parents[1] / "star.py"
+    process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.DEVNULL)
+    while True:
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models")
+            return port, process
+        except OSError as error:
+            if process.poll() is not None:
+                raise InputError(f"{args.model}: could not be served; see the message above") from error
+            time.sleep(0.2)
+
+
+def call_tool(tool, out, command, *flags, log, environment=None):
+    """Run a command of the tool, with its output in OUT/log. Returns the process, which has ended without an error."""
+    flags = ["--model", HANDLER, "--result-dir", "result_star", *map(str, flags)]
+    environment = os.environ | {"BFCL_PROJECT_ROOT": str(out), "HF_HUB_OFFLINE": "1"} | (environment or {})
+    with open(out / log, "w") as file:
+        process = subprocess.Popen([str(tool), command, *flags], stdout=file, stderr=file, env=environment, cwd=out)
+    if command == "generate":
+        return process
+    if process.wait():
+        raise InputError(f"{out / log}: the tool stopped; its last lines say why")
+    return process
+
+
+def generate(tool, out, args, port, total):
+    """Let the tool ask the model for all items; it skips those in its result files."""
+    process = call_tool(
+        tool, out, "generate", "--skip-server-setup", "--local-model-path", Path(args.model).resolve(), "--run-ids",
+        "--num-threads", 2 * args.max_concurrent, log="generate.log", environment={"LOCAL_SERVER_PORT": str(port)})
+    with tqdm(total=total, desc="generate", unit="item") as bar:
+        try:
+            while process.poll() is None:
+                time.sleep(1)
+                bar.update(sum(1 for _ in result_lines(out)) - bar.n)
+        finally:
+            process.terminate()
+        bar.update(sum(1 for _ in result_lines(out)) - bar.n)
+    if process.returncode:
+        raise InputError(f"{out / 'generate.log'}: the tool stopped; its last lines say why")
+
+
+def result_lines(out):
+    return (line for path in out.glob("result_star/**/*_result.json") for line in path.read_bytes().splitlines())
+
+
+def read_items(out, chosen):
+    """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure."""
+    failures = sum(FAILED.encode() in line for line in result_lines(out))
+    if failures:
+        raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
+                         "lines from result_star and continue with --resume")
+    items = {}
+    for name, ids in chosen.items():
+        path = next(out.glob(f"score_star/**/BFCL_v4_{name}_score.json"), None)
+        if path is None:
+            raise InputError(f"{out}: the tool wrote no score of {name}; see {out / 'evaluate.log'}")
+        head, *wrong = [json.loads(line) for _, line in read_lines(path)]
+        wrong = {line["id"] for line in wrong}
+        items[name] = {item: int(item not in wrong) for item in ids}
+        right = sum(items[name].values())
+        if (head["correct_count"], head["total_count"]) != (right, len(ids)):
+            raise InputError(f"{path}: counts {head['correct_count']} of {head['total_count']}, not {right} of {len(ids)}")
+    return items
+
+
+def columns(items):
+    """{column: [(weight, values of its items)]}: a column is the weighted sum of means, in BFCL's own way."""
+    parts = {name: [(1.0, list(values.values()))] for name, values in items.items()}
+
+    def mean_of(names):
+        if all(name in parts for name in names):
+            return [(weight / len(names), values) for name in names for weight, values in parts[name]]
+        return None
+
+    parts["simple"] = mean_of(SIMPLE)
+    parts = {name: part for name, part in parts.items() if part}
+    parts["Non-Live AST"] = mean_of(("simple", "multiple", "parallel", "parallel_multiple"))
+    parts["Non-Live, v3"] = mean_of(("simple", "multiple", "parallel", "parallel_multiple", "irrelevance"))
+    for column, names in (("Live AST", LIVE[:4]), ("Live, v3", LIVE)):
+        if all(name in items for name in names):
+            parts[column] = [(1.0, [value for name in names for value in items[name].values()])]
+    parts["Multi-Turn"] = mean_of(MULTI_TURN)
+    parts = {name: part for name, part in parts.items() if part}
+    parts["overall, v3"] = mean_of(("Non-Live, v3", "Live, v3", "Multi-Turn"))
+    return {name: part for name, part in parts.items() if part and name != "simple"}
+
+
+def interval(part):
+    """{"mean", "low", "high"} in percent of a column; parts are independent, so their half widths add in squares."""
+    if len(part) == 1:
+        return {name: 100 * value for name, value in bootstrap_ci(part[0][1]).items()}
+    mean = sum(weight * np.mean(values) for weight, values in part)
+    half = 1.96 * sum(weight ** 2 * np.var(values) / len(values) for weight, values in part) ** 0.5
+    return {"mean": 100 * mean, "low": 100 * (mean - half), "high": 100 * (mean + half)}
+
+
+def report(out, args, items, other, details):
+    """Write OUT/summary.json and print the table, with what moves a score."""
+    scores = {}
+    rows = [["", "items", "right, %", *(["difference", "p"] if other else [])]]
+    both = {name: {item: value for item, value in values.items() if item in other.get(name, {})}
+            for name, values in items.items()}
+    for name, part in columns(items).items():
+        scores[name] = interval(part)
+        rows.append([name, sum(len(values) for _, values in part), INTERVAL.replace("3f", "1f").format(**scores[name])])
+        values = both.get(name)
+        if values:
+            differences = [value - other[name][item] for item, value in values.items()]
+            paired = {key: 100 * value for key, value in bootstrap_ci(differences).items()}
+            rows[-1] += [INTERVAL.replace(":.3f", ":+.1f").format(**paired), f"{sign_flip_p(differences):.4f}"]
+    details |= {"bfcl_eval": VERSION, "handler": HANDLER, "max_new_tokens": args.max_new_tokens,
+                "items_per_category": args.items or "all", "dtype": args.dtype}
+    write_json(out / "summary.json", {"model": args.model, "scores": scores, **details})
+    print()
+    print_table(rows)
+    print()
+    print_table(details.items())
+    if args.items:
+        print("\nA subset of v4's items: not comparable with the paper's columns, which are v3 and all items.")
