@@ -78,7 +78,8 @@ def run_bfcl(args):
     finally:
         process.terminate()
         process.wait()
-    call_tool(tool, out, "evaluate", "--partial-eval", "--score-dir", "score_star", log="evaluate.log")
+    process = start_tool(tool, out, "evaluate", "--partial-eval", "--score-dir", "score_star")
+    wait_for_tool(process, out, "evaluate")
 
     # 3. Read, check, report.
     items = read_items(out, chosen)
@@ -153,34 +154,31 @@ def start_server(args):
             time.sleep(0.2)
 
 
-def call_tool(tool, out, command, *flags, log, environment=None):
-    """Run a command of the tool, with its output in OUT/log. Returns the process, which has ended without an error."""
+def start_tool(tool, out, command, *flags, port=0):
+    """Start a command of the tool, with its output in OUT/COMMAND.log."""
     flags = ["--model", HANDLER, "--result-dir", "result_star", *map(str, flags)]
-    environment = os.environ | {"BFCL_PROJECT_ROOT": str(out), "HF_HUB_OFFLINE": "1"} | (environment or {})
-    with open(out / log, "w") as file:
-        process = subprocess.Popen([str(tool), command, *flags], stdout=file, stderr=file, env=environment, cwd=out)
-    if command == "generate":
-        return process
+    environment = os.environ | {"BFCL_PROJECT_ROOT": str(out), "HF_HUB_OFFLINE": "1", "LOCAL_SERVER_PORT": str(port)}
+    with open(out / f"{command}.log", "w") as log:
+        return subprocess.Popen([str(tool), command, *flags], stdout=log, stderr=log, env=environment, cwd=out)
+
+
+def wait_for_tool(process, out, command):
     if process.wait():
-        raise InputError(f"{out / log}: the tool stopped; its last lines say why")
-    return process
+        raise InputError(f"{out / command}.log: the tool stopped; its last lines say why")
 
 
 def generate(tool, out, args, port, total):
     """Let the tool ask the model for all items; it skips those in its result files."""
-    process = call_tool(
-        tool, out, "generate", "--skip-server-setup", "--local-model-path", Path(args.model).resolve(), "--run-ids",
-        "--num-threads", 2 * args.max_concurrent, log="generate.log", environment={"LOCAL_SERVER_PORT": str(port)})
-    with tqdm(total=total, desc="generate", unit="item") as bar:
-        try:
-            while process.poll() is None:
+    process = start_tool(tool, out, "generate", "--skip-server-setup", "--local-model-path", Path(args.model).resolve(),
+                         "--run-ids", "--num-threads", 2 * args.max_concurrent, port=port)
+    try:
+        with tqdm(total=total, desc="generate", unit="item") as bar:
+            while bar.n < total and process.poll() is None:
                 time.sleep(1)
                 bar.update(sum(1 for _ in result_lines(out)) - bar.n)
-        finally:
-            process.terminate()
-        bar.update(sum(1 for _ in result_lines(out)) - bar.n)
-    if process.returncode:
-        raise InputError(f"{out / 'generate.log'}: the tool stopped; its last lines say why")
+        wait_for_tool(process, out, "generate")
+    finally:
+        process.terminate()
 
 
 def result_lines(out):

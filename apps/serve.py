@@ -4,8 +4,7 @@
     POST /v1/completions            prompt (text) -> text
     POST /v1/chat/completions       messages, tools -> content, tool_calls, reasoning_content
 
-One thread draws tokens, for all requests at once: a slot that becomes free takes the next response. A prompt computes
-only what follows its longest beginning that an earlier prompt had (`PrefixCache`), so that a conversation is paid once.
+All requests are answered together (apps/engine.py).
 
 A completion's prompt that ends in an assistant header gets the model's think opening (--think), as in training.
 Official benchmark tools send prompts without it. Nothing that a model writes is executed here.
@@ -20,14 +19,13 @@ import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import numpy as np
 import torch
 
 import reward
+from apps.engine import Engine, HTTPError, Job, PrefixCache
 from data import InputError, natural, positive
 from data.chat import THINK, Chat, add_prompt_flags
 from data.records import read_record
@@ -37,6 +35,7 @@ from train import add_machine_flags, pick_device
 
 HEADER = "<|im_start|>assistant\n"
 MAX_BODY = 8_000_000  # bytes
+MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
 PATIENCE = 60  # seconds that a client may take to send a part of its request, or to read a part of the reply
 
 
@@ -79,127 +78,8 @@ def make_server(args):
     return server
 
 
-class PrefixCache:
-    """Keys and values of earlier prompts, up to `max_tokens` of them; the least recently used ones go first."""
-
-    def __init__(self, max_tokens):
-        self.max_tokens = max_tokens
-        self.entries = []  # (ids, [keys and values [2, Hkv, tokens, D] of a layer]), the last used one last
-        self.loaded = 0
-        self.computed = 0
-
-    def load(self, cache, row, ids):
-        """Copy the longest known beginning of a prompt into its row of the cache. Returns its number of tokens."""
-        ids = np.array(ids)
-        shared = [common_length(known, ids) for known, _ in self.entries]
-        length = max(shared, default=0)
-        if length:
-            entry = self.entries.pop(shared.index(length))
-            self.entries.append(entry)
-            for buffer, keys in zip(cache.prompts, entry[1]):
-                buffer[:, row, :, :length] = keys[:, :, :length]
-        self.loaded += length
-        self.computed += len(ids) - length
-        return length
-
-    def save(self, cache, row, ids):
-        """Keep the keys of a prompt in a row of the cache; earlier prompts that are beginnings of it go."""
-        ids = np.array(ids)
-        self.entries = [entry for entry in self.entries if common_length(entry[0], ids) < len(entry[0])]
-        while self.entries and sum(len(known) for known, _ in self.entries) + len(ids) > self.max_tokens:
-            del self.entries[0]
-        if 0 < len(ids) <= self.max_tokens:
-            self.entries.append((ids, [buffer[:, row, :, :len(ids)].clone() for buffer in cache.prompts]))
-
-
-def common_length(a, b):
-    """How many ids two arrays have in common at their beginning."""
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The engine: the thread that owns the sampler
-
-@dataclass(eq=False)
-class Job:
-    """A request of a client. `news` gets True when there are new tokens (if `stream` is set), False at the end."""
-    request: Request
-    stream: bool = False
-    gone: bool = False  # the client went away
-    news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
-
-
-class Engine(threading.Thread):
-    """Draws tokens for all jobs. Handlers `submit` a job and wait for its news."""
-
-    def __init__(self, sampler, args):
-        super().__init__(daemon=True)
-        self.sampler = sampler
-        self.args = args
-        self.changed = threading.Condition()
-        self.jobs = {}  # {request: job}
-        self.new = []
-        self.error = None
-        self.counts = {"requests": 0, "failures": 0, "cut": 0, "prompt_tokens": 0, "completion_tokens": 0}
-
-    def submit(self, job):
-        """Queue a job; HTTPError if too many are waiting."""
-        with self.changed:
-            waiting = sum(other.n for other in self.jobs) - len(self.sampler.slots)
-            if self.error or waiting + job.request.n > self.args.max_waiting:
-                raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
-            self.jobs[job.request] = job
-            self.new.append(job.request)
-            self.changed.notify()
-
-    def run(self):
-        try:
-            while True:
-                with self.changed:
-                    while not self.new and not self.sampler.busy:
-                        self.changed.wait()
-                    for request in self.new:
-                        self.sampler.add(request)
-                    self.new.clear()
-                self.step()
-        except Exception as error:  # out of memory, say: every waiting client must hear of it
-            self.error = f"the sampler failed: {error}"
-            for job in list(self.jobs.values()):
-                job.news.put(False)
-            raise
-
-    def step(self):
-        for request, job in list(self.jobs.items()):
-            if job.gone:
-                for response in request.responses:
-                    response.finish_reason = response.finish_reason or "cancelled"
-        for request in self.sampler.step():
-            with self.changed:
-                job = self.jobs.pop(request)
-            job.news.put(False)
-        for job in list(self.jobs.values()):
-            if job.stream and job.request.responses:
-                job.news.put(True)
-
-    def count(self, **counts):
-        with self.changed:
-            for name, value in counts.items():
-                self.counts[name] += value
-
-    def describe(self):
-        """What /v1/stats returns."""
-        prefixes = self.sampler.prefixes
-        return self.counts | {"prompt_tokens_computed": prefixes.computed, "prompt_tokens_loaded": prefixes.loaded}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # From a body to a request, and from responses to a reply
-
-class HTTPError(Exception):
-    """A failure that the client hears of. args: status, message."""
-
 
 def read_number(body, name, default, low, high, kind=float):
     value = body.get(name)
@@ -299,6 +179,11 @@ def make_choices(chat, request, chatting):
 class Server(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
+
+    def process_request(self, request, client_address):
+        if threading.active_count() > MAX_CONNECTIONS:
+            return self.shutdown_request(request)
+        super().process_request(request, client_address)
 
     def handle_error(self, request, client_address):
         """A client went away in the middle; anything else is printed."""

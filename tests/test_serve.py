@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,7 +87,7 @@ def test_greedy_text_is_that_of_generate(server, records, greedy):
 
 def test_prompts_with_a_common_beginning_compute_the_rest_only():
     """Same logits as without the store: texts are equal, at temperature 1 too; forgotten prompts are computed anew."""
-    r = serve.np.random.default_rng(0)
+    r = np.random.default_rng(0)
     texts = {}
     for tokens in ("0", "100000", "300"):
         server = start("--prefix-tokens", tokens)

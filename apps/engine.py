@@ -1,0 +1,133 @@
+"""The engine of `star.py serve`: one thread draws tokens for the requests of all clients.
+
+    PrefixCache   the keys of earlier prompts; a prompt computes only what follows its longest known beginning
+    Engine        submit(job), from any thread; the job's `news` says when there are tokens, and when it is done
+
+A conversation sends all of its earlier turns again, and many requests share a system prompt with its tools: with the
+store, each of their tokens is computed once.
+"""
+import queue
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sampler import Request
+
+
+class HTTPError(Exception):
+    """A failure that the client hears of. args: status, message."""
+
+
+class PrefixCache:
+    """Keys and values of earlier prompts, up to `max_tokens` of them; the least recently used ones go first."""
+
+    def __init__(self, max_tokens):
+        self.max_tokens = max_tokens
+        self.entries = []  # (ids, [keys and values [2, Hkv, tokens, D] of a layer]), the last used one last
+        self.loaded = 0
+        self.computed = 0
+
+    def load(self, cache, row, ids):
+        """Copy the longest known beginning of a prompt into its row of the cache. Returns its number of tokens."""
+        ids = np.array(ids)
+        shared = [common_length(known, ids) for known, _ in self.entries]
+        length = max(shared, default=0)
+        if length:
+            entry = self.entries.pop(shared.index(length))
+            self.entries.append(entry)
+            for buffer, keys in zip(cache.prompts, entry[1]):
+                buffer[:, row, :, :length] = keys[:, :, :length]
+        self.loaded += length
+        self.computed += len(ids) - length
+        return length
+
+    def save(self, cache, row, ids):
+        """Keep the keys of a prompt in a row of the cache; earlier prompts that are beginnings of it go."""
+        ids = np.array(ids)
+        self.entries = [entry for entry in self.entries if common_length(entry[0], ids) < len(entry[0])]
+        while self.entries and sum(len(known) for known, _ in self.entries) + len(ids) > self.max_tokens:
+            del self.entries[0]
+        if 0 < len(ids) <= self.max_tokens:
+            self.entries.append((ids, [buffer[:, row, :, :len(ids)].clone() for buffer in cache.prompts]))
+
+
+def common_length(a, b):
+    """How many ids two arrays have in common at their beginning."""
+    n = min(len(a), len(b))
+    different = np.flatnonzero(a[:n] != b[:n])
+    return int(different[0]) if len(different) else n
+
+
+@dataclass(eq=False)
+class Job:
+    """A request of a client. `news` gets True when there are new tokens (if `stream` is set), False at the end."""
+    request: Request
+    stream: bool = False
+    gone: bool = False  # the client went away
+    news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+
+
+class Engine(threading.Thread):
+    """Draws tokens for all jobs. Handlers `submit` a job and wait for its news."""
+
+    def __init__(self, sampler, args):
+        super().__init__(daemon=True)
+        self.sampler = sampler
+        self.args = args
+        self.changed = threading.Condition()
+        self.jobs = {}  # {request: job}
+        self.new = []
+        self.error = None
+        self.counts = {"requests": 0, "failures": 0, "cut": 0, "prompt_tokens": 0, "completion_tokens": 0}
+
+    def submit(self, job):
+        """Queue a job; HTTPError if too many are waiting."""
+        with self.changed:
+            waiting = sum(other.n for other in self.jobs) - len(self.sampler.slots)
+            if self.error or waiting + job.request.n > self.args.max_waiting:
+                raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
+            self.jobs[job.request] = job
+            self.new.append(job.request)
+            self.changed.notify()
+
+    def run(self):
+        try:
+            while True:
+                with self.changed:
+                    while not self.new and not self.sampler.busy:
+                        self.changed.wait()
+                    for request in self.new:
+                        self.sampler.add(request)
+                    self.new.clear()
+                self.step()
+        except Exception as error:  # out of memory, say: every waiting client must hear of it
+            with self.changed:
+                self.error = f"the sampler failed: {error}"
+                for job in self.jobs.values():
+                    job.news.put(False)
+            raise
+
+    def step(self):
+        """Drop the jobs of clients that went away, draw a token in every slot, and spread the news."""
+        for request, job in list(self.jobs.items()):
+            if job.gone:
+                for response in request.responses:
+                    response.finish_reason = response.finish_reason or "cancelled"
+        for request in self.sampler.step():
+            with self.changed:
+                job = self.jobs.pop(request)
+            job.news.put(False)
+        for job in list(self.jobs.values()):
+            if job.stream and job.request.responses:
+                job.news.put(True)
+
+    def count(self, **counts):
+        with self.changed:
+            for name, value in counts.items():
+                self.counts[name] += value
+
+    def describe(self):
+        """What /v1/stats returns."""
+        prefixes = self.sampler.prefixes
+        return self.counts | {"prompt_tokens_computed": prefixes.computed, "prompt_tokens_loaded": prefixes.loaded}
