@@ -13,8 +13,10 @@ All training after that is on JSON. Every model is scored on the same 640 reques
 "JSON" is the training format, "Python" the shifted one. A Python answer is read by `ast`, never run, and scored by the
 same reward. Each distillation has the same number of updates, and so has each Sim-RL run.
 
-A figure is the mean over the seeds of a paired difference, "+ better". Its half width adds the error over seeds (with
-Student's t) and that over the requests; it is also the smallest effect that the test could have told from 0.
+A figure is the mean over the seeds of a paired difference. Its half width (95 %) adds the error over seeds, with Student's
+t, and that over the requests; it is also the smallest effect that the test could have told from 0. "+" and "-" are the
+sign that the claim predicts, ">=" means not more than 0.02 lower. An effect is confirmed if its interval lies on that side,
+contradicted if it lies on the other side, else not seen.
 """
 import argparse
 import ast
@@ -511,9 +513,10 @@ def describe_claim(out, seeds, name):
             verdict = verdict_of(expected, mean, half)
             verdicts.append(verdict)
             rows.append(f"| {title} | {syntax} | {expected} | {mean:+.4f} ± {half:.4f} | {verdict} |")
-        counts = [f"{verdicts.count(word)} {word}" for word in ("confirmed", "not seen", "contradicted")
-                  if word in verdicts]
-        verdict = counts[0].split(" ", 1)[1] if len(counts) == 1 else "; ".join(counts)
+        verdicts = [verdict for verdict in verdicts if verdict]
+        counts = [f"{verdicts.count(word)} of {len(verdicts)} {word}"
+                  for word in ("confirmed", "not seen", "contradicted") if word in verdicts]
+        verdict = verdicts[0] if len(counts) == 1 else ", ".join(counts)
         figures = "\n".join(rows)
     text = (f"## {name}: {verdict}\n\n**Claim.** {claim}\n**Test.** {test}\n**Paper.** {paper}.\n\n{figures}\n")
     return verdict, text
