@@ -105,7 +105,7 @@ def score_answers(model, chat, groups, score, num_slots, max_new_tokens):
     sums = {"valid_reward": 0.0, "valid_exact": 0.0}
     share = groups[train.rank()::train.world_size()]
     requests = [Request(group.prompt, 1, 0, 0.0, max_new_tokens, number=i) for i, group in enumerate(share)]
-    finished = generate(model, requests, num_slots, chat)
+    finished = generate(model, requests, num_slots, chat) if requests else []
     for request in tqdm(finished, "validate", len(share), delay=2, leave=False, disable=train.rank() > 0):
         result = score(share[request.number].record, chat.decode(request.responses[0].ids))
         sums["valid_reward"] += result["reward"]

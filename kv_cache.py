@@ -27,7 +27,7 @@ class KVCache:
         self.responses = [new_zeros(2, response_rows, heads, response_tokens, c["head_dim"]) for _ in layers]
 
     def start_prompts(self, row, known=0):
-        """The next pass computes prompts [B, T], to be stored in the rows from `row` on, behind `known` tokens there."""
+        """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
         self.row = row
         self.known = known
         self.place = None

@@ -102,7 +102,7 @@ class Sampler:
     num_slots: responses drawn concurrently
     num_prompts: prompts that they may belong to
     prompt_tokens, max_new_tokens: the most that a request has
-    prefixes: keeps the keys of earlier prompts, see apps/serve.py; or None
+    prefixes: keeps the keys of earlier prompts, see apps/engine.py; or None
     """
 
     def __init__(self, model, chat, num_slots, num_prompts, prompt_tokens, max_new_tokens, prefixes=None):

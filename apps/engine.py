@@ -1,13 +1,13 @@
 """The engine of `star.py serve`: one thread draws tokens for the requests of all clients.
 
-    PrefixCache   the keys of earlier prompts; a prompt computes only what follows its longest known beginning
+    PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed
     Engine        submit(job), from any thread; the job's `news` says when there are tokens, and when it is done
 
-A conversation sends all of its earlier turns again, and many requests share a system prompt with its tools: with the
-store, each of their tokens is computed once.
+A conversation sends all of its earlier turns again, and many requests share a system prompt with its tools.
 """
 import queue
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +16,7 @@ from sampler import Request
 
 
 class HTTPError(Exception):
-    """A failure that the client hears of. args: status, message."""
+    """An error that is returned to the client. args: status, message."""
 
 
 class PrefixCache:
@@ -29,7 +29,7 @@ class PrefixCache:
         self.computed = 0
 
     def load(self, cache, row, ids):
-        """Copy the longest known beginning of a prompt into its row of the cache. Returns its number of tokens."""
+        """Copy the longest cached prefix of a prompt into its row of the cache. Returns its number of tokens."""
         ids = np.array(ids)
         shared = [common_length(known, ids) for known, _ in self.entries]
         length = max(shared, default=0)
@@ -43,13 +43,14 @@ class PrefixCache:
         return length
 
     def save(self, cache, row, ids):
-        """Keep the keys of a prompt in a row of the cache; earlier prompts that are beginnings of it go."""
+        """Keep the keys of a prompt in a row of the cache. Entries that are prefixes of it are dropped."""
         ids = np.array(ids)
+        if len(ids) > self.max_tokens or any(common_length(known, ids) == len(ids) for known, _ in self.entries):
+            return
         self.entries = [entry for entry in self.entries if common_length(entry[0], ids) < len(entry[0])]
         while self.entries and sum(len(known) for known, _ in self.entries) + len(ids) > self.max_tokens:
             del self.entries[0]
-        if 0 < len(ids) <= self.max_tokens:
-            self.entries.append((ids, [buffer[:, row, :, :len(ids)].clone() for buffer in cache.prompts]))
+        self.entries.append((ids, [buffer[:, row, :, :len(ids)].clone() for buffer in cache.prompts]))
 
 
 def common_length(a, b):
@@ -84,7 +85,8 @@ class Engine(threading.Thread):
     def submit(self, job):
         """Queue a job; HTTPError if too many are waiting."""
         with self.changed:
-            waiting = sum(other.n for other in self.jobs) - len(self.sampler.slots)
+            unfinished = sum(other.n for other in self.jobs)
+            waiting = max(0, unfinished - self.sampler.num_slots)
             if self.error or waiting + job.request.n > self.args.max_waiting:
                 raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
             self.jobs[job.request] = job
@@ -112,6 +114,8 @@ class Engine(threading.Thread):
         """Drop the jobs of clients that went away, draw a token in every slot, and spread the news."""
         for request, job in list(self.jobs.items()):
             if job.gone:
+                waiting = [slot for slot in self.sampler.waiting if slot.request is not request]
+                self.sampler.waiting = deque(waiting)
                 for response in request.responses:
                     response.finish_reason = response.finish_reason or "cancelled"
         for request in self.sampler.step():
@@ -123,9 +127,11 @@ class Engine(threading.Thread):
                 job.news.put(True)
 
     def count(self, **counts):
+        """Add to the counts. Returns the number of requests so far."""
         with self.changed:
             for name, value in counts.items():
                 self.counts[name] += value
+            return self.counts["requests"]
 
     def describe(self):
         """What /v1/stats returns."""

@@ -4,7 +4,7 @@
     POST /v1/completions            prompt (text) -> text
     POST /v1/chat/completions       messages, tools -> content, tool_calls, reasoning_content
 
-All requests are answered together (apps/engine.py).
+All requests share one decoding batch (apps/engine.py).
 
 A completion's prompt that ends in an assistant header gets the model's think opening (--think), as in training.
 Official benchmark tools send prompts without it. Nothing that a model writes is executed here.
@@ -36,7 +36,7 @@ from train import add_machine_flags, pick_device
 HEADER = "<|im_start|>assistant\n"
 MAX_BODY = 8_000_000  # bytes
 MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
-PATIENCE = 60  # seconds that a client may take to send a part of its request, or to read a part of the reply
+TIMEOUT = 60  # of a socket, in seconds
 
 
 def serve_flags(parser):
@@ -98,6 +98,8 @@ def read_prompt(engine, body, chatting):
             record = read_record(json.dumps({name: body.get(name) for name in ("messages", "tools")}).encode(), "", False)
         except (InputError, RecursionError) as error:
             raise HTTPError(400, str(error)) from error
+        if "answer" in record:
+            raise HTTPError(400, "the last message is the assistant's; it must be the user's or a tool's")
         return chat.prompt(record)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and len(prompt) == 1:
@@ -107,9 +109,18 @@ def read_prompt(engine, body, chatting):
     return prompt + THINK[chat.think] if prompt.endswith(HEADER) else prompt
 
 
+def check_unicode(text):
+    """HTTPError if a text has half a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeError as error:
+        raise HTTPError(400, f"the text is not Unicode ({error.reason})") from error
+
+
 def read_request(engine, body, chatting, number):
     """The `Request` of a body. number: of the HTTP request, which seeds those without a seed."""
     args = engine.args
+    check_unicode(json.dumps(body, ensure_ascii=False))
     ids = engine.sampler.chat.encode(read_prompt(engine, body, chatting))
     if not 0 < len(ids) <= args.max_prompt_tokens:
         raise HTTPError(400, f"the prompt has {len(ids)} tokens; it must have 1 to {args.max_prompt_tokens}")
@@ -151,7 +162,7 @@ def read_answer(text, think):
     if calls:
         message["content"] = answer.partition("<tool_call>")[0].strip() or None
         message["tool_calls"] = [
-            {"index": i, "id": f"call_{i}", "type": "function",
+            {"index": i, "id": f"call_{time.time_ns()}_{i}", "type": "function",
              "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
             for i, call in enumerate(calls)]
     return message
@@ -194,7 +205,8 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """One connection. Every reply has a Content-Length or ends the connection."""
     protocol_version = "HTTP/1.1"
-    timeout = PATIENCE
+    streaming = False
+    timeout = TIMEOUT
 
     def log_message(self, *_):
         """Failures are printed by `fail`; the rest is silent."""
@@ -211,15 +223,16 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         engine = self.server.engine
-        engine.count(requests=1)
+        number = engine.count(requests=1)
+        job = None
         try:
             chatting = self.path == "/v1/chat/completions"
             if not chatting and self.path != "/v1/completions":
                 raise HTTPError(404, f"no {self.path} here")
             body = self.read_body()
-            job = Job(read_request(engine, body, chatting, engine.counts["requests"]), bool(body.get("stream")))
+            job = Job(read_request(engine, body, chatting, number), bool(body.get("stream")))
             engine.submit(job)
-            head = {"id": f"star-{time.time_ns()}", "created": int(time.time()), "model": str(body.get("model")),
+            head = {"id": f"star-{number}", "created": int(time.time()), "model": str(body.get("model")),
                     "object": "chat.completion" if chatting else "text_completion"}
             if job.stream:
                 self.stream(job, head, chatting)
@@ -229,13 +242,15 @@ class Handler(BaseHTTPRequestHandler):
                                         "usage": usage(job.request)})
         except HTTPError as error:
             return self.fail(*error.args)
-        except OSError:
-            job.gone = True
-            raise
-        counts = usage(job.request)
-        del counts["total_tokens"]
+        except Exception as error:  # the client went away; anything else is a bug that it must hear of
+            if job:
+                job.gone = True
+            if isinstance(error, OSError):
+                raise
+            return self.fail(500, f"{type(error).__name__}: {error}")
+        tokens = sum(len(response.ids) for response in job.request.responses)
         cut = sum(response.finish_reason == "length" for response in job.request.responses)
-        engine.count(cut=cut, **counts)
+        engine.count(cut=cut, prompt_tokens=len(job.request.prompt), completion_tokens=tokens)
 
     def read_body(self):
         """The JSON object that the client sends."""
@@ -262,8 +277,9 @@ class Handler(BaseHTTPRequestHandler):
                     raise HTTPError(500, self.server.engine.error)
                 return going_on
             except queue.Empty:
-                readable, _, _ = select.select([self.connection], [], [], 0)
-                if readable and not self.connection.recv(1, socket.MSG_PEEK):
+                poll = select.poll()
+                poll.register(self.connection, select.POLLIN)
+                if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
                     raise ConnectionAbortedError("the client closed the connection") from None
 
     def stream(self, job, head, chatting):
@@ -275,6 +291,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
+        self.streaming = True
         going_on = True
         while going_on:
             going_on = self.wait(job)
@@ -313,7 +330,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.engine.count(failures=1)
         print(f"star.py serve: {self.path[:80]}: {status}: {message}", file=sys.stderr, flush=True)
         self.close_connection = True
-        self.reply(status, {"error": {"message": message, "type": "invalid_request_error", "code": status}})
+        error = {"error": {"message": message, "type": "invalid_request_error", "code": status}}
+        self.send_event(error) if self.streaming else self.reply(status, error)
 
 
 def usage(request):

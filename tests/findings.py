@@ -1,6 +1,6 @@
 """The claims T1 to T13 about the paper, each tested on small models: writes tests/findings.md.
 
-    python tests/findings.py --make-pair     the teacher and the student that know two call syntaxes (minutes)
+    python tests/findings.py --make-pair     a teacher and a student of both call syntaxes (7 minutes)
     python tests/findings.py                 every claim, with three seeds; continues a stopped run
     python tests/findings.py T3 T5           these claims only; writes findings.md below --out instead
     python tests/findings.py demo            the demo with three seeds instead: demo.md
@@ -14,9 +14,10 @@ All training after that is on JSON. Every model is scored on the same 640 reques
 same reward. Each distillation has the same number of updates, and so has each Sim-RL run.
 
 A figure is the mean over the seeds of a paired difference. Its half width (95 %) adds the error over seeds, with Student's
-t, and that over the requests; it is also the smallest effect that the test could have told from 0. "+" and "-" are the
+t, to that over the requests; an effect of 1.7 times the half width would be found nine times in ten. "+" and "-" are the
 sign that the claim predicts, ">=" means not more than 0.02 lower. An effect is confirmed if its interval lies on that side,
-contradicted if it lies on the other side, else not seen.
+contradicted if it lies on the other side, else not seen. The intervals are not corrected for their number: of twenty, one
+misses by chance.
 """
 import argparse
 import ast
@@ -89,7 +90,7 @@ def write_python(calls):
 
 
 def python_as_json(text):
-    """A response with Python calls, rewritten with <tool_call> blocks; unchanged if it has none.
+    """A response with Python calls, rewritten with <tool_call> blocks; without any, as text (JSON calls count as text).
 
     >>> python_as_json("<think>x</think>[brew(cups=2)]<|im_end|>")
     '<think>x</think>\\n\\n<tool_call>\\n{"name": "brew", "arguments": {"cups": 2}}\\n</tool_call>'
@@ -98,23 +99,25 @@ def python_as_json(text):
     try:
         tree = ast.parse(answer.replace("<|im_end|>", "").strip(), mode="eval").body
         calls = [{"name": call.func.id, "arguments": {k.arg: ast.literal_eval(k.value) for k in call.keywords}}
-                 for call in tree.elts]
+                 for call in tree.elts if not call.args]
         blocks = [f"<tool_call>\n{json.dumps(call)}\n</tool_call>" for call in calls]
+        if len(calls) < len(tree.elts):  # positional arguments have no names
+            blocks = []
     except (SyntaxError, ValueError, TypeError, AttributeError, RecursionError, MemoryError):
-        return text
-    return thought + tag + "\n\n" + "\n".join(blocks) if blocks else text
+        blocks = []
+    return thought + tag + "\n\n" + "\n".join(blocks) if blocks else text.replace("<tool_call>", "")
 
 
 def write_split(path, source, syntaxes):
     """The records of a file in one syntax, or in each of several by turns (per list of tools)."""
     lines = []
-    tools = []
-    for _, line in read_lines(source):
+    number = 0  # of the list of tools
+    last = None
+    for line in texts(source):
         record = json.loads(line)
-        if not tools or record["tools"] != tools[-1]:
-            tools.append(record["tools"])
-        record = in_syntax(record, syntaxes[len(tools) % len(syntaxes)])
-        lines.append(json.dumps(record) + "\n")
+        number += record["tools"] != last
+        last = record["tools"]
+        lines.append(json.dumps(in_syntax(record, syntaxes[number % len(syntaxes)])) + "\n")
     write_lines(path, lines)
 
 
@@ -257,19 +260,25 @@ def effect(out, seeds, weights, metric, syntax="json"):
 
     weights: {model: weight}, such as {"ckd": 1, "ce": -1}
     metric: of `record_metrics`, or "run NAME" of metrics.jsonl, which has no records
+    syntax: "json", "python", or "both" for Python less JSON
     """
     if metric.startswith("run "):
         rows = [[sum(w * run_metric(out, seed, model, metric[4:]) for model, w in weights.items())] for seed in seeds]
     else:
         rows = []
+        if syntax == "both":
+            weights = {(model, name): w * sign for model, w in weights.items()
+                       for name, sign in (("python", 1), ("json", -1))}
+        else:
+            weights = {(model, syntax): w for model, w in weights.items()}
         for seed in seeds:
-            scores = {model: read_scores(out, seed, model, syntax)[metric] for model in weights}
+            scores = {key: read_scores(out, seed, *key)[metric] for key in weights}
             ids = sorted(set.intersection(*map(set, scores.values())))
-            rows.append([sum(w * scores[model][i] for model, w in weights.items()) for i in ids])
+            rows.append([sum(w * scores[key][i] for key, w in weights.items()) for i in ids])
     values = np.array(rows)  # [seeds, records]
     by_seed = values.mean(1)
     by_record = values.mean(0)
-    half = 0.0
+    half = math.inf  # one seed says nothing about others
     if len(seeds) > 1:
         half = T_975[len(seeds) - 1] * by_seed.std(ddof=1) / math.sqrt(len(seeds))
     if len(by_record) > 1:
@@ -277,10 +286,13 @@ def effect(out, seeds, weights, metric, syntax="json"):
     return float(values.mean()), float(half)
 
 
+MARGIN = 0.02
+
+
 def verdict_of(expected, mean, half):
-    """expected: "+" or "-", the sign that the claim predicts; ">=": not below 0 by more than 0.02; "": none."""
+    """expected: "+" or "-", the sign that the claim predicts; ">=": not below 0 by more than MARGIN; "": none."""
     if expected == ">=":
-        return "confirmed" if mean - half > -0.02 else "contradicted" if mean + half < 0 else "not seen"
+        return "confirmed" if mean - half > -MARGIN else "contradicted" if mean + half < -MARGIN else "not seen"
     if not expected:
         return ""
     sign = 1 if expected == "+" else -1
@@ -311,10 +323,10 @@ def both(make, a, b, metric, expected):
 EXACT = "exact calls"
 CLAIMS = {
     "T3": (
-        "The tail penalty cuts confident mistakes (S′) without a loss of entropy or of Pass@k.",
+        "The tail penalty cuts confident mistakes (S′), raises the policy's entropy, and does not cost Pass@k.",
         "λ in {0, 1, 10}; S′ along 200 held-out gold answers after the last step; entropy and pass@4 of samples.",
         [minus("ckd", "fkl", "run valid_tail", "-"), minus("ckd lambda=1", "fkl", "run valid_tail", "-"),
-         minus("ckd", "fkl", "entropy", ">="), minus("ckd", "fkl", "pass@4", ">="),
+         minus("ckd", "fkl", "entropy", "+"), minus("ckd", "fkl", "pass@4", ">="),
          *both(minus, "ckd", "fkl", EXACT, ""), *both(minus, "ckd lambda=1", "fkl", EXACT, "")],
         "qualitative"),
     "T4": (
@@ -327,6 +339,7 @@ CLAIMS = {
         "Distillation beats cross-entropy on the same answers, and more so out of the training format.",
         "CKD and cross-entropy with equal updates, for 50, 200 and 800 prompts with 1, 2 and 8 answers each.",
         [*both(minus, "ckd", "ce", EXACT, "+"), *both(minus, "fkl", "ce", EXACT, "+"),
+         ("exact calls: ckd − ce, python less json", "+", {"ckd": 1, "ce": -1}, EXACT, "both"),
          *both(minus, "ce", "student", EXACT, ""), *both(minus, "ckd", "student", EXACT, ""),
          *[row for p in PROMPTS for n in ROLLOUTS if (p, n) != (200, 8)
            for row in both(minus, f"ckd on {p}x{n}", f"ce on {p}x{n}", EXACT, "+")]],
@@ -334,8 +347,10 @@ CLAIMS = {
     "T6": (
         "After RL the order is CKD ≥ FKL > RSKD, CE > RKL.",
         "The same Sim-RL from each student.",
-        [row for b in ("fkl", "rskd", "ce", "rkl")
-         for row in both(minus, "ckd + sim-rl", f"{b} + sim-rl", EXACT, "+")],
+        [*both(minus, "ckd + sim-rl", "fkl + sim-rl", EXACT, ">="),
+         *[row for b in ("rskd", "ce") for row in both(minus, "fkl + sim-rl", f"{b} + sim-rl", EXACT, "+")],
+         *[row for a in ("rskd", "ce") for row in both(minus, f"{a} + sim-rl", "rkl + sim-rl", EXACT, "+")],
+         *[row for b in ("rskd", "ce", "rkl") for row in both(minus, "ckd + sim-rl", f"{b} + sim-rl", EXACT, "+")]],
         "BFCL 51.70, 51.46, 50.65, 50.41, 50.49; ACEBench 53.0, 50.0, 49.8, 38.9, 41.3"),
     "T7": (
         "The similarity reward beats a binary one.",
@@ -518,7 +533,8 @@ def describe_claim(out, seeds, name):
                   for word in ("confirmed", "not seen", "contradicted") if word in verdicts]
         verdict = verdicts[0] if len(counts) == 1 else ", ".join(counts)
         figures = "\n".join(rows)
-    text = (f"## {name}: {verdict}\n\n**Claim.** {claim}\n**Test.** {test}\n**Paper.** {paper}.\n\n{figures}\n")
+    text = (f"## {name}\n\n**Claim.** {claim}<br>**Test.** {test}<br>**Paper.** {paper}.<br>**Verdict.** {verdict}.\n\n"
+            f"{figures}\n")
     return verdict, text
 
 
@@ -586,7 +602,7 @@ def write_report(out, seeds, names):
 
 
 def models_of(name):
-    return [model for row in CLAIMS.get(name, (0, 0, ()))[2] for model in row[2]] if name in CLAIMS else []
+    return [model for row in CLAIMS.get(name, (0, 0, ()))[2] for model in row[2]]
 
 
 def main():
@@ -594,17 +610,20 @@ def main():
     names = sorted([*CLAIMS, *EXACT_CLAIMS], key=lambda name: int(name[1:]))
     parser.add_argument("claims", nargs="*", metavar="CLAIM", help=f"of {', '.join(names)}; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/findings"), help="folder for everything")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="at most 8")
     parser.add_argument("--make-pair", action="store_true", help="train the two models of two syntaxes into OUT/pair")
     args = parser.parse_args()
-    chosen = args.claims or names
-    if unknown := set(chosen) - {*names, "demo"}:
-        parser.error(f"no claim {', '.join(unknown)}; there are {', '.join(names)}")
     if args.claims == ["demo"]:
+        args.out.mkdir(parents=True, exist_ok=True)
         run_demos(args.out, args.seeds)
         page = describe_demos(args.out, args.seeds)
         (args.out / "demo.md").write_text(page)
         return print(page)
+    chosen = args.claims or names
+    if len(args.seeds) > 8:
+        parser.error("--seeds: at most 8")
+    if unknown := set(chosen) - set(names):
+        parser.error(f"no claim {', '.join(unknown)}; there are {', '.join(names)}")
     pair = args.out / "pair"
     pair.mkdir(parents=True, exist_ok=True)
     if args.make_pair:

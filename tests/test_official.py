@@ -49,6 +49,7 @@ def env(tmp_path):
         path.mkdir(parents=True)
     tool.write_text(TOOL.format(python=sys.executable))
     tool.chmod(0o755)
+    (folder / "complete").touch()
     for name in ("multiple", "irrelevance"):
         lines = []
         for i in range(6):
@@ -72,11 +73,12 @@ def test_a_whole_run(env, tmp_path, capsys):
     assert {name: list(values.values()) for name, values in items.items()} == {
         "multiple": [1, 0, 1, 0, 1], "irrelevance": [1, 0, 1, 0, 1]}
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert summary["too_long"] == {"multiple": 1, "irrelevance": 1} and summary["failures"] == 0
+    assert summary["left_out"] == {"multiple": 1, "irrelevance": 1} and summary["failures"] == 0
     assert summary["requests"] == 10 and summary["think"] == "off" and "60.0 [" in table
     assert run(env, tmp_path / "out") == 2 and "--resume" in capsys.readouterr().err
     assert run(env, tmp_path / "two", "--items", "3", "--compare", str(tmp_path / "out")) == 0
-    assert "not comparable with the paper" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "a subset of v4's items" in table and "difference" in table
     chosen = json.loads((tmp_path / "two/items.json").read_text())
     assert run(env, tmp_path / "three", "--items", "3") == 0  # the same subset again
     assert json.loads((tmp_path / "three/items.json").read_text()) == chosen
@@ -111,6 +113,8 @@ def test_columns_are_those_of_the_leaderboard():
     assert means["Live, v3"] == pytest.approx(65.66, abs=0.05)
     assert means["Multi-Turn"] == pytest.approx(1.88, abs=0.01) and means["overall, v3"] == pytest.approx(47.33, abs=0.02)
     assert "overall, v3" not in official.columns({name: items[name] for name in counts})
+    none = official.interval([(1.0, [0] * 20)])  # Wilson: 0 of 20 may still be 16 %
+    assert none["mean"] == none["low"] == 0 and none["high"] == pytest.approx(16.1, abs=0.1)
 
 
 def test_a_score_that_does_not_add_up_is_an_error(tmp_path):

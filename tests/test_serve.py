@@ -119,7 +119,7 @@ def test_the_openai_client(server, records):
     assert chunks[-1].choices[0].delta.tool_calls[0].function.arguments == call.arguments
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
     # The result of the call, as a client sends it back.
-    messages = [*record["messages"], choice.message, {"role": "tool", "tool_call_id": "call_0", "content": "done"}]
+    messages = [*record["messages"], choice.message, {"role": "tool", "tool_call_id": choice.message.tool_calls[0].id, "content": "done"}]
     assert client.chat.completions.create(**ask | {"messages": messages}).usage.prompt_tokens > 80
     hello = {"model": "any", "messages": [{"role": "user", "content": "Hello!"}], "tools": tools, "temperature": 0}
     whole = client.chat.completions.create(**hello).choices[0].message
@@ -154,7 +154,8 @@ BAD = [
     ({"prompt": "a " * 1000}, 400, "tokens; it must"), ({"prompt": "a", "temperature": "hot"}, 400, "temperature"),
     ({"prompt": "a", "n": 1000}, 400, "n is"), ({"prompt": "a", "n": 2.5}, 400, "n is"),
     ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens"), ({"prompt": "a", "stop": [""]}, 400, "stop"),
-    ({"prompt": "a", "top_p": float("nan")}, 400, "top_p"), (b"[" * 100_000, 400, "not JSON"),
+    ({"prompt": "a", "top_p": float("nan")}, 400, "top_p"), ({"prompt": "a", "stop": "\ud800"}, 400, "Unicode"),
+    ({"prompt": "\ud800"}, 400, "Unicode"), (b"[" * 100_000, 400, "not JSON"),
     (b" " * (serve.MAX_BODY + 1), 413, "bytes"),
 ]
 
@@ -171,7 +172,9 @@ def test_bad_requests_are_errors(server, capsys, body, status, message):
 
 
 @pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": [{"role": "robot", "content": "a"}]},
-                                  {"messages": "hello"}, {"messages": [{"role": "user", "content": "a"}], "tools": 3}])
+                                  {"messages": "hello"}, {"messages": [{"role": "user", "content": "a"}], "tools": 3},
+                                  {"messages": [{"role": "assistant", "content": "a"}]},
+                                  {"messages": [{"role": "user", "content": "\ud800"}]}])
 def test_bad_chats_are_errors(server, body):
     status, reply = post(server, "/v1/chat/completions", body)
     assert status == 400 and reply["error"]["message"]
@@ -182,7 +185,7 @@ def test_it_serves_on_while_clients_go_away_and_dawdle(server, records, greedy):
     sockets = []
     for i in range(30):  # some send half a request, some leave before the reply
         s = socket.create_connection(("127.0.0.1", server.server_port))
-        body = json.dumps({"prompt": prompt, "max_tokens": 64, "stream": i % 3 == 0}).encode()
+        body = json.dumps({"prompt": prompt, "max_tokens": 64, "n": 1 + 16 * (i % 5 == 0), "stream": i % 3 == 0}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         s.sendall(head + body[:5 if i % 2 else None])
         sockets.append(s)
