@@ -317,7 +317,7 @@ def add_supervised_flags(parser, lr, weight_decay):
     valid_help = "records or rollouts to validate on; default: hold out some of --data"
     train.add_valid_flags(parser, valid_help, every=100)
     parser.add_argument("--valid-answers", type=natural, default=0, metavar="N",
-        help="also answer the first N held-out prompts at each validation: exact calls, reward")
+        help="also answer the first N held-out prompts at each validation: exact answers, reward")
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, save_every=100)
 

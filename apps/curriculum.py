@@ -37,7 +37,7 @@ EVAL = "--data data/tiny/values.jsonl.gz --n 8 --max-concurrent 512 --max-new-to
 FULL = {"rollout": 3200, "ckd": 45, "simrl": 80, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
-COLUMNS = ("exact calls", "reward", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
+COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
 
 
 def split_lines(text):

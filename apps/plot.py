@@ -48,7 +48,7 @@ def run_plot(args):
     marks = {}  # {label: (first, last second)}, and in each panel the teacher's score
     if args.story:
         names = STORY
-        marks = put_in_a_row(runs)
+        marks = concatenate_runs(runs)
         lines = [json.loads(line) for _, line in read_lines(Path(args.story) / "generations.jsonl")]
         for name in STORY:
             marks[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
@@ -83,7 +83,7 @@ def read_run(folder):
     return rows
 
 
-def put_in_a_row(runs):
+def concatenate_runs(runs):
     """Make "step" the seconds of training in all runs so far. Returns {label: (first, last second)}."""
     now = 0.0
     spans = {}

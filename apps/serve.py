@@ -71,7 +71,7 @@ def make_server(args):
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
-    print(describe_cache(model, *size), flush=True)
+    print(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts", flush=True)
     server = Server(("127.0.0.1", args.port), Handler)
     server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
     server.engine.start()

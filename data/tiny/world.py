@@ -237,8 +237,8 @@ def make_reasoning(r, tools, calls):
 
 
 def sloppy_calls(calls, tools):
-    """The calls as a careless annotator writes them: the first only, without numbers, with every flag set, and with
-    an argument of his own beside each word from a list (an enum).
+    """The calls as a careless annotator writes them: the first only, without numbers, flags always true, and with an
+    invented argument, `priority`, in a call that has an enum.
 
     >>> tool = {"name": "brew", "parameters": {"properties": {
     ...     "kind": {"type": "string", "enum": ["tea", "coffee"]}, "cups": {"type": "integer"}}}}
