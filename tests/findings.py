@@ -348,6 +348,7 @@ CLAIMS = {
         "After RL the order is CKD ≥ FKL > RSKD, CE > RKL.",
         "The same Sim-RL from each student.",
         [*both(minus, "ckd + sim-rl", "fkl + sim-rl", EXACT, ">="),
+         *both(minus, "rskd", "fkl", EXACT, ""),
          *[row for b in ("rskd", "ce") for row in both(minus, "fkl + sim-rl", f"{b} + sim-rl", EXACT, "+")],
          *[row for a in ("rskd", "ce") for row in both(minus, f"{a} + sim-rl", "rkl + sim-rl", EXACT, "+")],
          *[row for b in ("rskd", "ce", "rkl") for row in both(minus, "ckd + sim-rl", f"{b} + sim-rl", EXACT, "+")]],
@@ -564,9 +565,10 @@ def draw_findings(out, seeds, path):
             cells = [("ckd", "ce") if (p, n) == (200, 8) else (f"ckd on {p}x{n}", f"ce on {p}x{n}") for p in PROMPTS]
             points = [effect(out, seeds, {ckd: 1, ce: -1}, EXACT, syntax) for ckd, ce in cells]
             means, halves = zip(*points)
-            axis.errorbar(PROMPTS, means, halves, fmt="o-", color=color, capsize=3, label=f"{n} answers a prompt")
+            places = [x + (n > 1) * 0.1 + (n > 2) * 0.1 for x in range(len(PROMPTS))]
+            axis.errorbar(places, means, halves, fmt="o-", color=color, capsize=3, label=f"answers a prompt: {n}")
         axis.axhline(0, color="gray", lw=1)
-        axis.set(xscale="log", xticks=PROMPTS, xticklabels=PROMPTS, xlabel="prompts",
+        axis.set(xticks=range(len(PROMPTS)), xticklabels=PROMPTS, xlabel="prompts",
                  title=f"CKD − CE, exact calls, {syntax}")
     axes[0].legend(frameon=False)
     starts = ("student", *list(OBJECTIVES)[:6])
