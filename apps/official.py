@@ -138,9 +138,10 @@ def choose_items(tool, chat, args, most):
 
 
 def prompt_tokens(chat, entry):
-    """Tokens of a single-turn item's prompt; the tool adds a note of at most 32 tokens to each description."""
+    """Tokens of a single-turn item's prompt, a few too many: the tool adds a note to each function's description."""
     text = chat.render(entry["question"][0], entry["function"], generation_prompt=True)
-    return len(chat.encode(text)) + 32 * len(entry["function"]) + 8
+    note = chat.encode(" Note that the provided function is in JavaScript syntax.")
+    return len(chat.encode(text)) + len(note) * len(entry["function"]) + 32
 
 
 def start_server(args, prompt_tokens):
@@ -263,7 +264,7 @@ def interval(part):
         mean += weight * p
         low += (weight * (p - (middle - half))) ** 2
         high += (weight * (middle + half - p)) ** 2
-    return {"mean": 100 * mean, "low": 100 * (mean - low ** 0.5), "high": 100 * (mean + high ** 0.5)}
+    return {"mean": 100 * mean, "low": max(0.0, 100 * (mean - low ** 0.5)), "high": 100 * (mean + high ** 0.5)}
 
 
 def paired_interval(part):
