@@ -68,7 +68,7 @@ class KVCache:
             rows = prompts[:, self.row:self.row + B, :, :self.known + T]  # [2, B, Hkv, S, D]
             rows[:, :, :, self.known:] = kv
             mask = None
-            if self.known:
+            if self.known:  # a query sees what is stored before it, too
                 mask = torch.ones(T, self.known + T, dtype=torch.bool, device=q.device).tril(self.known)  # [T, S]
             return attention(q, *(rows if self.known else kv), mask)
         responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
