@@ -29,11 +29,10 @@ from tqdm import tqdm
 import train
 from data import non_negative, natural, number, positive, read_json, runs, write_json
 from data.chat import Chat, add_prompt_flags
-from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
-from data.groups import read_groups
+from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, read_groups
 from data.records import add_data_flags, has_answer
 from data.rollouts import score_response
-from experience import score_answers
+from experience import answer_held_out
 from head import entropy, head_loss, hidden_states
 from model import Transformer
 from sampler import greedy_answers
@@ -365,8 +364,7 @@ def run_training(args, student_folder, teacher_folder=None):
         write_json(path, greedy_answers(student, chat, shown, dtype, "before"))
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
     answer_valid = None if not answered else partial(
-        score_answers, chat=chat, groups=answered, score=partial(score_response, chat),
-        num_slots=64, max_new_tokens=args.max_response_tokens)
+        answer_held_out, chat, answered, partial(score_response, chat), args.max_response_tokens)
     if not distill(student, teacher, groups, valid, args, start, answer_valid):
         return train.stopped_run(args)
 

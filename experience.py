@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import train
 from data.groups import Response, next_prompts
-from sampler import Request, Sampler, cache_size, describe_cache, generate
+from sampler import Request, Sampler, cache_size, describe_cache
 
 STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished groups, if there are several ranks
 
@@ -94,21 +94,30 @@ def share_responses(requests, device):
     return [[number, [Response(**fields) for fields in responses]] for number, responses in rows]
 
 
+def answer_held_out(chat, groups, score, max_new_tokens, model):
+    """`score_answers` of a model that has no sampler yet."""
+    slots = min(64, len(groups))
+    sampler = Sampler(model, chat, slots, slots, max(len(group.prompt) for group in groups), max_new_tokens)
+    return score_answers(sampler, groups, score, max_new_tokens)
+
+
 @torch.no_grad()
-def score_answers(model, chat, groups, score, num_slots, max_new_tokens):
+def score_answers(sampler, groups, score, max_new_tokens):
     """{"valid_reward", "valid_exact"}: means over greedy answers to held-out prompts, on all ranks.
 
-    model: a Transformer in the precision to answer in
-    groups: their prompts are answered, in full
     score: as in `sample_step`; also returns "exact", whether a text is the gold answer
     """
     sums = {"valid_reward": 0.0, "valid_exact": 0.0}
     share = groups[train.rank()::train.world_size()]
-    requests = [Request(group.prompt, 1, 0, 0.0, max_new_tokens, number=i) for i, group in enumerate(share)]
-    finished = generate(model, requests, num_slots, chat) if requests else []
-    for request in tqdm(finished, "validate", len(share), delay=2, leave=False, disable=train.rank() > 0):
-        result = score(share[request.number].record, chat.decode(request.responses[0].ids))
-        sums["valid_reward"] += result["reward"]
-        sums["valid_exact"] += result["exact"]
-    sums = train.sum_over_ranks(sums, model.head_weight.device)
+    for number, group in enumerate(share):
+        sampler.add(Request(group.prompt, 1, 0, 0.0, max_new_tokens, number=number))
+    with tqdm(desc="validate", total=len(share), delay=2, leave=False, disable=train.rank() > 0) as bar:
+        while sampler.busy:
+            for request in sampler.step():
+                text = sampler.chat.decode(request.responses[0].ids)
+                result = score(share[request.number].record, text)
+                sums["valid_reward"] += result["reward"]
+                sums["valid_exact"] += result["exact"]
+                bar.update()
+    sums = train.sum_over_ranks(sums, sampler.model.head_weight.device)
     return {name: value / len(groups) for name, value in sums.items()}

@@ -156,8 +156,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     if start:
         progress = runs.load_checkpoint(args.out, start, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
-    sampler = make_sampler(policy, prompts, chat, args)
-    validate = partial(score_answers, policy, chat, valid, score, args.max_concurrent, args.max_new_tokens)
+    sampler = make_sampler(policy, [*prompts, *valid], chat, args)
+    validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
     if valid and not start:
         row = validate()
         if train.rank() == 0:

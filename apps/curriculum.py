@@ -9,7 +9,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from data import InputError, one_line, print_table, read_json, refuse_changes
+from data import InputError, one_line, print_table, read_json, refuse_changes, seconds_in
 from data.records import read_lines
 
 # The paper's order on the embedded models (data/tiny): the teacher answers the prompts, CKD distils its answers into
@@ -37,7 +37,8 @@ EVAL = "--data data/tiny/values.jsonl.gz --n 8 --max-concurrent 512 --max-new-to
 FULL = {"rollout": 3200, "ckd": 45, "simrl": 80, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
-COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy")  # and pass@n, seconds
+# of the table; also pass@n, seconds
+COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy")
 
 
 def split_lines(text):
@@ -191,8 +192,7 @@ def read_scores(folder):
             scores[name] = f"{metrics[name]['mean']:.3f}"
     run = Path(summary["model"]).parent / "summary.json"
     if run.exists():
-        seconds = [s for name, s in read_json(run).items() if name.startswith("seconds")]
-        scores["seconds"] = f"{sum(seconds):.0f}"
+        scores["seconds"] = f"{seconds_in(read_json(run)):.0f}"
     return scores
 
 

@@ -5,9 +5,9 @@ same command resumes an interrupted rebuild. data/tiny holds copies of the resul
 runs/tiny/student/model and the record files that PLAN does not train on.
 
 The teacher learns easy records (two tools offered, one call requested), then records a little harder than the
-world's, then the world's own, and finally the world's with careless answers (`sloppy_calls`) in 30 % of the records: its
-greedy answers stay right, its samples are mixed. 70 % of the student's later records have such answers: it learns to
-read tools, and bad habits.
+world's, then the world's own, and finally the world's with careless answers (`sloppy_calls`) in 30 % of the records:
+its greedy answers stay right, its samples are mixed. 70 % of the student's later records have such answers: it learns
+to read tools, and bad habits.
 """
 import argparse
 import json

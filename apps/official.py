@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import venv
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -74,13 +75,11 @@ def run_bfcl(args):
     chosen, too_long, longest = choose_items(tool, chat, args, room)
     out = Path(args.out).resolve()
     write_json(out / "test_case_ids_to_generate.json", chosen)
-    port, process = start_server(args, min(room, longest))
-    try:
-        generate(tool, out, args, port, sum(map(len, chosen.values())))
-    finally:
-        stats = add_stats(out, port)
-        process.terminate()
-        process.wait()
+    with serve_model(args, min(room, longest)) as port:
+        try:
+            generate(tool, out, args, port, sum(map(len, chosen.values())))
+        finally:
+            stats = add_stats(out, port)
     process = start_tool(tool, out, "evaluate", "--partial-eval", "--score-dir", "score_star")
     wait_for_tool(process, out, "evaluate")
 
@@ -107,14 +106,15 @@ def find_tool(env):
         needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
         subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
     except subprocess.CalledProcessError as error:
-        raise InputError(f"{env}: pip failed (exit code {error.returncode}); delete the folder and try again") from error
+        why = f"pip failed (exit code {error.returncode})"
+        raise InputError(f"{env}: {why}; delete the folder and try again") from error
     complete.touch()
     return tool.resolve()
 
 
 def choose_items(tool, chat, args, most):
-    """({category: ids}, {category: how many are left out because their prompt has more than `most` tokens}, tokens of the
-    longest prompt to be expected)."""
+    """Returns ({category: ids}, {category: how many are left out, as their prompt has more than `most`
+    tokens}, tokens of the longest prompt to be expected)."""
     data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
     if data is None:
         raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")
@@ -144,25 +144,36 @@ def prompt_tokens(chat, entry):
     return len(chat.encode(text)) + len(note) * len(entry["function"]) + 32
 
 
-def start_server(args, prompt_tokens):
-    """Serve the model in a process of its own. Returns (port, process)."""
+@contextmanager
+def serve_model(args, longest_prompt):
+    """Serve the model in a process of its own, while this context is open. Yields its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     flags = ["--model", args.model, "--port", port, "--dtype", args.dtype, "--device", args.device, "--seed", args.seed,
              "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools,
-             "--max-prompt-tokens", prompt_tokens]
+             "--max-prompt-tokens", longest_prompt]
     flags += ["--think", args.think] if args.think else []
     star = Path(__file__).parents[1] / "star.py"
     process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.DEVNULL)
-    while True:
-        try:
-            open_url(f"http://127.0.0.1:{port}/v1/models")
-            return port, process
-        except OSError as error:
+    try:
+        while not answers(port):
             if process.poll() is not None:
-                raise InputError(f"{args.model}: could not be served; see the message above") from error
+                raise InputError(f"{args.model}: could not be served; see the message above")
             time.sleep(0.2)
+        yield port
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def answers(port):
+    """Whether a server answers there yet."""
+    try:
+        open_url(f"http://127.0.0.1:{port}/v1/models")
+    except OSError:
+        return False
+    return True
 
 
 def add_stats(out, port):
@@ -224,7 +235,8 @@ def read_items(out, chosen):
         items[name] = {item: int(item not in wrong) for item in ids}
         right = sum(items[name].values())
         if (head["correct_count"], head["total_count"]) != (right, len(ids)):
-            raise InputError(f"{path}: counts {head['correct_count']} of {head['total_count']}, not {right} of {len(ids)}")
+            counts = f"{head['correct_count']} of {head['total_count']}"
+            raise InputError(f"{path}: counts {counts}, not {right} of {len(ids)}")
     return items
 
 
@@ -295,4 +307,5 @@ def report(out, args, items, other, details):
     print()
     print_table(details.items())
     subset = "a subset of " if args.items or details["left_out"] else ""
-    print(f"\nThese are {subset}v4's items. The paper's columns are v3 and all items; over half of the multi-turn items differ.")
+    print(f"\nThese are {subset}v4's items. The paper's columns are v3 and all items; "
+          "over half of the multi-turn items differ.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import InputError
+from data import InputError, seconds_in
 from data.records import read_lines
 
 # A panel for each of these that any run has: its name in the rows of `read_run`, its title.
@@ -45,20 +45,21 @@ def run_plot(args):
     common = os.path.commonpath(parents)
     runs = {os.path.relpath(folder, common): read_run(folder) for folder in args.runs}
     names = PANELS
-    marks = {}  # {label: (first, last second)}, and in each panel the teacher's score
+    spans = {}
+    heights = {}
     if args.story:
         names = STORY
-        marks = concatenate_runs(runs)
+        spans = concatenate_runs(runs)
         lines = [json.loads(line) for _, line in read_lines(Path(args.story) / "generations.jsonl")]
         for name in STORY:
-            marks[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
+            heights[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
     panels = {PANELS[name]: read_curves(runs, name) for name in names}
     panels = {title: curves for title, curves in panels.items() if curves}
     if not panels:
         remedy = "train it with --valid-answers (ckd, sft) or --valid (simrl)" if args.story else (
             "plot it after its first step")
         raise InputError(f"{args.runs[0]}: nothing is logged yet; {remedy}")
-    draw_picture(panels, list(runs), args.out, marks)
+    draw_picture(panels, list(runs), args.out, spans, heights)
     print(f"wrote {args.out}")
 
 
@@ -90,7 +91,7 @@ def concatenate_runs(runs):
     for label, rows in runs.items():
         start = now
         for row in rows:
-            now += sum(value for name, value in row.items() if name.startswith("seconds"))
+            now += seconds_in(row)
             row["step"] = now
         spans[label] = (start, now)
     return spans
@@ -115,10 +116,10 @@ def read_curves(runs, name):
     return curves
 
 
-def draw_picture(panels, labels, out, marks):
+def draw_picture(panels, labels, out, spans, heights):
     """Draw a panel per quantity, a curve per run. Beside held-out curves, a training curve is dotted.
 
-    marks: for a story, {label: (first, last second) to shade, title: height of the teacher's line}; else empty
+    spans, heights: of a story, {label: (first, last second) to shade} and {title: height of the teacher's line}
     """
     try:
         from matplotlib import rc_context
@@ -133,7 +134,7 @@ def draw_picture(panels, labels, out, marks):
         figure = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False).ravel()
         handles = [Line2D([], [], color=colors[name], label=name) for name in labels]
-        if marks:
+        if spans:
             handles.append(Line2D([], [], color="gray", ls="--", label="teacher"))
         dotted = Line2D([], [], color="gray", ls=":", label="dotted: in training")
         for axis, (title, curves) in zip(axes, panels.items()):
@@ -144,11 +145,11 @@ def draw_picture(panels, labels, out, marks):
                 if style == ":" and dotted not in handles:
                     handles.append(dotted)
             suffix = ", held out" if in_training == ":" else ""
-            axis.set(title=title + suffix, xlabel="seconds of training" if marks else "step")
-            for label in marks and labels:
-                axis.axvspan(*marks[label], color=colors[label], alpha=0.1)
-            if marks:
-                axis.axhline(marks[title], color="gray", ls="--")
+            axis.set(title=title + suffix, xlabel="seconds of training" if spans else "step")
+            for label, span in spans.items():
+                axis.axvspan(*span, color=colors[label], alpha=0.1)
+            if title in heights:
+                axis.axhline(heights[title], color="gray", ls="--")
         for axis in axes[len(panels):]:
             axis.set_visible(False)
         figure.legend(handles=handles, ncols=columns + 1, loc="outside upper left")

@@ -33,7 +33,6 @@ from model import Transformer
 from sampler import Request, Sampler, add_length_flag, describe_cache
 from train import add_machine_flags, pick_device
 
-HEADER = "<|im_start|>assistant\n"
 MAX_BODY = 8_000_000  # bytes
 MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
 TIMEOUT = 60  # of a socket, in seconds
@@ -57,7 +56,8 @@ def run_serve(args):
     """Serve a model to OpenAI clients on this machine, until Ctrl-C."""
     server = make_server(args)
     chat = server.engine.sampler.chat
-    print(f"{args.model} at http://127.0.0.1:{server.server_port}/v1 with --think {chat.think}; Ctrl-C ends", flush=True)
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    print(f"{args.model} at {url} with --think {chat.think}; Ctrl-C ends", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -71,7 +71,8 @@ def make_server(args):
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
-    print(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts", flush=True)
+    print(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts",
+          flush=True)
     server = Server(("127.0.0.1", args.port), Handler)
     server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
     server.engine.start()
@@ -85,7 +86,8 @@ def read_number(body, name, default, low, high, kind=float):
     value = body.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or kind(value) != value:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or kind(value) != value:
         raise HTTPError(400, f"{name} is {str(value)[:40]}; it must be a number from {low} to {high}")
     return kind(value)
 
@@ -95,7 +97,8 @@ def read_prompt(engine, body, chatting):
     chat = engine.sampler.chat
     if chatting:
         try:
-            record = read_record(json.dumps({name: body.get(name) for name in ("messages", "tools")}).encode(), "", False)
+            item = {name: body.get(name) for name in ("messages", "tools")}
+            record = read_record(json.dumps(item).encode(), "", False)
         except (InputError, RecursionError) as error:
             raise HTTPError(400, str(error)) from error
         if "answer" in record:
@@ -106,7 +109,7 @@ def read_prompt(engine, body, chatting):
         prompt = prompt[0]
     if not isinstance(prompt, str):
         raise HTTPError(400, "prompt must be one string")
-    return prompt + THINK[chat.think] if prompt.endswith(HEADER) else prompt
+    return prompt + THINK[chat.think] if prompt.endswith(reward.HEADER) else prompt
 
 
 def check_unicode(text):
@@ -248,9 +251,9 @@ class Handler(BaseHTTPRequestHandler):
             if isinstance(error, OSError):
                 raise
             return self.fail(500, f"{type(error).__name__}: {error}")
-        tokens = sum(len(response.ids) for response in job.request.responses)
+        counts = usage(job.request)
         cut = sum(response.finish_reason == "length" for response in job.request.responses)
-        engine.count(cut=cut, prompt_tokens=len(job.request.prompt), completion_tokens=tokens)
+        engine.count(cut=cut, prompt_tokens=counts["prompt_tokens"], completion_tokens=counts["completion_tokens"])
 
     def read_body(self):
         """The JSON object that the client sends."""

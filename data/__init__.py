@@ -106,3 +106,8 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def seconds_in(row):
+    """All seconds in a row of metrics.jsonl or in a summary."""
+    return sum(value for name, value in row.items() if name.startswith("seconds"))

@@ -24,7 +24,6 @@ import ast
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import time
@@ -41,7 +40,7 @@ import reward  # noqa: E402
 from apps.make_tiny import write_records  # noqa: E402
 from apps.evaluate import INTERVAL, compare, metric_values, record_metrics  # noqa: E402
 from ckd import DIVERGENCES, ckd_loss  # noqa: E402
-from data import read_json, write_lines  # noqa: E402
+from data import seconds_in, write_lines  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.records import read_lines  # noqa: E402
 from data.rollouts import score_response  # noqa: E402
@@ -202,9 +201,9 @@ def run_plans(files):
     total = sum(len(file.read_text().splitlines()) for file in files)
     running = {}
     for file in files:
-        log = open(file.with_suffix(".log"), "a")
         command = [sys.executable, str(ROOT / "star.py"), "curriculum", str(file), "--resume"]
-        running[file] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        with open(file.with_suffix(".log"), "a") as log:
+            running[file] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
     with tqdm(total=total, unit="command") as bar:
         while running:
             time.sleep(2)
@@ -504,8 +503,7 @@ def describe_demos(out, seeds):
     lines += ["", "| seed | reward of samples in each fifth of Sim-RL | seconds of CKD, Sim-RL |", "|---|---|---|"]
     for seed, folder in folders.items():
         fifths = np.array_split([row["reward"] for row in read_metrics(folder / "star") if "reward" in row], 5)
-        seconds = [sum(value for row in read_metrics(folder / stage) for name, value in row.items()
-                       if name.startswith("seconds")) for stage in ("ckd", "star")]
+        seconds = [sum(map(seconds_in, read_metrics(folder / stage))) for stage in ("ckd", "star")]
         means = ", ".join(f"{fifth.mean():.3f}" for fifth in fifths)
         lines.append(f"| {seed} | {means} | {seconds[0]:.0f}, {seconds[1]:.0f} |")
     return "\n".join(lines) + "\n"

@@ -26,7 +26,7 @@ from data.runs import load_checkpoint, summarise_refinement
 from head import head_loss, hidden_states
 from model import Transformer
 from sampler import Sampler
-from experience import score_answers
+from experience import answer_held_out
 from simrl import advantages, has_signal, log_probs_of, policy_loss, refine, token_weights
 
 ROOT = Path(__file__).parents[1]
@@ -608,7 +608,7 @@ def test_a_rank_without_held_out_prompts_waits_for_the_others(monkeypatch):
     monkeypatch.setattr(train, "world_size", lambda: 4)
     monkeypatch.setattr(train, "sum_over_ranks", lambda sums, device: sums)
     valid = [Group({"answer": k}, [k, k, 1], []) for k in (3, 5)]
-    assert score_answers(tiny(), StubChat(), valid, similar, 4, 3) == {"valid_reward": 0.0, "valid_exact": 0.0}
+    assert answer_held_out(StubChat(), valid, similar, 3, tiny()) == {"valid_reward": 0.0, "valid_exact": 0.0}
 
 
 def test_validation_answers_held_out_prompts_greedily(tmp_path):

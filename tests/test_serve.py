@@ -89,10 +89,10 @@ def test_prompts_with_a_common_beginning_compute_the_rest_only():
     """Same logits as without the store: texts are equal, at temperature 1 too; forgotten prompts are computed anew."""
     r = np.random.default_rng(0)
     texts = {}
+    shared = "<|im_start|>user\n" + " ".join(map(str, range(100)))
+    prompts = [f"{shared} {i}<|im_end|>\n{serve.reward.HEADER}" for i in r.integers(0, 9, 12)]
     for tokens in ("0", "100000", "300"):
         server = start("--prefix-tokens", tokens)
-        shared = "<|im_start|>user\n" + " ".join(map(str, range(100)))
-        prompts = [f"{shared} {i}<|im_end|>\n{serve.HEADER}" for i in r.integers(0, 9, 12)] if not texts else prompts
         texts[tokens] = [complete(server, prompt, temperature=1.0, seed=3) for prompt in prompts]
         stats = server.engine.describe()
         entries = server.engine.sampler.prefixes.entries
