@@ -334,7 +334,7 @@ def run_sft(args):
 def run_training(args, student_folder, teacher_folder=None):
     """Read and check, load, train, save, show. Returns the exit code."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
-    device = train.pick_device(args.device)
+    device = train.pick_device(args.device, args.compile)
     chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
     if teacher_folder:
         vocab_size = check_pair(teacher_folder, student_folder)
@@ -354,6 +354,8 @@ def run_training(args, student_folder, teacher_folder=None):
         teacher = load_teacher(args, groups + valid, vocab_size, key, device)
     student = Transformer.from_pretrained(student_folder, device=device)
     student.model.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        student.model.compile_layers()
     describe_run(args, student, groups, valid, start)
 
     # 3. Train, with a few held-out answers before and after.

@@ -11,6 +11,8 @@ import torch
 
 from data.groups import attention_mask
 
+CHUNK = 256  # positions at a time
+GPU_CHUNK = 2048  # fewer products, each large enough for a GPU; 1.2 GB of float32 logits
 WEIGHT_BLOCK = 8192  # rows of the head whose gradient is summed at a time: its product stays in the processor's cache
 
 
@@ -28,6 +30,7 @@ class ChunkedLoss(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=high)  # [V, H]
         total = torch.zeros((), dtype=high, device=hidden.device)
         sums = {}
+        weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             logits = (x[rows] @ w.T).to(high).requires_grad_(needs_grad)  # [C, V]
@@ -42,8 +45,8 @@ class ChunkedLoss(torch.autograd.Function):
                 del logits, losses, stats
                 d_logits = d_logits.to(dtype)
                 d_hidden[rows] = d_logits @ w
-                for i in range(0, len(w), WEIGHT_BLOCK):
-                    block = slice(i, i + WEIGHT_BLOCK)
+                for i in range(0, len(w), weight_block):
+                    block = slice(i, i + weight_block)
                     d_weight[block] += d_logits[:, block].T @ x[rows]
         if needs_grad:
             ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
@@ -57,7 +60,7 @@ class ChunkedLoss(torch.autograd.Function):
         return d_hidden * d_total, d_weight * d_total, *unused
 
 
-def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=256, dtype=None):
+def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=None):
     """Apply the output head and a loss without ever holding all logits.
 
     hidden: [N, H]
@@ -65,6 +68,7 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=256, dtype=No
     token_weights: [N], the factor of each position's loss
     loss: a function (logits [C, V], *slices [C, ...]) -> (losses [C], {name: [C]}) of a chunk of positions
     tensors: [N, ...] each, or None; the loss is given the chunk's slice of every one
+    chunk: positions at a time; default: as `chunk_size` says
     dtype: of the matrix products; default: hidden's
 
     Returns (sum of token_weights x losses, {name: sum over positions}).
@@ -80,12 +84,17 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=256, dtype=No
         weight = weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):  # the chunks choose their own precision
         total, *sums, names = ChunkedLoss.apply(
-            hidden, weight, token_weights, loss, chunk, dtype or hidden.dtype, *tensors)
+            hidden, weight, token_weights, loss, chunk or chunk_size(hidden), dtype or hidden.dtype, *tensors)
     return total, dict(zip(names, sums))
 
 
+def chunk_size(hidden):
+    """Positions whose logits are computed at a time."""
+    return GPU_CHUNK if hidden.is_cuda else CHUNK
+
+
 @torch.no_grad()
-def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=256, dtype=None):
+def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=None, dtype=None):
     """The log-prob of each target token, [N], chunk for chunk the numbers that the loss computes; no gradient.
 
     Parameters as in `head_loss`; targets [N].
@@ -95,6 +104,7 @@ def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=256, dtype=N
     w = weight.to(dtype)  # [V, H]
     high = torch.promote_types(dtype, torch.float32)
     log_probs = torch.empty(targets.shape, dtype=high, device=targets.device)  # [N]
+    chunk = chunk or chunk_size(hidden)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
         logits = (x[rows] @ w.T).to(high)  # [C, V]
@@ -104,7 +114,7 @@ def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=256, dtype=N
 
 
 @torch.no_grad()
-def topk_log_probs(hidden, weight, k, generator=None, chunk=256):
+def topk_log_probs(hidden, weight, k, generator=None, chunk=None):
     """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32, in descending order.
 
     hidden: [N, H]
@@ -113,7 +123,7 @@ def topk_log_probs(hidden, weight, k, generator=None, chunk=256):
     """
     ids = []
     log_p = []
-    for rows in hidden.split(chunk):
+    for rows in hidden.split(chunk or chunk_size(hidden)):
         log_probs = (rows @ weight.T).float().log_softmax(-1)  # [C, V]
         if generator is None:
             values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
@@ -138,6 +148,7 @@ def hidden_states(model, packed, dtype):
     cast = nullcontext()  # float32, or float64 in tests
     if dtype.itemsize < 4:
         cast = torch.autocast(device.type, dtype)
+    mask = attention_mask(packed, blocks=model.model.compiled)
     with cast:
-        hidden = model.hidden_states(packed["input_ids"], packed["positions"], attention_mask(packed))  # [B, T, H]
+        hidden = model.hidden_states(packed["input_ids"], packed["positions"], mask)  # [B, T, H]
     return hidden.flatten(0, 1).index_select(0, packed["logit_positions"])  # [N, H]

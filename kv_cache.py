@@ -5,6 +5,8 @@ heads, R = H / Hkv query heads that share keys, D head size.
 
 Departure from the released code: vLLM keeps keys in pages; here a response has a row of fixed length.
 """
+from functools import partial
+
 import torch
 
 from model import attention
@@ -30,57 +32,57 @@ class KVCache:
         """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
         self.row = row
         self.known = known
-        self.place = None
+        self.attend = self.attend_in_prompts
 
-    def start_step(self, prompt_rows, prompt_lengths, lengths):
+    def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.
 
-        prompt_rows: B integers, the row of each response's prompt
-        prompt_lengths: P integers, the tokens of each prompt
-        lengths: B integers, the tokens of each response before this one
+        grid: int64 [P, G], from `lay_out`
+        places: int64 [4, B]: the row of each response's prompt, its column in the grid, the tokens of the prompt, the
+            tokens of the response before this one
+        prompt_keys, response_keys: how many keys of a row to look at; what is beyond a sequence is never seen
         """
-        responses = [[] for _ in prompt_lengths]  # to each prompt
-        column = []
-        for i, row in enumerate(prompt_rows):
-            column.append(len(responses[row]))
-            responses[row].append(i)
-        G = max(map(len, responses))
-        grid = [indices + [0] * (G - len(indices)) for indices in responses]
-        device = self.prompts[0].device
-        self.grid = torch.tensor(grid).to(device)  # [P, G], responses by prompt; where there are fewer, 0
-        self.place = torch.tensor([prompt_rows, column]).to(device)  # [2, B], where in the grid a response is
-        self.lengths = torch.tensor(lengths).to(device)  # [B]
-        self.rows = torch.arange(len(lengths), device=device)  # [B]
-        self.prompt_keys = key_width(max(prompt_lengths), self.prompts)
-        self.response_keys = key_width(max(lengths) + 1, self.responses)
-        in_prompt = torch.arange(self.prompt_keys, device=device)
-        in_prompt = in_prompt < torch.tensor(prompt_lengths).to(device)[self.place[0], None]
-        in_response = torch.arange(self.response_keys, device=device) <= self.lengths[:, None]
-        self.hidden = ~torch.cat((in_prompt, in_response), dim=-1)[:, None, None]  # [B, 1, 1, S]
+        self.grid = grid
+        self.row_of_prompt, self.column, prompt_lengths, self.lengths = places  # [B] each
+        self.rows = torch.arange(len(self.lengths), device=grid.device)  # [B]
+        after_prompt = torch.arange(prompt_keys, device=grid.device) >= prompt_lengths[:, None]  # [B, S]
+        after_own = torch.arange(response_keys, device=grid.device) > self.lengths[:, None]  # [B, S]
+        self.hidden = [hidden[:, None, None] for hidden in (after_prompt, after_own)]  # [B, 1, 1, S] each
+        self.attend = self.attend_in_step
 
-    def attend(self, layer, q, k, v):
-        """Store new keys and values [B, Hkv, T, D]. Return the attention [B, H, T, D] of the queries q [B, H, T, D]."""
+    def attention(self, layer):
+        """The function (q, k, v) -> attention of a layer."""
+        return partial(self.attend, self.prompts[layer], self.responses[layer])
+
+    @torch.compiler.disable  # its shapes change at every step
+    def attend_in_prompts(self, prompts, responses, q, k, v):
+        """Store keys and values [B, Hkv, T, D]. Return the attention [B, H, T, D] of the queries q [B, H, T, D]."""
         kv = torch.stack((k, v))  # [2, B, Hkv, T, D]
-        prompts = self.prompts[layer]
-        responses = self.responses[layer]
-        B, H, T, D = q.shape
-        if self.place is None:
-            rows = prompts[:, self.row:self.row + B, :, :self.known + T]  # [2, B, Hkv, S, D]
-            rows[:, :, :, self.known:] = kv
-            mask = None
-            if self.known:  # a query sees what is stored before it, too
-                mask = torch.ones(T, self.known + T, dtype=torch.bool, device=q.device).tril(self.known)  # [T, S]
-            return attention(q, *(rows if self.known else kv), mask)
+        B, _, T, _ = q.shape
+        rows = prompts[:, self.row:self.row + B, :, :self.known + T]  # [2, B, Hkv, S, D]
+        rows[:, :, :, self.known:] = kv
+        mask = None
+        if self.known:  # a query sees what is stored before it, too
+            mask = torch.ones(T, self.known + T, dtype=torch.bool, device=q.device).tril(self.known)  # [T, S]
+        return attention(q, *(rows if self.known else kv), mask)
+
+    @torch.compiler.disable  # its shapes change at every step
+    def attend_in_step(self, prompts, responses, q, k, v):
+        """Store keys and values [B, Hkv, 1, D]. Return the attention [B, H, 1, D] of the queries q [B, H, 1, D]."""
+        kv = torch.stack((k, v))  # [2, B, Hkv, 1, D]
+        B, H, _, D = q.shape
         responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
-        prompt_k, prompt_v = prompts[:, :len(self.grid), :, :self.prompt_keys]  # [P, Hkv, S, D] each
-        own_k, own_v = responses[:, :B, :, :self.response_keys]  # [B, Hkv, S, D] each
+        widths = [hidden.shape[-1] for hidden in self.hidden]
+        prompt_k, prompt_v = prompts[:, :len(self.grid), :, :widths[0]]  # [P, Hkv, S, D] each
+        own_k, own_v = responses[:, :B, :, :widths[1]]  # [B, Hkv, S, D] each
         # One softmax over the keys of the prompt and of the response.
         q = q.view(B, k.shape[1], -1, D) * D ** -0.5  # [B, Hkv, R, D]
         scores = self.by_prompt(q, prompt_k.transpose(2, 3)), q @ own_k.transpose(2, 3)
-        scores = torch.cat(scores, dim=-1).masked_fill(self.hidden, -torch.inf)  # [B, Hkv, R, S]
+        hidden = torch.cat(self.hidden, dim=-1)  # [B, 1, 1, S]
+        scores = torch.cat(scores, dim=-1).masked_fill(hidden, -torch.inf)  # [B, Hkv, R, S]
         exact = torch.promote_types(q.dtype, torch.float32)
         weights = scores.softmax(-1, dtype=exact).to(q.dtype)
-        on_prompt, on_own = weights.split((self.prompt_keys, self.response_keys), dim=-1)
+        on_prompt, on_own = weights.split(widths, dim=-1)
         x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]
         return x.view(B, H, 1, D)
 
@@ -93,9 +95,21 @@ class KVCache:
         _, heads, R, M = x.shape
         x = x[self.grid].transpose(1, 2).reshape(P, heads, G * R, M)
         x = (x @ y).view(P, heads, G, R, -1)
-        return x[self.place[0], :, self.place[1]]  # [B, Hkv, R, N]
+        return x[self.row_of_prompt, :, self.column]  # [B, Hkv, R, N]
 
 
-def key_width(length, buffers):
-    """`length` keys, rounded up as far as there is room: compiled steps and CUDA graphs want few shapes."""
-    return min(-(-max(length, 1) // 32) * 32, buffers[0].shape[3])
+def lay_out(prompt_rows):
+    """Responses by prompt, and the column of each: a table with a row for each prompt, where there are fewer filled with 0.
+
+    prompt_rows: B integers, the row of each response's prompt
+
+    >>> lay_out([1, 0, 1])
+    ([[1, 0], [0, 2]], [0, 0, 1])
+    """
+    responses = [[] for _ in range(max(prompt_rows) + 1)]  # to each prompt
+    columns = []
+    for i, row in enumerate(prompt_rows):
+        columns.append(len(responses[row]))
+        responses[row].append(i)
+    G = max(map(len, responses))
+    return [indices + [0] * (G - len(indices)) for indices in responses], columns

@@ -13,12 +13,14 @@ Departures from the released model code:
 3. Dense models only. Mixture of experts, sliding windows, rope scaling and quantisation are refused by name.
 """
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
@@ -108,9 +110,8 @@ def rotate(x, cos, sin):
 class Attention(nn.Module):
     """Grouped-query attention: H / Hkv query heads share a key/value head. Qwen3 normalises q and k."""
 
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
-        self.layer = layer
         self.head_dim = c["head_dim"]
         hidden = c["hidden_size"]
         q_size = c["num_attention_heads"] * self.head_dim
@@ -123,7 +124,7 @@ class Attention(nn.Module):
         self.q_norm = norm(self.head_dim, c["rms_norm_eps"])
         self.k_norm = norm(self.head_dim, c["rms_norm_eps"])
 
-    def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
+    def forward(self, x, cos, sin, attend):  # [B, T, hidden] -> [B, T, hidden]
         B, T, _ = x.shape
         heads = (B, T, -1, self.head_dim)
         q = self.q_norm(self.q_proj(x).view(heads))  # [B, T, H, D]
@@ -132,12 +133,16 @@ class Attention(nn.Module):
         # Under autocast v is bfloat16, but the norms and the rotation return float32.
         q = rotate(q.transpose(1, 2), cos, sin).to(v.dtype)  # [B, H, T, D]
         k = rotate(k.transpose(1, 2), cos, sin).to(v.dtype)  # [B, Hkv, T, D]
-        x = attention(q, k, v, mask) if cache is None else cache.attend(self.layer, q, k, v)
-        return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))
+        return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(B, T, -1))
 
 
 def attention(q, k, v, mask=None):
-    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, T, D]. mask: bool [B, 1, T, T]; None: causal."""
+    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, T, D].
+
+    mask: bool [B, 1, T, T]; a BlockMask, in compiled layers on a GPU; None: causal
+    """
+    if isinstance(mask, BlockMask):
+        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     grouped = q.device.type == "cpu"  # elsewhere a mask with enable_gqa falls back to a slow kernel
     if not grouped:
         shared = q.shape[1] // k.shape[1]  # query heads per key/value head
@@ -165,16 +170,16 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, c, layer):
+    def __init__(self, c):
         super().__init__()
         size = (c["hidden_size"], c["rms_norm_eps"])
         self.input_layernorm = RMSNorm(*size)
-        self.self_attn = Attention(c, layer)
+        self.self_attn = Attention(c)
         self.post_attention_layernorm = RMSNorm(*size)
         self.mlp = MLP(c)
 
-    def forward(self, x, cos, sin, mask, cache):  # [B, T, hidden] -> [B, T, hidden]
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, attend):  # [B, T, hidden] -> [B, T, hidden]
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -185,8 +190,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.c = c
         self.gradient_checkpointing = False
+        self.compiled = False
         self.embed_tokens = nn.Embedding(c["vocab_size"], c["hidden_size"])
-        self.layers = nn.ModuleList(Layer(c, i) for i in range(c["num_hidden_layers"]))
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c["num_hidden_layers"]))
         self.norm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
     def forward(self, input_ids, positions, mask, cache):
@@ -194,12 +200,22 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # [1, T]
         x = self.embed_tokens(input_ids)  # [B, T, hidden]
         cos, sin = rotary_angles(positions, self.c["head_dim"], self.c["rope_theta"], x.dtype)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
+            attend = cache.attention(i) if cache else partial(attention, mask=mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, mask, cache, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, attend, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, cache)
+                x = layer(x, cos, sin, attend)
         return self.norm(x)
+
+    def compile_layers(self):
+        """Fuse what the layers compute, on a GPU. Takes up to a minute at the first batches; rounds differently."""
+        if self.compiled:
+            return
+        self.compiled = True
+        torch._dynamo.config.recompile_limit = 64  # the layers of all models, with gradients or without, count together
+        for layer in self.layers:
+            layer.compile(dynamic=True)
 
 
 class Transformer(nn.Module):
@@ -231,7 +247,7 @@ class Transformer(nn.Module):
 
         input_ids: int64 [B, T]
         positions: int64 [B, T]; by default 0 ... T - 1
-        mask: bool [B, 1, T, T], True where a query may see a key; by default causal
+        mask: bool [B, 1, T, T], True where a query may see a key, or a BlockMask; by default causal
         cache: a `KVCache` (kv_cache.py), which then decides what is seen
         """
         return self.model(input_ids, positions, mask, cache)

@@ -24,12 +24,14 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import non_negative, number, positive
 from data.groups import Response
-from kv_cache import KVCache
+from kv_cache import KVCache, lay_out
 
 PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
 LOGITS_AT_ONCE = 2 ** 20  # of float32 in a draw: larger tensors are given back to the system, and faulted in anew
@@ -116,6 +118,8 @@ class Sampler:
         self.waiting = deque()  # slots of the request that was started last, which wait for a row
         self.slots = []  # slots[i] is row i of the cache's responses
         self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
+        self.graphs = {} if model.head_weight.is_cuda else None  # see `replay`
+        self.graph_memory = None  # which they share
 
     def add(self, request):
         """Queue a request. Others may be running. Requests with the same list as prompt share its keys."""
@@ -146,18 +150,9 @@ class Sampler:
         self.fill_slots()
         if not self.slots:
             return []
-        # 2. Feed the last token of every slot to the model.
-        row_of = {id(prompt): row for row, prompt in enumerate(self.prompts)}
-        self.cache.start_step(
-            prompt_rows=[row_of[id(slot.request.prompt)] for slot in self.slots],
-            prompt_lengths=[len(prompt) - 1 for prompt in self.prompts],
-            lengths=[len(slot.response.ids) for slot in self.slots])
-        last = [(slot.response.ids or slot.request.prompt)[-1] for slot in self.slots]
-        at = [len(slot.request.prompt) + len(slot.response.ids) - 1 for slot in self.slots]
-        ids, positions = torch.tensor([last, at]).to(self.model.head_weight.device)[:, :, None]  # [B, 1] each
-        hidden = self.model.hidden_states(ids, positions, cache=self.cache)  # [B, 1, H]
-        # 3. Draw the next ones, and append them. Only here the CPU waits for the device.
-        tokens, log_probs = self.draw(hidden.squeeze(1))
+        # 2. Feed the last token of every slot to the model, and draw the next one.
+        tokens, log_probs = self.next_tokens()
+        # 3. Append what was drawn. Only here the CPU waits for the device.
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
         # 4. Free the slots of finished responses, and the rows of prompts that nothing reads any more.
@@ -204,22 +199,73 @@ class Sampler:
             if self.prefixes:
                 self.prefixes.save(self.cache, row + i, new[i][:-1])
 
-    def draw(self, hidden):
-        """The next token of every slot and its log-prob, [B] each, from hidden states [B, H]."""
-        head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
-        logits = hidden @ head.T  # [B, V]
-        uniforms = [slot.uniforms[len(slot.response.ids)] for slot in self.slots]
+    def next_tokens(self):
+        """The next token of every slot and its log-prob, [B] each. Turns the slots into tensors for `compute`."""
+        row_of = {id(prompt): row for row, prompt in enumerate(self.prompts)}
+        prompt_rows = [row_of[id(slot.request.prompt)] for slot in self.slots]
+        grid, columns = lay_out(prompt_rows)
+        last = [(slot.response.ids or slot.request.prompt)[-1] for slot in self.slots]
+        prompt_lengths = [len(slot.request.prompt) - 1 for slot in self.slots]
+        lengths = [len(slot.response.ids) for slot in self.slots]
+        at = [sum(pair) for pair in zip(prompt_lengths, lengths)]
+        uniforms = [slot.uniforms[length] for slot, length in zip(self.slots, lengths)]
         temperatures = [slot.request.temperature for slot in self.slots]
         top_ps = [slot.request.top_p for slot in self.slots]
-        numbers = torch.tensor([uniforms, temperatures, top_ps]).to(logits.device)  # [3, B]
-        greedy = max(temperatures) == 0
-        nucleus = min(top_ps) < 1
-        size = max(1, LOGITS_AT_ONCE // len(head))
+        grid = torch.from_numpy(np.array(grid))  # [P, G]; numpy reads lists faster
+        integers = torch.from_numpy(np.array([last, at, prompt_rows, columns, prompt_lengths, lengths]))  # [6, B]
+        numbers = torch.from_numpy(np.array([uniforms, temperatures, top_ps], dtype=np.float32))  # [3, B]
+        keys = (key_width(max(prompt_lengths), self.cache.prompts), key_width(max(lengths) + 1, self.cache.responses))
+        shape = (*keys, max(temperatures) == 0, min(top_ps) < 1)
+        if self.graphs is not None:
+            return self.replay(grid, integers, numbers, shape)
+        device = self.model.head_weight.device
+        return self.compute(grid.to(device), integers.to(device), numbers.to(device), *shape)
+
+    def compute(self, grid, integers, numbers, prompt_keys, response_keys, greedy, nucleus):
+        """The next tokens [B] and their log-probs [B].
+
+        grid: int64 [P, G], responses by prompt
+        integers: int64 [6, B], the last token, its position, and the places of `KVCache.start_step`
+        numbers: [3, B], a uniform number, the temperature and the top-p
+        prompt_keys, response_keys: as in `KVCache.start_step`
+        greedy, nucleus: whether all temperatures are 0; whether any top-p is below 1
+        """
+        ids, positions, *places = integers
+        self.cache.start_step(grid, places, prompt_keys, response_keys)
+        hidden = self.model.hidden_states(ids[:, None], positions[:, None], cache=self.cache)  # [B, 1, H]
+        head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
+        logits = hidden.squeeze(1) @ head.T  # [B, V]
+        size = len(logits) if logits.is_cuda else max(1, LOGITS_AT_ONCE // len(head))
         parts = []
         for rows, (uniform, temperature, top_p) in zip(logits.split(size), numbers.split(size, dim=1)):
             parts.append(next_token(rows, uniform, None if greedy else temperature, top_p if nucleus else None))
         ids, log_probs = zip(*parts)
         return torch.cat(ids), torch.cat(log_probs)
+
+    def replay(self, grid, integers, numbers, shape):
+        """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are
+        recorded once, as a CUDA graph, and then started together. Sizes are rounded up, so that there are few shapes.
+        """
+        B = round_up(len(self.slots), self.num_slots)
+        idle = [0] * (B - len(self.slots))  # what slot 0 computes, once more, in rows that no response has
+        order = [*range(len(self.slots)), *idle]
+        P, G = grid.shape
+        grid = F.pad(grid, (0, round_up(G, B) - G, 0, round_up(P, self.num_prompts) - P))
+        inputs = (grid, integers[:, order], numbers[:, order])
+        key = (B, *grid.shape, *shape)
+        if key not in self.graphs:
+            buffers = [tensor.to(self.model.head_weight.device) for tensor in inputs]
+            self.compute(*buffers, *shape)  # compiles, and takes memory, neither of which can be recorded
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graph_memory):
+                outputs = self.compute(*buffers, *shape)
+            self.graph_memory = graph.pool()
+            self.graphs[key] = graph, buffers, outputs
+        graph, buffers, outputs = self.graphs[key]
+        for buffer, tensor in zip(buffers, inputs):
+            buffer.copy_(tensor)
+        graph.replay()
+        return outputs
 
     def append(self, slot, token, log_prob):
         """Append a token to a response. Sets its finish_reason if this token ends it."""
@@ -248,6 +294,16 @@ def compact(items, keep, buffers):
                 items[row] = last
                 for buffer in buffers:
                     buffer[:, row] = buffer[:, len(items)]
+
+
+def key_width(length, buffers):
+    """`length` keys, rounded up to a multiple of 32 as far as there is room."""
+    return min(-(-max(length, 1) // 32) * 32, buffers[0].shape[3])
+
+
+def round_up(number, most):
+    """The next power of two, but at most `most`."""
+    return min(1 << (number - 1).bit_length(), most)
 
 
 def next_token(logits, uniform, temperature=None, top_p=None):

@@ -156,6 +156,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     if start:
         progress = runs.load_checkpoint(args.out, start, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
+    for compiled in filter(None, (model, policy, reference) if args.compile else ()):
+        compiled.model.compile_layers()
     sampler = make_sampler(policy, [*prompts, *valid], chat, args)
     validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
     if valid and not start:
@@ -336,7 +338,7 @@ def simrl_flags(parser):
 def run_simrl(args):
     """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
-    device = train.pick_device(args.device)
+    device = train.pick_device(args.device, args.compile)
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
     prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
     valid = []

@@ -54,6 +54,9 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         "(except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations: less memory")
+    add("--compile", action="store_true",
+        help="on a GPU: fuse the layers, with flex_attention; half the time of a step of 16,000 tokens, "
+        "after half a minute of compiling")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save-every", type=positive, default=save_every, metavar="N",
@@ -133,12 +136,17 @@ def optimiser_step(optimisers, lr):
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices and ranks
 
-def pick_device(name):
-    """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each."""
+def pick_device(name, compiled=False):
+    """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each.
+
+    compiled: --compile, which needs a GPU
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device on this machine; use --device cpu")
+    if compiled and name != "cuda":
+        raise InputError(f"--compile: the device is {name}, but only CUDA's flex_attention trains; leave it out")
     if name == "cpu":
         keep_pages()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():

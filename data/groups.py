@@ -19,6 +19,7 @@ from os.path import commonprefix
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from data import InputError
 from data.records import read_records
@@ -244,6 +245,8 @@ def pack(groups, device="cpu", width=None):
       rows              [N] its row in a teacher cache
     """
     width = width or max(group.length for group in groups)
+    if torch.device(device).type == "cuda":
+        width += -width % 128  # flex_attention computes whole blocks
     places = first_fit([group.length for group in groups], width)
     shape = (1 + max(b for b, _ in places), width)
     input_ids, positions, segment = np.zeros((3, *shape), dtype=np.int64)  # [B, T] each
@@ -286,15 +289,22 @@ def first_fit(lengths, width):
     return places
 
 
-def attention_mask(packed):
+def attention_mask(packed, blocks=False):
     """The mask [B, 1, T, T] of a packed batch, bool: True where query q attends to key k.
     k <= q in the same group, and k in the prompt (segment 0) or in q's own response. Padding attends to padding.
+
+    blocks: return the BlockMask of this rule for flex_attention, which skips blocks of 128 x 128 that nothing sees
     """
     group = packed["group"]  # [B, T]
     segment = packed["segment"]  # [B, T]
-    t = torch.arange(segment.shape[1], device=segment.device)
-    causal = t[:, None] >= t  # [T, T]
-    same_group = group[:, :, None] == group[:, None, :]  # [B, T, T]
-    in_prompt = segment[:, None, :] == 0  # [B, 1, T]
-    same_response = segment[:, None, :] == segment[:, :, None]  # [B, T, T]
-    return (causal & same_group & (in_prompt | same_response))[:, None]  # [B, 1, T, T]
+    B, T = segment.shape
+
+    def sees(b, h, q, k):
+        own = segment[b, q] == segment[b, k]
+        return (k <= q) & (group[b, q] == group[b, k]) & (own | (segment[b, k] == 0))
+
+    if blocks:
+        return create_block_mask(sees, B, None, T, T, segment.device)
+    t = torch.arange(T, device=segment.device)
+    b = torch.arange(B, device=segment.device)[:, None, None, None]  # [B, 1, 1, 1]
+    return sees(b, None, t[:, None], t)  # [B, 1, T, T]

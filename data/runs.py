@@ -26,7 +26,7 @@ from data.groups import counted_tokens
 
 # A resumed run may change these: they affect memory, speed, the filters of a rollout, or the report of an eval.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare",
-              "save_every", "micro_batch_tokens", "gradient_checkpointing", "max_concurrent"}
+              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent"}
 
 
 def add_output_flags(parser, what):

@@ -2,9 +2,9 @@
 
 A row runs this project and its peer in turn, on the same machine with the same allocator settings, and prints the
 medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without
-names, all rows but `gpu` run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet meanwhile.
-
-`rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` needs a GPU; not run.
+names, all rows but the last two run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet
+meanwhile. `rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` and `stages`
+need a GPU and no model: three minutes each on an H200.
 """
 import argparse
 import itertools
@@ -446,67 +446,159 @@ def anonymous_memory():
     return int(status.split("RssAnon:")[1].split()[0]) * 1024 / 1e9
 
 
-# ---- On a GPU: not run yet ---------------------------------------------------------------------------------------
+# ---- On a GPU --------------------------------------------------------------------------------------------------
 
 SHAPES = {"0.6B": (1024, 3072, 28, 16, 8), "1.7B": (2048, 6144, 28, 16, 8)}  # hidden, inner, layers, heads, kv heads
-PEAK = 989e12  # bfloat16 operations a second of an H100
-BANDWIDTH = 3.35e12  # bytes a second
+PEAK = 989e12  # bfloat16 operations a second of an H100 or H200, by its data sheet
+BANDWIDTH = 4.8e12  # bytes a second of an H200, by its data sheet
+VOCABULARY = 151_936
+PROMPT, RESPONSE, N = 600, 250, 8  # tokens, tokens, responses to a prompt
+
+
+def random_qwen3(name, dtype=torch.float32):
+    """A Qwen3-shaped model with random weights on the GPU."""
+    hidden, inner, layers, heads, kv_heads = SHAPES[name]
+    config = {"model_type": "qwen3", "vocab_size": VOCABULARY, "hidden_size": hidden, "intermediate_size": inner,
+              "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+              "head_dim": 128, "tie_word_embeddings": True}
+    with torch.device("cuda"):
+        model = Transformer(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02) if p.dim() == 2 else p.fill_(1.0)
+    return model.in_dtype(dtype)
 
 
 def gpu_row(folder):
-    """Training as a share of the peak rate, decoding as a share of the memory bandwidth, at the shapes of Qwen3."""
+    """Training as a share of the peak rate, decoding as a share of the memory bandwidth, at the shapes of Qwen3.
+
+    Operations count what is seen: 6 a weight and token, and 12 a query-key pair, head and dimension.
+    """
     if not torch.cuda.is_available():
         sys.exit("the row gpu needs a CUDA device")
-    for name, (hidden, inner, layers, heads, kv_heads) in SHAPES.items():
-        config = {"model_type": "qwen3", "vocab_size": 151_936, "hidden_size": hidden, "intermediate_size": inner,
-                  "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
-                  "head_dim": 128, "tie_word_embeddings": True}
-        with torch.device("cuda"):
-            model = Transformer(config)
-        chat = SimpleNamespace(stop_ids=(), vocab_size=151_936, decode=str)
-        for tokens in (4096, 8192, 16_384):
-            prompt = list(range(1000, 1600))
-            groups = [Group({}, prompt, [Response(prompt[:250], (0, 250)) for _ in range(8)])
-                      for _ in range(max(1, tokens // 2600))]
-            args = training_args("sft", tokens)
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=BF16)
+    seconds = medians(10, product=on_gpu(lambda: a @ b), copy=on_gpu(lambda: b.copy_(a)))
+    print(f"| {torch.cuda.get_device_name()} | an 8,192-wide product: {2 * 8192 ** 3 / seconds['product'] / 1e12:.0f} "
+          f"TFLOP/s; a kernel takes {launch_time() * 1e6:.1f} us to launch | | | | |", flush=True)
+    for name in SHAPES:
+        model = random_qwen3(name)
+        policy = model.in_dtype(BF16)
+        for compiled in (False, True) if name == "0.6B" else (True,):
+            if compiled:
+                model.model.compile_layers()
+                policy.model.compile_layers()
+            how = "--compile" if compiled else "eager"
+            for prompts in (2, 6):
+                gpu_training(f"{name}, {how}", model, prompts)
+            for slots in (64, 512):
+                gpu_decoding(f"{name}, {how}", policy, slots, compiled)
+        del model, policy
 
-            def step():
-                model.zero_grad()
-                loss_over_batch(model, None, groups, cross_entropy, args)
-                torch.cuda.synchronize()
 
-            seconds = medians(5, 2, step=step)["step"]
-            packed = sum(group.length for group in groups)
-            layer_weights = model.num_parameters() - model.head_weight.numel()
-            counted = sum(group.counted_tokens for group in groups)
-            operations = 6 * (layer_weights * packed + model.head_weight.numel() * counted)
-            print(f"| training, {name}, {packed:,} tokens | {PEAK / 1e12:.0f} TFLOP/s | {seconds:.3f} s | | "
-                  f"**{operations / seconds / PEAK:.0%}** | 40 % |", flush=True)
-        policy = model.copy(BF16)
-        for slots in (64, 256, 512):
-            sampler = Sampler(policy, chat, slots, slots // 8, 600, 128)
-            for i in range(slots // 8):
-                sampler.add(Request(list(range(1000, 1600)), 8, i, 1.0, 128))
+def on_gpu(run):
+    """`run`, and wait for the GPU."""
+    def wait():
+        run()
+        torch.cuda.synchronize()
+    return wait
 
-            def decode():
-                sampler.step()
-                torch.cuda.synchronize()
 
-            seconds = medians(60, 5, step=decode)["step"]
-            weights = 2 * policy.num_parameters()
-            keys = 2 * 2 * layers * kv_heads * 128 * (slots // 8 * 600 + slots * 35)
-            print(f"| decoding, {name}, {slots} slots | {BANDWIDTH / 1e12:.2f} TB/s | {seconds * 1e3:.1f} ms | | "
-                  f"**{(weights + keys) / BANDWIDTH / seconds:.0%}** | 50 % |", flush=True)
+def launch_time():
+    x = torch.zeros(1, device="cuda")
+    return medians(3, run=on_gpu(lambda: [x.add_(1) for _ in range(1000)]))["run"] / 1000
+
+
+def gpu_training(what, model, prompts):
+    """Forward and backward of one micro-batch: `prompts` groups."""
+    r = random.Random(0)
+    draw = partial(r.choices, range(1000, 150_000))
+    groups = [Group({}, draw(k=PROMPT), [Response(draw(k=RESPONSE), (0, RESPONSE)) for _ in range(N)])
+              for _ in range(prompts)]
+    args = training_args("sft", prompts * groups[0].length)
+
+    def step():
+        model.zero_grad()
+        loss_over_batch(model, None, groups, cross_entropy, args)
+
+    torch.cuda.reset_peak_memory_stats()
+    seconds = medians(5, 2, step=on_gpu(step))["step"]
+    c = model.model.c
+    tokens = prompts * (PROMPT + N * RESPONSE)
+    pairs = prompts * (PROMPT ** 2 / 2 + N * RESPONSE * (PROMPT + RESPONSE / 2))
+    head = model.head_weight.numel()
+    operations = 6 * ((model.num_parameters() - head) * tokens + head * prompts * N * RESPONSE)
+    operations += 12 * pairs * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"]
+    print(f"| training, {what}, {tokens:,} tokens | {PEAK / 1e12:.0f} TFLOP/s | {seconds * 1e3:.0f} ms, "
+          f"{tokens / seconds:,.0f} tokens/s, {torch.cuda.max_memory_allocated() / 1e9:.1f} GB | | "
+          f"**{operations / seconds / PEAK:.0%}** | 40 % |", flush=True)
+
+
+def gpu_decoding(what, policy, slots, compiled):
+    """A step of the sampler, all slots in use; without --compile also without CUDA graphs."""
+    chat = SimpleNamespace(stop_ids=(), vocab_size=VOCABULARY, decode=str)
+    for graphs in (True,) if compiled else (False, True):
+        sampler = Sampler(policy, chat, slots, slots // N, PROMPT, 128)
+        sampler.graphs = {} if graphs else None
+        for i in range(slots // N):
+            sampler.add(Request(list(range(1000, 1000 + PROMPT)), N, i, 1.0, 128))
+        for _ in range(36):
+            sampler.step()
+        seconds = medians(20, 2, step=on_gpu(sampler.step))["step"]
+        c = policy.model.c
+        keys = 2 * 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]
+        read = 2 * policy.num_parameters() + keys * (slots // N * PROMPT + slots * 47)
+        print(f"| decoding, {what}{', CUDA graphs' if graphs else ''}, {slots} slots | {BANDWIDTH / 1e12:.1f} TB/s | "
+              f"{seconds * 1e3:.2f} ms, {slots / seconds:,.0f} tokens/s | | **{read / BANDWIDTH / seconds:.0%}** | 50 % |",
+              flush=True)
+
+
+def stages_row(folder):
+    """CKD and Sim-RL as commands at the shapes of Qwen3, with random weights: tokens a second, and memory."""
+    out = Path(tempfile.mkdtemp(dir=os.environ.get("TMPDIR")))
+    chat = Chat.from_pretrained(ROOT / "data/tiny/teacher")
+    for name in SHAPES:
+        model = random_qwen3(name, BF16)
+        model.folder = ROOT / "data/tiny/teacher"
+        model.save_pretrained(out / name)
+        tokenizer = json.loads((out / name / "tokenizer.json").read_text())
+        known = chat.vocab_size
+        vocab = tokenizer["model"]["vocab"]
+        vocab |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        vocab |= {f"|{i}|": i for i in range(known, VOCABULARY)}  # so that the head keeps its width
+        (out / name / "tokenizer.json").write_text(json.dumps(tokenizer))
+        del model
+    torch.cuda.empty_cache()
+    r = random.Random(0)
+    lines = []
+    for i in range(64):
+        text = " ".join(r.choices("red green blue one two three".split(), k=PROMPT // 2))
+        responses = [{"ids": r.choices(range(known), k=RESPONSE), "text": ""} for _ in range(N)]
+        lines.append(json.dumps({"id": str(i), "source": "random", "tools": [], "messages": [
+            {"role": "user", "content": text}], "answer": {"tool_calls": [], "content": "red"}, "responses": responses}))
+    (out / "data.jsonl").write_text("\n".join(lines) + "\n")
+    shared = f"--data {out}/data.jsonl --compile --micro-batch-tokens 16384 --max-prompt-tokens 1024"
+    for command in (
+            f"ckd --teacher {out}/1.7B --student {out}/0.6B {shared} --hold-out 0 --samples 0 --steps 4",
+            f"simrl --model {out}/0.6B {shared} --n {N} --max-new-tokens {RESPONSE} --prompts-per-step 64 "
+            "--max-concurrent 512 --filter none --steps 3"):
+        stage = command.split()[0]
+        flags = [*command.split(), "--out", str(out / stage), "--save-every", "1000000"]
+        subprocess.run([sys.executable, str(ROOT / "star.py"), *flags], check=True)
+        rows = read_metrics(out / stage)[1:]
+        for row in rows:
+            print(json.dumps(row))
+        print((out / stage / "summary.json").read_text(), flush=True)
+    shutil.rmtree(out)
 
 
 ROWS = {"head": head_row, "decoding": decoding_row, "sampling": sampling_row, "neighbours": neighbours_row,
         "files": files_row, "memory": memory_row, "slopes": slopes_row, "ckd": ckd_row, "sft": sft_row, "rl": rl_row,
-        "gpu": gpu_row}
+        "gpu": gpu_row, "stages": stages_row}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; default: all but gpu")
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; default: all but gpu, stages")
     parser.add_argument("--model", default=os.environ.get("STAR_REAL_MODEL"), help="model folder")
     parser.add_argument("--side", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -516,12 +608,12 @@ def main():
         return
     if unknown := set(args.rows) - ROWS.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
-    if not args.model and args.rows != ["gpu"]:
+    if not args.model and not set(args.rows or ROWS) <= {"gpu", "stages"}:
         parser.error("--model is missing: a folder with a real Qwen2.5 of 0.5B parameters")
     train.pick_device("cpu")  # with its allocator settings
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}\n")
     print("| what | peer or limit | here | peer | ratio | asked |\n|---|---|---|---|---|---|")
-    for name in args.rows or [name for name in ROWS if name != "gpu"]:
+    for name in args.rows or [name for name in ROWS if name not in ("gpu", "stages")]:
         ROWS[name](args.model)
 
 

@@ -8,8 +8,8 @@ from conftest import sample, settings
 
 import star
 from ckd import DIVERGENCES, ckd_loss
-from data.groups import Group
-from head import head_loss
+from data.groups import Group, Response, pack
+from head import head_loss, hidden_states
 from model import Transformer
 from simrl import refine
 
@@ -37,6 +37,32 @@ def test_head_loss_equals_the_cpu(kind):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
 
 
+def test_compiled_layers_with_blocks_equal_the_mask():
+    """flex_attention and fused layers against SDPA with a boolean mask: hidden states and gradients, in float32."""
+    config = {"model_type": "qwen3", "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+              "tie_word_embeddings": True}
+    model = Transformer(config).init_weights(0, std=0.1).to("cuda")
+    g = torch.Generator().manual_seed(0)
+    scale = torch.randn(500, 64, generator=g).to("cuda")
+    for prompt in (5, 300, 130):
+        responses = [torch.randint(0, 300, (n,), generator=g).tolist() for n in (70, 3, 200)]
+        group = Group({}, torch.randint(0, 300, (prompt,), generator=g).tolist(),
+                      [Response(ids, (0, len(ids))) for ids in responses])
+        packed = pack([group, Group({}, [1, 2, 3], [Response([4, 5], (0, 2))])], "cuda")
+        results = []
+        for compiled in (False, True):
+            if compiled and not model.model.compiled:
+                model.model.compile_layers()
+            model.model.compiled = compiled
+            model.zero_grad()
+            hidden = hidden_states(model, packed, torch.float32)
+            (hidden * scale[:len(hidden)]).sum().backward()
+            results.append([hidden, *(p.grad for p in model.parameters())])
+        for a, b in zip(*results):
+            torch.testing.assert_close(a, b, atol=5e-3 * a.abs().max().item(), rtol=0)
+
+
 def sample_ids(model, **options):
     """The ids of three samples for each of three prompts."""
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12]]
@@ -51,7 +77,7 @@ def test_the_sampler_runs_there_and_agrees(world):
     assert all(len(ids) <= 12 for group in sample_ids(model, temperature=1.0, top_p=0.9) for ids in group)
 
 
-@pytest.mark.parametrize("extra", ["", "--cache cache", "--objective rskd", "--dtype float32"])
+@pytest.mark.parametrize("extra", ["", "--cache cache", "--objective rskd", "--dtype float32", "--compile"])
 def test_a_run_and_its_resumption(world, tmp_path, monkeypatch, extra):
     monkeypatch.chdir(tmp_path)
     command = (f"ckd --teacher {world}/teacher --student {world}/student --data {world}/train.jsonl --out run --k 5 "

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data import InputError
-from kv_cache import KVCache
+from kv_cache import KVCache, lay_out
 from model import SIZES, Transformer, read_config
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -99,7 +99,10 @@ def test_cached_steps_equal_whole_rows(knob, shared, ids):
         lengths = [0] * 5
         for step in range(36):
             rows = min(5, 1 + step // 3)
-            cache.start_step(shared[:rows], [0, 9, 33], lengths[:rows])
+            grid, columns = lay_out(shared[:rows])
+            prompt_lengths = [len(prompts[p]) for p in shared[:rows]]
+            places = torch.tensor([shared[:rows], columns, prompt_lengths, lengths[:rows]])
+            cache.start_step(torch.tensor(grid), places, 34, max(lengths) + 1)
             at = torch.tensor(lengths[:rows])
             positions = torch.tensor([len(prompts[p]) for p in shared[:rows]]) + at
             new = responses[range(rows), at]

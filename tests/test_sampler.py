@@ -1,6 +1,6 @@
 """The sampler: against itself in every arrangement, against transformers, and against the exact distribution."""
 import os
-
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -304,13 +304,53 @@ def test_keys_are_read_in_multiples_of_32(model, monkeypatch):
     widths = set()
     start_step = KVCache.start_step
 
-    def recorder(self, *args, **kwargs):
-        start_step(self, *args, **kwargs)
-        widths.add((self.prompt_keys, self.response_keys))
+    def recorder(self, grid, places, *keys):
+        start_step(self, grid, places, *keys)
+        widths.add(keys)
 
     monkeypatch.setattr(KVCache, "start_step", recorder)
     sample(model, [[1] * 50], 1, 110)
     assert widths == {(50, 32), (50, 64), (50, 96), (50, 110)}
+
+
+class Graph:
+    """Stands for torch.cuda.CUDAGraph without a GPU: the call of `compute` that was recorded runs again."""
+
+    def pool(self):
+        self.call = Graph.last
+
+    def replay(self):
+        sampler, inputs, outputs = self.call
+        for buffer, new in zip(outputs, Graph.compute(sampler, *inputs)):
+            buffer.copy_(new)
+
+
+def test_steps_of_rounded_shapes_draw_the_same(model, monkeypatch):
+    """What a GPU computes: recorded steps of few shapes, idle rows included."""
+    prompts = [[5 + i] * (3 + 7 * i) for i in range(9)]
+    options = dict(n=3, max_new_tokens=40, stop_ids=[2, 7, 11], num_slots=11)
+    expected = [[r.ids for r in responses] for responses in sample(model, prompts, **options)]
+    samplers = []
+    Graph.compute = Sampler.compute
+    start = Sampler.__init__
+
+    def on_gpu(self, *args):
+        start(self, *args)
+        self.graphs = {}
+        samplers.append(self)
+
+    def compute(self, *inputs):
+        outputs = Graph.compute(self, *inputs)
+        Graph.last = self, inputs, outputs
+        return outputs
+
+    monkeypatch.setattr(Sampler, "__init__", on_gpu)
+    monkeypatch.setattr(Sampler, "compute", compute)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    assert [[r.ids for r in responses] for responses in sample(model, prompts, **options)] == expected
+    shapes = list(samplers[0].graphs)
+    assert {shape[0] for shape in shapes} <= {1, 2, 4, 8, 11} and len(shapes) < 40
 
 
 def test_greedy_equals_transformers_on_real_weights():
