@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": ("apps.talk", "talk to a model; you are its tools"),
     "serve": ("apps.serve", "an OpenAI-compatible endpoint on this machine"),
     "bfcl": ("apps.official", "official BFCL scores, by the official tool"),
+    "estimate": ("apps.estimate", "memory and hours of every stage, from two config.json"),
     "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
     "plot": ("apps.plot", "curves of runs as a picture"),
 }

@@ -33,7 +33,7 @@ def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
     add = parser.add_argument_group("machine").add_argument
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="device to compute on; not run on cuda or mps yet")
+        help="device to compute on; not run on mps")
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
     if seed:
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
@@ -56,7 +56,7 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         help="recompute activations: less memory")
     add("--compile", action="store_true",
         help="on a GPU: fuse the layers, with flex_attention; half the time of a step of 16,000 tokens, "
-        "after half a minute of compiling")
+        "after half a minute of compiling; not run with several ranks")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save-every", type=positive, default=save_every, metavar="N",

@@ -1,0 +1,167 @@
+"""How much memory and time the stages take on GPUs, from two config.json: `python star.py estimate`.
+
+Memory is computed, and tests/test_estimate.py compares it with what runs on a CPU allocate. Two numbers of time were
+measured on one H200 (tests/README.md, *A GPU*): operations a second in training, bytes a second in decoding.
+
+All sizes below are in bytes. h: hidden size, i: size inside the feed-forward, q and kv: sizes of queries and keys.
+"""
+from pathlib import Path
+
+import torch
+
+from data import MODEL_FOLDER, non_negative, positive, print_table, read_json
+from head import CHUNK, GPU_CHUNK
+from model import Transformer, read_config
+from sampler import Request, cache_size
+
+
+def read_sizes(folder):
+    """What is computed with: the settings of a model folder, and the numbers of weights of its layers and its head."""
+    path = Path(folder) / "config.json"
+    config = read_json(path, MODEL_FOLDER)
+    with torch.device("meta"):
+        model = Transformer(config, Path(folder))
+    c = read_config(config, path)
+    c["weights"] = model.num_parameters()
+    c["head"] = model.head_weight.numel()
+    c["embeddings"] = c["head"] * (1 if c["tie_word_embeddings"] else 2)
+    c["q"] = c["num_attention_heads"] * c["head_dim"]
+    c["kv"] = c["num_key_value_heads"] * c["head_dim"]
+    return c
+
+
+def activations(c, args):
+    """Of a token in one layer, kept for the backward pass: what autograd saves (counted), or, compiled, a fit to the
+    peaks of two sizes on an H200."""
+    h, i, q, kv = c["hidden_size"], c["intermediate_size"], c["q"], c["kv"]
+    if args.compile:
+        return 7 * h + 6 * i + 5 * (q + 2 * kv)
+    if args.dtype == "float32":
+        return 24 * h + 16 * i + 16 * (q + kv)
+    return 26 * h + 8 * i + 10 * (q + kv)
+
+
+def training_memory(c, args, gpus):
+    """{part: size} of the model that trains."""
+    layer = (c["weights"] - c["embeddings"]) / c["num_hidden_layers"]
+    width = 4 if args.dtype == "float32" else 2
+    positions = GPU_CHUNK if args.device == "cuda" else CHUNK
+    saved = activations(c, args) * c["num_hidden_layers"]
+    if args.gradient_checkpointing:
+        saved = 4 * c["hidden_size"] * c["num_hidden_layers"] + activations(c, args)
+    parts = {"weights": 16 * c["weights"] / gpus}  # float32: the weight, its gradient, two moments
+    parts["copies"] = (width % 4) * layer * c["num_hidden_layers"]  # by autocast
+    if gpus > 1:  # gathered: the embeddings with their gradient, two layers
+        parts["copies"] = (width + 4) * c["embeddings"] + 2 * (width + 4) * layer
+    parts["activations"] = saved * args.micro_batch_tokens
+    # The sum of the head's gradient, twice; its weight and a product in --dtype; logits and what is made of them.
+    parts["head"] = (8 + width % 4) * c["head"] + 17 * positions * c["vocab_size"]
+    if args.device == "cuda":
+        parts["head"] += width * c["head"]
+    return parts
+
+
+def frozen_memory(c, args, gpus):
+    """Of a model that only computes: teacher or reference. In parts, its embeddings stay gathered."""
+    width = 4 if args.dtype == "float32" else 2
+    return width * (c["weights"] / gpus + (c["embeddings"] if gpus > 1 else 0))
+
+
+def sampling_memory(c, args):
+    """{part: size} of the sampler: weights, keys and values, and the logits of a draw."""
+    width = 4 if args.dtype == "float32" else 2
+    request = Request([0] * args.max_prompt_tokens, args.n, 0, 1.0, args.max_new_tokens)
+    slots, prompts, prompt_tokens, new_tokens = cache_size(args.max_concurrent, [request] * args.max_concurrent)
+    tokens = prompts * prompt_tokens + slots * new_tokens
+    return {"copies": width * c["weights"], "keys": 2 * width * c["num_hidden_layers"] * c["kv"] * tokens,
+            "head": 24 * slots * c["vocab_size"] if args.device == "cuda" else 0}
+
+
+def stage_memory(stage, student, teacher, args, gpus):
+    """{part: size} of a stage on each GPU."""
+    if stage == "rollout":
+        return sampling_memory(teacher, args)
+    parts = training_memory(teacher if stage == "refine" else student, args, gpus)
+    if stage == "ckd":
+        return parts | {"frozen": frozen_memory(teacher, args, gpus)}
+    model = teacher if stage == "refine" else student
+    for name, size in sampling_memory(model, args).items():
+        parts[name] = parts.get(name, 0) + size
+    return parts | {"frozen": frozen_memory(model, args, gpus)}
+
+
+def forward_operations(c, args, prompts):
+    """Of a pass over packed groups: two a weight and token, four a query, key, head and dimension."""
+    prompt, response, n = args.prompt_tokens, args.response_tokens, args.n
+    pairs = prompt ** 2 / 2 + n * response * (prompt + response / 2)
+    weights = (c["weights"] - c["embeddings"]) * (prompt + n * response) + c["head"] * n * response
+    return prompts * (2 * weights + 4 * pairs * c["num_hidden_layers"] * c["q"])
+
+
+def sampling_hours(c, args, prompts):
+    """Of n responses to each prompt on one GPU: a step reads the weights and the keys of all slots."""
+    slots = args.max_concurrent
+    keys = 4 * c["num_hidden_layers"] * c["kv"] * slots * (args.prompt_tokens / args.n + args.response_tokens / 2)
+    steps = prompts * args.n * args.response_tokens / slots
+    prefill = prompts * args.prompt_tokens * 2 * c["weights"] / args.tflops / 1e12
+    return (steps * (2 * c["weights"] + keys) / args.bandwidth / 1e12 + prefill) / 3600
+
+
+def stage_hours(stage, student, teacher, args):
+    """Hours of a stage on one GPU."""
+    if stage == "rollout":
+        return sampling_hours(teacher, args, args.prompts)
+    backward = 3 if args.gradient_checkpointing else 2
+    if stage == "ckd":
+        operations = (1 + backward) * forward_operations(student, args, args.prompts)
+        operations += forward_operations(teacher, args, args.prompts)
+        return operations / args.tflops / 1e12 / 3600
+    model = teacher if stage == "refine" else student
+    prompts = args.steps * args.prompts_per_step
+    # The policy before its updates and the reference are a pass each.
+    operations = (3 + backward) * forward_operations(model, args, prompts)
+    return operations / args.tflops / 1e12 / 3600 + sampling_hours(model, args, args.draws * prompts)
+
+
+def estimate_flags(parser):
+    parser.add_argument("--student", required=True, help="model folder; only its config.json is read")
+    parser.add_argument("--teacher", required=True, help="the same")
+    parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
+    add = parser.add_argument_group("data").add_argument
+    add("--prompts", type=positive, default=128_000, help="of rollout and ckd, one epoch")
+    add("--n", type=positive, default=8, help="responses to a prompt")
+    add("--prompt-tokens", type=positive, default=600, help="mean tokens of a prompt")
+    add("--response-tokens", type=positive, default=250, help="mean tokens of a response")
+    add("--steps", type=positive, default=1000, help="of simrl")
+    add("--prompts-per-step", type=positive, default=128, help="as in simrl")
+    add("--draws", type=non_negative, default=2.0, help="prompts that simrl samples for each one that it trains on")
+    add = parser.add_argument_group("memory, as in the stages").add_argument
+    add("--micro-batch-tokens", type=positive, default=4096, metavar="N", help="padded tokens per forward pass")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations")
+    add("--compile", action="store_true", help="with fused layers")
+    add("--max-concurrent", type=positive, default=64, metavar="N", help="sequences generated concurrently")
+    add("--max-prompt-tokens", type=positive, default=5120, help="longest prompt")
+    add("--max-new-tokens", type=positive, default=512, help="longest response")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="the output head's chunks differ")
+    add = parser.add_argument_group("speed").add_argument
+    add("--tflops", type=non_negative, default=250.0, help="10^12 operations a second in training")
+    add("--bandwidth", type=non_negative, default=0.6, help="TB a second that a decoding step reads")
+
+
+def run_estimate(args):
+    """Memory on each GPU and hours of every stage, computed from two config.json. Hours are divided by the GPUs: what
+    they say to each other is not counted."""
+    student, teacher = read_sizes(args.student), read_sizes(args.teacher)
+    columns = ("weights", "copies", "activations", "head", "keys", "frozen")
+    for gpus in args.gpus:
+        print(f"\n{gpus} GPU{'s' * (gpus > 1)}; GB on each, and hours\n")
+        rows = [["", *columns, "all", "hours"]]
+        for stage in ("rollout", "ckd", "simrl", "refine"):
+            parts = stage_memory(stage, student, teacher, args, gpus)
+            sizes = [parts.get(name, 0) for name in columns]
+            hours = stage_hours(stage, student, teacher, args) / gpus
+            rows.append([stage, *(f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))), f"{hours:.1f}"])
+        print_table(rows)
+    print("\nrefine is simrl of the teacher. frozen: the teacher of ckd, the reference of simrl. "
+          "hours of rollout and ckd: one pass over the prompts")
