@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import star
-from apps import official
+from apps import bfcl, official
 from data import InputError, tiny
 
 TINY = Path(tiny.__file__).parent
@@ -105,14 +105,14 @@ def test_columns_are_those_of_the_leaderboard():
               "live_simple": (170, 258), "live_multiple": (573, 1053), "live_parallel": (6, 16),
               "live_parallel_multiple": (13, 24), "live_irrelevance": (704, 882), "live_relevance": (12, 18)}
     items = {name: {i: int(i < right) for i in range(total)} for name, (right, total) in counts.items()}
-    for name, right in zip(official.MULTI_TURN, (4, 4, 4, 3)):
+    for name, right in zip(bfcl.MULTI_TURN, (4, 4, 4, 3)):
         items[name] = {i: int(i < right) for i in range(200)}
-    means = {name: official.interval(part)["mean"] for name, part in official.columns(items).items()}
+    means = {name: official.interval(part)["mean"] for name, part in bfcl.columns(items).items()}
     assert means["Non-Live AST"] == pytest.approx(71.81, abs=0.01)
     assert means["Non-Live, v3"] == pytest.approx(74.45, abs=0.01)
     assert means["Live, v3"] == pytest.approx(65.66, abs=0.05)
     assert means["Multi-Turn"] == pytest.approx(1.88, abs=0.01) and means["overall, v3"] == pytest.approx(47.33, abs=0.02)
-    assert "overall, v3" not in official.columns({name: items[name] for name in counts})
+    assert "overall, v3" not in bfcl.columns({name: items[name] for name in counts})
     none = official.interval([(1.0, [0] * 20)])  # Wilson: 0 of 20 may still be 16 %
     assert none["low"] == pytest.approx(0, abs=1e-9) and none["high"] == pytest.approx(16.1, abs=0.1)
 
@@ -122,7 +122,7 @@ def test_a_score_that_does_not_add_up_is_an_error(tmp_path):
     path.parent.mkdir()
     path.write_text('{"correct_count": 2, "total_count": 3}\n')
     with pytest.raises(InputError, match="counts 2 of 3, not 1 of 1"):
-        official.read_items(tmp_path, {"multiple": ["multiple_0"]})
+        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]})
 
 
 @pytest.mark.skipif("STAR_BFCL_ENV" not in os.environ, reason="STAR_BFCL_ENV names no environment with bfcl-eval")
