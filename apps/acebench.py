@@ -65,8 +65,7 @@ def run_acebench(args):
     out = Path(args.out).resolve()
 
     # 2. Choose the items, and let the tool generate and score. It skips items that have an answer.
-    tree = ast.parse((checkout / "model_inference/prompt_en.py").read_text(encoding="utf-8"))
-    templates = {node.targets[0].id: node.value.value for node in tree.body}
+    templates = read_templates(checkout)
 
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
@@ -92,6 +91,12 @@ def run_acebench(args):
 
 def install(pip):
     subprocess.run([*pip, *PACKAGES], check=True)
+
+
+def read_templates(checkout):
+    """{name: text} of the tool's prompts."""
+    tree = ast.parse((checkout / "model_inference/prompt_en.py").read_text(encoding="utf-8"))
+    return {node.targets[0].id: node.value.value for node in tree.body}
 
 
 def prompt(chat, templates, turn):

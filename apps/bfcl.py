@@ -7,7 +7,7 @@ is in apps/official.py):
     --env DIR           a virtual environment with bfcl-eval; made if it is missing (4 minutes, 700 MB, needs pip)
     OUT/result_star     what the model answered, by category        OUT/score_star    the tool's scores
 
-A multi-turn conversation that outgrows the model is wrong.
+A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted.
 
 Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them in a sandbox.
 """
@@ -27,7 +27,7 @@ SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 NON_LIVE = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
-LONGEST = dict.fromkeys(MULTI_TURN, 12_000) | {"multi_turn_long_context": 80_000}  # tokens of a conversation, roomy
+LONGEST = dict.fromkeys(MULTI_TURN, 12_000) | {"multi_turn_long_context": 80_000}  # tokens, by Qwen's tokenizer; roomy
 GROUPS = {"non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
 FAILED = b"Error during inference"  # what the tool records as an answer if a request failed
 
@@ -68,8 +68,9 @@ def run_bfcl(args):
 
     # 3. Read, check, report.
     items = read_items(out, chosen)
-    report(args, items, other, columns, {"left_out": too_long, "think": chat.think, "bfcl_eval": VERSION,
-                                         "handler": HANDLER})
+    report(args, items, other, columns, {
+        "left_out": too_long, "think": chat.think, "bfcl_eval": VERSION, "handler": HANDLER,
+        "failed_conversations": sum(FAILED in line for line in result_lines(out))})
     subset = "a subset of " if args.items or too_long else ""
     print(f"\nThese are {subset}v4's items. The paper's columns are v3 and all items; "
           "over half of the multi-turn items differ.")

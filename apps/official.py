@@ -23,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from apps.evaluate import INTERVAL
-from data import InputError, positive, print_table, read_json, write_json
+from data import InputError, natural, positive, print_table, read_json, write_json
 from data.chat import Chat, add_prompt_flags
 from data.records import read_lines
 from data.runs import add_output_flags
@@ -44,6 +44,7 @@ def add_flags(parser, groups, default, env):
     add("--env", default=env, metavar="DIR", help="virtual environment of the tool; made if it is missing")
     add("--max-concurrent", type=positive, default=16, metavar="N", help="sequences generated concurrently")
     add("--max-new-tokens", type=positive, default=512, help="longest answer; the tool itself would allow more")
+    add("--prefix-tokens", type=natural, default=65_536, metavar="N", help="as for star.py serve; 0: no prefix cache")
     add_output_flags(parser, "folder for the tool's files and the table")
     add_prompt_flags(parser)
     add_machine_flags(parser, "weights and compute")
@@ -110,7 +111,7 @@ def serve_model(args, longest_prompt):
         port = probe.getsockname()[1]
     flags = ["--model", args.model, "--port", port, "--dtype", args.dtype, "--device", args.device, "--seed", args.seed,
              "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools,
-             "--max-prompt-tokens", longest_prompt]
+             "--max-prompt-tokens", longest_prompt, "--prefix-tokens", args.prefix_tokens]
     flags += ["--think", args.think] if args.think else []
     star = Path(__file__).parents[1] / "star.py"
     process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.DEVNULL)
@@ -125,7 +126,7 @@ def serve_model(args, longest_prompt):
             path = Path(args.out) / "stats.json"
             before = read_json(path) if path.exists() else {}
             stats = json.load(open_url(f"http://127.0.0.1:{port}/v1/stats"))
-            write_json(path, {name: value + before.get(name, 0) for name, value in stats.items()})
+            write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
     finally:
         process.terminate()
         process.wait()
