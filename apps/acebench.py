@@ -1,13 +1,13 @@
-"""`star.py acebench`: the official ACEBench scores of a model (English, normal part), by ACEBench's own programs, offline.
+"""`star.py acebench`: the official ACEBench scores of a model (English, normal part), by its own programs, offline.
 
-ACEBench is no package. --acebench names a clone of it, which is not changed: its two programs run in OUT, on the lines
-of its data that were chosen, and talk to the served model (apps/serve.py) as if it were OpenAI's.
+--acebench names a clone of it, which is not changed: its two programs run in OUT, on the chosen lines of its data, and
+talk to the served model (apps/serve.py) as if it were OpenAI's. The rest of OUT is in apps/official.py.
 
     --env DIR        a virtual environment with three packages; made if it is missing (needs pip)
     OUT/data_all     the chosen items and their gold answers
     OUT/result_all   what the model answered, by category           OUT/score_all    the tool's scores
 
-1. Modules that the normal part imports without need (vllm, google, wcwidth) and those that write the tool's
+1. Modules that the normal part imports but does not use (vllm, google, wcwidth) and those that write the tool's
    spreadsheets (pandas, openpyxl) are empty stand-ins: no spreadsheets are written.
 2. An item of a multi-turn category is a whole dialogue, right if all of its turns are, as in the tool's accuracy. Each
    turn is asked with the gold turns before it.
@@ -27,7 +27,7 @@ from train import open_run
 
 URL = "https://github.com/chenchen0103/ACEBench"
 COMMIT = "56dd66cf6439b0d9655ee1b353e4cd745c6f664e"
-PACKAGES = ("openai==1.64.0", "python-dotenv==1.0.1", "tqdm==4.67.1")  # as in the tool's requirements.txt
+PACKAGES = "openai==1.64.0", "python-dotenv==1.0.1", "tqdm==4.67.1"  # as in the tool's requirements.txt
 NAME = "gpt-4o"  # the tool knows models by name; it looks for this one at GPT_BASE_URL
 ATOM = tuple(f"normal_atom_{kind}" for kind in ("bool", "enum", "number", "list", "object_short", "object_deep"))
 MULTI_TURN = ("normal_multi_turn_user_switch", "normal_multi_turn_user_adjust")
@@ -60,7 +60,7 @@ def run_acebench(args):
     if subprocess.run(git, capture_output=True, text=True).stdout.strip() != COMMIT:
         remedy = f"git clone {URL} DIR && git -C DIR checkout {COMMIT[:7]}"
         raise InputError(f"{checkout}: is not ACEBench at {COMMIT[:7]}, unchanged; {remedy}")
-    python = make_environment(Path(args.env), ", ".join(PACKAGES), install) / "python"
+    python = make_environment(args.env, PACKAGES, lambda pip: subprocess.run([*pip, *PACKAGES], check=True)) / "python"
     open_run(args, "cpu", [args.model], [args.compare])
     out = Path(args.out).resolve()
 
@@ -70,7 +70,7 @@ def run_acebench(args):
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
-    chosen, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout, name), tokens, room)
+    chosen, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout / DATA, name), tokens, room)
     total = write_items(checkout, out, chosen)
     flags = ["--model", NAME, "--language", "en", "--category"]
     with serve_model(args, longest) as port:
@@ -85,12 +85,7 @@ def run_acebench(args):
     without_text = sum(not json.loads(line)["result"] for line in result_lines(out))
     report(args, items, other, columns, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
                                          "packages": " ".join(PACKAGES), "answers_without_text": without_text})
-    if args.items or too_long:
-        print("\nThese are a subset of the items.")
-
-
-def install(pip):
-    subprocess.run([*pip, *PACKAGES], check=True)
+    print("\nThese are a subset of the items." if args.items or too_long else "")
 
 
 def read_templates(checkout):
@@ -108,44 +103,45 @@ def prompt(chat, templates, turn):
     return chat.prompt({"messages": messages, "tools": []})
 
 
-def item_of(turn):
+def item_of(line):
     """The item of a line: normal_multi_turn_user_adjust_3_0 is the first turn of dialogue 3."""
-    return turn.rpartition("_")[0] if turn.startswith("normal_multi_turn") else turn
+    return line["id"].rpartition("_")[0] if line["id"].startswith("normal_multi_turn") else line["id"]
 
 
-def read_items(checkout, name):
-    """{item: its lines} of a category's data file."""
+def read_items(folder, name):
+    """{item: its lines} of a category's file of data or of gold answers."""
     items = {}
-    for _, line in read_lines(checkout / DATA / f"data_{name}.json"):
-        turn = json.loads(line)
-        items.setdefault(item_of(turn["id"]), []).append(turn)
+    for _, text in read_lines(folder / f"data_{name}.json"):
+        line = json.loads(text)
+        items.setdefault(item_of(line), []).append(line)
     return items
 
 
 def write_items(checkout, out, chosen):
-    """Write the chosen lines of the data files, and an empty file of results for every category, which generate.py
-    expects. Returns the number of chosen lines."""
+    """Write the chosen lines of data and gold answers, in the order of their numbers, and the files of results, which
+    generate.py expects of every category. Returns the number of lines."""
+    total = 0
     for name in NORMAL:
+        results = out / f"result_all/result_en/{NAME}"
         for folder in (GOLD, DATA):
-            lines = [line.decode() for _, line in read_lines(checkout / folder / f"data_{name}.json")]
-            lines = [line for line in lines if item_of(json.loads(line)["id"]) in chosen.get(name, ())]
+            items = read_items(checkout / folder, name)
+            lines = [json.dumps(line) + "\n" for item in items if item in chosen.get(name, ())
+                     for line in items[item]]
             (out / folder).mkdir(parents=True, exist_ok=True)
             write_lines(out / folder / f"data_{name}.json", lines)
-        results = out / f"result_all/result_en/{NAME}/data_{name}_result.json"
-        results.parent.mkdir(parents=True, exist_ok=True)
-        results.touch()
-    return sum(len(path.read_bytes().splitlines()) for path in (out / DATA).glob("*.json"))
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"data_{name}_result.json").touch()
+        total += len(lines)
+    return total
 
 
 def read_scores(out, name):
     """{item: 1 or 0} of a category. The tool lists items as wrong, too, that fit the second of several gold answers."""
-    gold = [json.loads(line) for _, line in read_lines(out / GOLD / f"data_{name}.json")]
-    several = {line["id"] for line in gold if isinstance(line["ground_truth"], list)}
-    turns = read_score(out, f"score_all/score_en/{NAME}/data_{name}_score.json", [line["id"] for line in gold], several)
-    items = {}
-    for turn, right in turns.items():
-        items[item_of(turn)] = min(right, items.get(item_of(turn), 1))
-    return items
+    gold = read_items(out / GOLD, name)
+    answers = {line["id"]: line["ground_truth"] for lines in gold.values() for line in lines}
+    several = {line for line, answer in answers.items() if isinstance(answer, list)}
+    right = read_score(out, f"score_all/score_en/{NAME}/data_{name}_score.json", answers, several)
+    return {item: min(right[line["id"]] for line in lines) for item, lines in gold.items()}
 
 
 def columns(items):

@@ -40,7 +40,7 @@ def run_bfcl(args):
     """Score a model on BFCL with the official tool, offline."""
     # 1. Before anything is written, refuse bad input; make the tool's environment if it is missing.
     chat, room, other = open_inputs(args)
-    tool = make_environment(Path(args.env), f"bfcl-eval {VERSION}", install) / "bfcl"
+    tool = make_environment(args.env, [f"bfcl-eval=={VERSION}"], install) / "bfcl"
     data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
     if data is None:
         raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")

@@ -58,13 +58,13 @@ def open_inputs(args):
     return chat, context - args.max_new_tokens, other
 
 
-def make_environment(env, what, install):
+def make_environment(env, packages, install):
     """The bin/ of a virtual environment. If it is missing, it is made, and filled by install(pip's command line)."""
-    programs = env.resolve() / "bin"
-    complete = env / "complete"
+    programs = Path(env).resolve() / "bin"
+    complete = Path(env) / "complete"
     if complete.exists():
         return programs
-    print(f"making {env} with {what}", flush=True)
+    print(f"making {env} with", *packages, flush=True)
     try:
         venv.create(env, with_pip=True)
         install([str(programs / "python"), "-m", "pip", "install", "--quiet"])

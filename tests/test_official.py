@@ -379,7 +379,7 @@ def ace_env(tmp_path):
 def ace_prompts(checkout, folder, chat, name):
     """The prompts of a category's lines in a folder."""
     templates = acebench.read_templates(checkout)
-    turns = [turn for item in acebench.read_items(folder, name).values() for turn in item]
+    turns = [turn for item in acebench.read_items(folder / acebench.DATA, name).values() for turn in item]
     return [acebench.prompt(chat, templates, turn) for turn in turns]
 
 
