@@ -341,7 +341,7 @@ def serve_row(folder):
     chat = Chat.from_pretrained(folder)
     bodies = [{"prompt": chat.decode(text_ids(chat, 100 + i, 40 * i)), "max_tokens": 16, "temperature": 0}
               for i in range(64)]
-    args, _ = star.parse(["serve", "--model", folder, "--port", "0", "--max-concurrent", "64", "--device", "cpu",
+    args, _ = star.parse(["serve", "--model", folder, "--port", "0", "--max-concurrent", "64", "--dtype", "float32",
                           "--max-prompt-tokens", "200", "--max-new-tokens", "16", "--prefix-tokens", "0"])
     server = serve.make_server(args)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -369,7 +369,7 @@ def serve_row(folder):
             with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
                 env = os.environ["STAR_BFCL_ENV"]
                 flags = (f"bfcl --model {folder} --env {env} --out {out} --categories {category} "
-                         f"--items {items} --prefix-tokens {tokens} --max-new-tokens 32")
+                         f"--items {items} --prefix-tokens {tokens} --max-new-tokens 32 --dtype float32")
                 star.main(flags.split())
                 summaries[tokens] = json.loads((Path(out) / "summary.json").read_text())
         ours, peer = ([summary[name] for name in ("seconds_sampling", "prompt_tokens_computed")]
