@@ -26,7 +26,8 @@ COMMANDS = {
     "reward": ("apps.evaluate", "the similarity reward of given texts"),
     "chat": ("apps.talk", "talk to a model; you are its tools"),
     "serve": ("apps.serve", "an OpenAI-compatible endpoint on this machine"),
-    "bfcl": ("apps.official", "official BFCL scores, by the official tool"),
+    "bfcl": ("apps.bfcl", "official BFCL scores, by the official tool"),
+    "acebench": ("apps.acebench", "official ACEBench scores, by the official tool"),
     "estimate": ("apps.estimate", "memory and hours of every stage, from two config.json"),
     "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
     "plot": ("apps.plot", "curves of runs as a picture"),
@@ -79,8 +80,7 @@ def main(argv=None):
         if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a failed write
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
     except KeyboardInterrupt:
-        remedy = "; continue with the same command and --resume"
-        remedy = remedy if "resume" in args else ""
+        remedy = "; continue with the same command and --resume" if "resume" in args else ""
         print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
         return 130
     # Here, where progress bars have ended their line.

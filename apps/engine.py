@@ -7,6 +7,7 @@ A conversation sends all of its earlier turns again, and many requests share a s
 """
 import queue
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -80,7 +81,8 @@ class Engine(threading.Thread):
         self.jobs = {}  # {request: job}
         self.new = []
         self.error = None
-        self.counts = {"requests": 0, "failures": 0, "cut": 0, "prompt_tokens": 0, "completion_tokens": 0}
+        self.counts = {"requests": 0, "failures": 0, "cut": 0, "prompt_tokens": 0, "completion_tokens": 0,
+                       "seconds_sampling": 0.0}
 
     def submit(self, job):
         """Queue a job; HTTPError if too many are waiting."""
@@ -102,7 +104,9 @@ class Engine(threading.Thread):
                     for request in self.new:
                         self.sampler.add(request)
                     self.new.clear()
+                start = time.perf_counter()
                 self.step()
+                self.count(seconds_sampling=time.perf_counter() - start)
         except Exception as error:  # out of memory, say: every waiting client must hear of it
             with self.changed:
                 self.error = f"the sampler failed: {error}"

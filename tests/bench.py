@@ -5,8 +5,11 @@ medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_
 names, all rows but the last two run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet
 meanwhile. `rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` and `stages`
 need a GPU and no model: three minutes each on an H200.
+
+`serve` also measures the prefix cache on BFCL's items where STAR_BFCL_ENV names the --env of `star.py bfcl`.
 """
 import argparse
+import http.client
 import itertools
 import json
 import math
@@ -19,6 +22,8 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import star  # noqa: E402
 import train  # noqa: E402
+from apps import serve  # noqa: E402
 from ckd import ckd_loss, cross_entropy, loss_over_batch  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.groups import Group, Response  # noqa: E402
@@ -329,6 +335,52 @@ def neighbours_row(folder):
                   f"| | | | **{changed:.0%}** | {'0 in float32' if dtype == torch.float32 else ''} |", flush=True)
 
 
+# ---- Serving -----------------------------------------------------------------------------------------------------
+
+def serve_row(folder):
+    """64 requests at once beside one after another; with STAR_BFCL_ENV, BFCL items with and without the prefix cache."""
+    chat = Chat.from_pretrained(folder)
+    bodies = [{"prompt": chat.decode(text_ids(chat, 100 + i, 40 * i)), "max_tokens": 16, "temperature": 0}
+              for i in range(64)]
+    args, _ = star.parse(["serve", "--model", folder, "--port", "0", "--max-concurrent", "64", "--dtype", "float32",
+                          "--max-prompt-tokens", "200", "--max-new-tokens", "16", "--prefix-tokens", "0"])
+    server = serve.make_server(args)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def ask(body):
+        """Seconds of a request."""
+        start = time.perf_counter()
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        json.load(connection.getresponse())["choices"]
+        return time.perf_counter() - start
+
+    seconds = {}
+    for clients in (1, 64):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            latencies = sorted(pool.map(ask, bodies))
+        seconds[clients] = time.perf_counter() - start
+    server.shutdown()
+    report(f"64 requests at once, p50 {latencies[32]:.1f} s, p99 {latencies[63]:.1f} s", seconds[64],
+           {"one after another": seconds[1]})
+    for category, items in (("live_multiple", 100), ("multi_turn_base", 5)) if "STAR_BFCL_ENV" in os.environ else ():
+        summaries = {}
+        for tokens in (65_536, 0):
+            with tempfile.TemporaryDirectory() as out, redirect_stdout(sys.stderr):
+                env = os.environ["STAR_BFCL_ENV"]
+                flags = (f"bfcl --model {folder} --env {env} --out {out} --categories {category} "
+                         f"--items {items} --prefix-tokens {tokens} --max-new-tokens 32 --dtype float32")
+                star.main(flags.split())
+                summaries[tokens] = json.loads((Path(out) / "summary.json").read_text())
+        ours, peer = ([summary[name] for name in ("seconds_sampling", "prompt_tokens_computed")]
+                      for summary in summaries.values())
+        what = f"{items} items of {category}, {summaries[0]['requests']} requests"
+        report(what, ours[0], {"no prefix cache": peer[0]})
+        print(f"| the same, prompt tokens computed | no prefix cache | {ours[1]:,} | {peer[1]:,} | "
+              f"**{peer[1] / ours[1]:.2f}** | |", flush=True)
+
+
 # ---- The output head, loading and saving -------------------------------------------------------------------------
 
 def head_inputs(N, V=151_936, H=896, k=100):
@@ -592,8 +644,8 @@ def stages_row(folder):
 
 
 ROWS = {"head": head_row, "decoding": decoding_row, "sampling": sampling_row, "neighbours": neighbours_row,
-        "files": files_row, "memory": memory_row, "slopes": slopes_row, "ckd": ckd_row, "sft": sft_row, "rl": rl_row,
-        "gpu": gpu_row, "stages": stages_row}
+        "serve": serve_row, "files": files_row, "memory": memory_row, "slopes": slopes_row, "ckd": ckd_row,
+        "sft": sft_row, "rl": rl_row, "gpu": gpu_row, "stages": stages_row}
 
 
 def main():

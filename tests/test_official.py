@@ -1,15 +1,26 @@
-"""`star.py bfcl`: the columns, the checks, and a whole run with a stand-in for the tool; with the tool itself in
-STAR_BFCL_ENV, an environment that has it."""
+"""`star.py bfcl` and `star.py acebench`: the columns, the checks, and whole runs with stand-ins for the tools; with the
+tools themselves (three minutes) where the environment has
+
+    STAR_BFCL_ENV    an environment with bfcl-eval: --env of `star.py bfcl`
+    STAR_ACEBENCH    a clone of ACEBench; with STAR_ACEBENCH_ENV, --env of `star.py acebench`, else it is made anew
+"""
 import json
 import os
+import re
+import shutil
+import subprocess
 import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 import star
-from apps import official
+from apps import acebench, bfcl, official
 from data import InputError, tiny
+from data.chat import Chat
 
 TINY = Path(tiny.__file__).parent
 TOOL = '''#!{python}
@@ -105,14 +116,14 @@ def test_columns_are_those_of_the_leaderboard():
               "live_simple": (170, 258), "live_multiple": (573, 1053), "live_parallel": (6, 16),
               "live_parallel_multiple": (13, 24), "live_irrelevance": (704, 882), "live_relevance": (12, 18)}
     items = {name: {i: int(i < right) for i in range(total)} for name, (right, total) in counts.items()}
-    for name, right in zip(official.MULTI_TURN, (4, 4, 4, 3)):
+    for name, right in zip(bfcl.MULTI_TURN, (4, 4, 4, 3)):
         items[name] = {i: int(i < right) for i in range(200)}
-    means = {name: official.interval(part)["mean"] for name, part in official.columns(items).items()}
+    means = {name: official.interval(part)["mean"] for name, part in bfcl.columns(items).items()}
     assert means["Non-Live AST"] == pytest.approx(71.81, abs=0.01)
     assert means["Non-Live, v3"] == pytest.approx(74.45, abs=0.01)
     assert means["Live, v3"] == pytest.approx(65.66, abs=0.05)
     assert means["Multi-Turn"] == pytest.approx(1.88, abs=0.01) and means["overall, v3"] == pytest.approx(47.33, abs=0.02)
-    assert "overall, v3" not in official.columns({name: items[name] for name in counts})
+    assert "overall, v3" not in bfcl.columns({name: items[name] for name in counts})
     none = official.interval([(1.0, [0] * 20)])  # Wilson: 0 of 20 may still be 16 %
     assert none["low"] == pytest.approx(0, abs=1e-9) and none["high"] == pytest.approx(16.1, abs=0.1)
 
@@ -122,11 +133,285 @@ def test_a_score_that_does_not_add_up_is_an_error(tmp_path):
     path.parent.mkdir()
     path.write_text('{"correct_count": 2, "total_count": 3}\n')
     with pytest.raises(InputError, match="counts 2 of 3, not 1 of 1"):
-        official.read_items(tmp_path, {"multiple": ["multiple_0"]})
+        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]})
 
 
-@pytest.mark.skipif("STAR_BFCL_ENV" not in os.environ, reason="STAR_BFCL_ENV names no environment with bfcl-eval")
-def test_the_tool_itself(tmp_path):
+# ---- ACEBench
+
+GENERATE = '''
+"""A stand-in: asks the server for each item, calls a function that does not exist for the items of 0, else `right`."""
+import json, os, sys, urllib.request
+import vllm  # a module that is not installed
+for name in %r:
+    path = f"result_all/result_en/gpt-4o/data_{name}_result.json"
+    done = [json.loads(line)["id"] for line in open(path)]
+    with open(path, "a") as file:
+        for line in open(f"data_all/data_en/data_{name}.json"):
+            item = json.loads(line)
+            if item["id"] not in done:
+                system = f"{item.get('time', item.get('profile'))} {item['function']}"
+                body = {"messages": [{"role": "system", "content": system},
+                                     {"role": "user", "content": f"History: {item['question']}"}], "max_tokens": 1200}
+                url = f"{os.environ['GPT_BASE_URL']}/chat/completions"
+                json.load(urllib.request.urlopen(url, json.dumps(body).encode()))
+                file.write(json.dumps({"id": item["id"], "result": ""}) + "\\n")
+''' % (acebench.NORMAL,)
+EVALUATE = '''
+"""A stand-in: the last line of every file is wrong; one with two gold answers is listed and counted as right."""
+import json, os, sys
+os.makedirs("score_all/score_en/gpt-4o", exist_ok=True)
+for name in sys.argv[sys.argv.index("--category") + 1:]:
+    gold = [json.loads(line) for line in open(f"data_all/data_en/possible_answer/data_{name}.json")]
+    listed = [line["id"] for line in gold if line["ground_truth"] == [1, 2]]
+    head = {"correct_count": len(gold) - 1, "total_count": len(gold)}
+    lines = [head, {"id": gold[-1]["id"]}, *({"id": i} for i in listed)]
+    with open(f"score_all/score_en/gpt-4o/data_{name}_score.json", "w") as file:
+        file.write("\\n".join(map(json.dumps, lines)))
+'''
+PROMPTS = """SYSTEM_PROMPT_FOR_NORMAL_DATA_EN = "{time} {function}"
+SYSTEM_PROMPT_FOR_PREFERENCE_DATA_EN = "{profile} {function}"
+USER_PROMPT_EN = "History: {question}"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A stand-in for ACEBench at its commit: four items in each category, with two turns in multi-turn ones."""
+    folder = tmp_path / "ACEBench"
+    files = {"generate.py": GENERATE, "eval_main.py": EVALUATE, "model_inference/prompt_en.py": PROMPTS}
+    for name in acebench.NORMAL:
+        turns = [f"{i}_{turn}" for i in range(4) for turn in range(2)] if name in acebench.MULTI_TURN else range(4)
+        items = [{"id": f"{name}_{turn}", "question": "a" * (9000 if turn == 2 else 9), "function": [{"name": "f"}],
+                  "profile" if "preference" in name else "time": "1st"} for turn in turns]
+        gold = [{"id": item["id"], "ground_truth": [1, 2] if item["id"].endswith("bool_0") else {}} for item in items]
+        for path, lines in ((acebench.DATA, items), (acebench.GOLD, gold)):
+            files[f"{path}/data_{name}.json"] = "".join(json.dumps(line) + "\n" for line in lines)
+    for path, text in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *command], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    monkeypatch.setattr(acebench, "COMMIT", head)
+    (tmp_path / "aceenv/bin").mkdir(parents=True)
+    (tmp_path / "aceenv/bin/python").symlink_to(sys.executable)
+    (tmp_path / "aceenv/complete").touch()
+    return folder
+
+
+def run_ace(checkout, out, *flags, env=None, model=TINY / "student"):
+    named = {"acebench": checkout, "model": model, "env": env or checkout.parent / "aceenv", "out": out}
+    named = [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    return star.main(["acebench", *named, *"--dtype float32 --device cpu --max-new-tokens 8".split(), *flags])
+
+
+def test_a_whole_run_of_acebench(checkout, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run_ace(checkout, out) == 0
+    table = capsys.readouterr().out
+    items = json.loads((out / "items.json").read_text())
+    assert list(items["normal_atom_bool"].values()) == [1, 1, 0]  # 0 is listed, but counted as right
+    name = "normal_multi_turn_user_switch"
+    assert items[name] == {f"{name}_{i}": int(i < 3) for i in range(4)}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["left_out"] == {name: 1 for name in acebench.NORMAL if name not in acebench.MULTI_TURN}
+    assert summary["requests"] == 10 * 3 + 2 * 8 and summary["failures"] == 0 and summary["answers_without_text"] == 46
+    assert summary["scores"]["summary"]["mean"] == pytest.approx(100 * (10 * 2 / 3 + 2 * 3 / 4) / 12)
+    assert "subset of the items" in table and "summary" in table and "off" in table
+
+    results = out / "result_all/result_en/gpt-4o/data_normal_similar_api_result.json"  # as a kill leaves it
+    results.write_text(results.read_text()[:-5])
+    assert run_ace(checkout, out, "--resume") == 0
+    assert json.loads((out / "summary.json").read_text())["requests"] == 47
+    capsys.readouterr()
+    assert run_ace(checkout, tmp_path / "two", "--items", "2", "--categories", "multi_turn", "--compare", str(out)) == 0
+    table = capsys.readouterr().out
+    assert "difference" in table and "summary" not in table
+    lines = (tmp_path / "two" / acebench.DATA / "data_normal_multi_turn_user_adjust.json").read_text().splitlines()
+    assert len(lines) == 4  # both turns of two dialogues
+
+
+def test_another_acebench_is_refused(checkout, tmp_path, capsys):
+    (checkout / "generate.py").write_text("changed")
+    for folder in (checkout, tmp_path):
+        assert run_ace(folder, tmp_path / "out", env=tmp_path / "aceenv") == 2
+        error = capsys.readouterr().err
+        assert "is not ACEBench at" in error and "git clone" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+# ---- The tools themselves. A stub server answers gold; the embedded teacher, with a longer context, answers as it can.
+
+has_bfcl = pytest.mark.skipif("STAR_BFCL_ENV" not in os.environ, reason="STAR_BFCL_ENV names no environment of BFCL")
+has_acebench = pytest.mark.skipif("STAR_ACEBENCH" not in os.environ, reason="STAR_ACEBENCH names no clone of ACEBench")
+
+
+@pytest.fixture
+def long_teacher(tmp_path):
+    """The embedded teacher with a context of 32,768 tokens, which it was not trained for."""
+    folder = shutil.copytree(TINY / "teacher", tmp_path / "teacher")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32_768}))
+    return folder
+
+
+def stub_server(answer):
+    """A stand-in for `serve_model`: a server whose texts are answer(body)."""
+    class Stub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            self.reply({"data": []})
+
+        def do_POST(self):
+            text = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"content": text}}
+            self.reply({"choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}})
+
+        def reply(self, data):
+            content = json.dumps(data).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+    @contextmanager
+    def serve_model(args, longest_prompt):
+        (Path(args.out) / "stats.json").write_text("{}")
+        with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
+            server.daemon_threads = True
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield server.server_port
+            server.shutdown()
+
+    return serve_model
+
+
+def accepted(value, required=()):
+    """A value that BFCL's checker accepts, from its lists of accepted ones. Where "" is one, it may be left out."""
+    if isinstance(value, dict):
+        lists = {name: values if isinstance(values, list) else [values] for name, values in value.items()}
+        return {name: accepted(max(values, key=lambda v: v != "")) for name, values in lists.items()
+                if values and (name in required or "" not in values)}
+    return [accepted(v) for v in value] if isinstance(value, list) else value
+
+
+def tool_key(tool):
+    description = tool["description"].partition(" Note that the provided function is in")[0]
+    return tool["name"], description, *tool["parameters"].get("properties", ())
+
+
+def bfcl_gold(env):
+    """The function body -> gold answer, for every single-turn item."""
+    data = next(Path(env).glob("lib/python*/site-packages/bfcl_eval/data"))
+    items = {}  # {its tools: [(messages, answer)]}
+    for category in (*bfcl.NON_LIVE, *bfcl.LIVE):
+        path = data / f"possible_answer/BFCL_v4_{category}.json"
+        gold = {line["id"]: line["ground_truth"] for line in map(json.loads, open(path))} if path.exists() else {}
+        for entry in map(json.loads, open(data / f"BFCL_v4_{category}.json")):
+            calls = []
+            required = {tool["name"]: tool["parameters"].get("required", ()) for tool in entry["function"]}
+            any_call = [{entry["function"][0]["name"]: {}}] if category == "live_relevance" else []
+            for call in gold.get(entry["id"], any_call):
+                for name, arguments in call.items():
+                    arguments = accepted(arguments, required[name])
+                    if category in ("simple_java", "simple_javascript"):  # all parameters are declared as strings
+                        arguments = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
+                    calls.append(json.dumps({"name": name, "arguments": arguments}))
+            text = "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls) or "None of them."
+            texts = [message["content"].strip() for message in entry["question"][0]]
+            items.setdefault(tuple(map(tool_key, entry["function"])), []).append((texts, text))
+
+    def answer(body):
+        tools = body["prompt"].partition("<tools>\n")[2].partition("</tools>")[0].splitlines()
+        candidates = items[tuple(tool_key(json.loads(tool)) for tool in tools)]
+        fitting = [item for item in candidates if all(text in body["prompt"] for text in item[0])]
+        # Three prompts are in live_irrelevance, too; "<" is less than "N".
+        return min(fitting, key=lambda item: (-sum(map(len, item[0])), item[1]))[1]
+    return answer
+
+
+@has_bfcl
+def test_gold_answers_are_right_by_bfcl(long_teacher, tmp_path, monkeypatch):
+    """The tool finds its own gold answers right, but for a few, and many of Java's, which should be Java's literals."""
+    env = os.environ["STAR_BFCL_ENV"]
+    monkeypatch.setattr(bfcl, "serve_model", stub_server(bfcl_gold(env)))
+    assert run(env, tmp_path / "out", "--model", str(long_teacher), "--categories", "non_live", "live") == 0
+    scores = read_means(tmp_path / "out")
+    assert all(scores[name] >= 99 for name in (*bfcl.NON_LIVE, *bfcl.LIVE) if name != "simple_java")
+
+
+@has_bfcl
+def test_bfcl_itself(tmp_path):
     assert run(os.environ["STAR_BFCL_ENV"], tmp_path / "out", "--items", "5") == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["failures"] == 0 and summary["scores"]["multiple"]["mean"] == 0
+
+
+@has_bfcl
+def test_multi_turn_items_of_bfcl(long_teacher, tmp_path, monkeypatch):
+    flags = ("--model", str(long_teacher), "--categories", "multi_turn_base", "--items", "2", "--max-concurrent", "2")
+    for longest, failed in ((24_000, 0), (100, 2)):  # the embedded tokenizer needs twice as many tokens as Qwen's
+        monkeypatch.setitem(bfcl.LONGEST, "multi_turn_base", longest)
+        assert run(os.environ["STAR_BFCL_ENV"], tmp_path / f"out{longest}", *flags) == 0
+        summary = json.loads((tmp_path / f"out{longest}/summary.json").read_text())
+        assert summary["scores"]["multi_turn_base"]["mean"] == 0 and summary["failed_conversations"] == failed
+        if not failed:  # each turn sends those before it again
+            assert summary["requests"] > 4 and summary["failures"] == 0
+            assert summary["prompt_tokens_loaded"] > summary["prompt_tokens_computed"]
+
+
+def read_means(out):
+    """{column: its mean in percent}"""
+    scores = json.loads((out / "summary.json").read_text())["scores"]
+    return {name: score["mean"] for name, score in scores.items()}
+
+
+def ace_env(tmp_path):
+    return os.environ.get("STAR_ACEBENCH_ENV", tmp_path / "env")
+
+
+def ace_prompts(checkout, folder, chat, name):
+    """The prompts of a category's lines in a folder."""
+    templates = acebench.read_templates(checkout)
+    turns = [turn for item in acebench.read_items(folder / acebench.DATA, name).values() for turn in item]
+    return [acebench.prompt(chat, templates, turn) for turn in turns]
+
+
+@has_acebench
+def test_gold_answers_by_acebench(long_teacher, tmp_path, monkeypatch):
+    """The tool finds 95.6 % of its own gold answers right: it removes the blanks of those in dialogues, not of gold."""
+    checkout = Path(os.environ["STAR_ACEBENCH"])
+    chat = Chat.from_pretrained(long_teacher)
+    texts = {}
+    for name in acebench.NORMAL:
+        gold = map(json.loads, open(checkout / acebench.GOLD / f"data_{name}.json"))
+        for prompt, line in zip(ace_prompts(checkout, checkout, chat, name), gold, strict=True):
+            calls = line["ground_truth"]
+            calls = calls[-1] if isinstance(calls, list) else calls  # such an item is listed as wrong, counted as right
+            calls = [f"{re.sub(r'_[0-9]+$', '', function)}({', '.join(f'{k}={v!r}' for k, v in arguments.items())})"
+                     for function, arguments in calls.items()]
+            texts[prompt] = f"[{', '.join(calls)}]"
+    monkeypatch.setattr(acebench, "serve_model", stub_server(
+        lambda body: texts[chat.prompt({"messages": body["messages"], "tools": []})]))
+    assert run_ace(checkout, tmp_path / "out", env=ace_env(tmp_path), model=long_teacher) == 0
+    scores = read_means(tmp_path / "out")
+    assert scores["summary"] == pytest.approx(95.6, abs=0.05)
+
+
+@has_acebench
+def test_acebench_itself(long_teacher, tmp_path):
+    """The embedded teacher on two items of a category. The command knows how many tokens a prompt has."""
+    checkout = Path(os.environ["STAR_ACEBENCH"])
+    flags = ("--categories", "normal_similar_api", "multi_turn", "--items", "2")
+    assert run_ace(checkout, tmp_path / "out", *flags, env=ace_env(tmp_path), model=long_teacher) == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["failures"] == 0 and summary["requests"] > 5 and summary["scores"]["normal_similar_api"]["mean"] == 0
+    chat = Chat.from_pretrained(long_teacher)
+    prompts = [text for name in acebench.NORMAL for text in ace_prompts(checkout, tmp_path / "out", chat, name)]
+    assert summary["prompt_tokens"] == sum(len(chat.encode(text)) for text in prompts)

@@ -1,7 +1,10 @@
 """`star.py serve`: what OpenAI's client, plain sockets and floods get. The embedded teacher answers."""
 import http.client
 import json
+import re
+import shutil
 import socket
+import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -83,6 +86,37 @@ def test_greedy_text_is_that_of_generate(server, records, greedy):
     stats = server.engine.describe()
     assert stats["prompt_tokens_loaded"] > stats["prompt_tokens_computed"] > 0
     assert stats["failures"] == 0 and stats["cut"] == 0
+
+
+def test_answers_to_64_clients_at_once_are_those_to_one(server, records, greedy):
+    """Greedy and sampled, some by streams."""
+    bodies = [{"prompt": greedy[records[i % 40]["id"]][0], "temperature": i % 2, "seed": i, "max_tokens": 16 + i % 3,
+               "stream": i % 4 == 3} for i in range(64)]
+
+    def ask(body):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        content = connection.getresponse().read().decode()
+        connection.close()
+        events = re.findall(r"^data: (\{.*)$", content, re.M) if body["stream"] else [content]
+        return "".join(json.loads(event)["choices"][0]["text"] for event in events)
+
+    alone = list(map(ask, bodies))
+    with ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(ask, bodies)) == alone
+    assert len(set(alone)) > 40
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_curl(server, records, greedy):
+    prompt, text = greedy[records[0]["id"]]
+    url = f"http://127.0.0.1:{server.server_port}/v1/completions"
+    for body, status in (({"prompt": prompt, "temperature": 0}, "200"), ({"prompt": 3}, "400")):
+        command = ["curl", "-sS", "--noproxy", "*", "-w", r"\n%{http_code}", url, "-d", json.dumps(body)]
+        content, code = subprocess.run(command, capture_output=True, text=True, check=True).stdout.rsplit("\n", 1)
+        assert code == status
+        reply = json.loads(content)
+        assert reply["choices"][0]["text"] == text if status == "200" else "prompt must" in reply["error"]["message"]
 
 
 def test_prompts_with_a_common_beginning_compute_the_rest_only():

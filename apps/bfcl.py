@@ -1,0 +1,121 @@
+"""`star.py bfcl`: the official BFCL scores of a model, by the official tool (`bfcl-eval`), offline.
+
+The tool renders the prompts, runs the simulated tools of multi-turn items, and scores. This file makes the tool's own
+environment, serves the model (apps/serve.py), calls the tool's two commands and reads what they write (the rest of OUT
+is in apps/official.py):
+
+    --env DIR           a virtual environment with bfcl-eval; made if it is missing (4 minutes, 700 MB, needs pip)
+    OUT/result_star     what the model answered, by category        OUT/score_star    the tool's scores
+
+A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted.
+
+Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them in a sandbox.
+"""
+import json
+import subprocess
+from pathlib import Path
+
+from apps.official import add_flags, category_columns, choose_items, make_environment, mean_of, open_inputs
+from apps.official import read_score, report, result_lines, run_tool, serve_model
+from data import InputError, write_json
+from data.records import read_lines
+from train import open_run
+
+VERSION = "2026.3.23"  # of bfcl-eval: BFCL v4, whose single-turn items are those of v3 but for a few
+HANDLER = "Qwen/Qwen3-0.6B-FC"  # it renders Qwen3's template, whatever the model
+SIMPLE = ("simple_python", "simple_java", "simple_javascript")
+NON_LIVE = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance")
+LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
+MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
+LONGEST = dict.fromkeys(MULTI_TURN, 12_000) | {"multi_turn_long_context": 80_000}  # tokens, by Qwen's tokenizer; roomy
+GROUPS = {"non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
+FAILED = b"Error during inference"  # what the tool records as an answer if a request failed
+
+
+def bfcl_flags(parser):
+    add_flags(parser, GROUPS, ["non_live", "live"], "bfcl-env")
+
+
+def run_bfcl(args):
+    """Score a model on BFCL with the official tool, offline."""
+    # 1. Before anything is written, refuse bad input; make the tool's environment if it is missing.
+    chat, room, other = open_inputs(args)
+    tool = make_environment(args.env, [f"bfcl-eval=={VERSION}"], install) / "bfcl"
+    data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
+    if data is None:
+        raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")
+    open_run(args, "cpu", [args.model], [args.compare])
+    out = Path(args.out).resolve()
+
+    # 2. Choose the items, and let the tool generate and score. It skips items that have an answer.
+    def read(name):
+        entries = [json.loads(line) for _, line in read_lines(data / f"BFCL_v4_{name}.json")]
+        return {entry["id"]: entry for entry in entries}
+
+    def tokens(name, entry):
+        return min(LONGEST[name], room) if name in MULTI_TURN else prompt_tokens(chat, entry)
+
+    chosen, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
+    write_json(out / "test_case_ids_to_generate.json", chosen)
+    variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1"}
+    flags = ["--model", HANDLER, "--result-dir", "result_star"]
+    with serve_model(args, longest) as port:
+        command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path", Path(args.model).resolve(),
+                   "--run-ids", "--num-threads", 2 * args.max_concurrent]
+        total = sum(map(len, chosen.values()))
+        run_tool(command, out, "generate.log", variables | {"LOCAL_SERVER_PORT": str(port)}, total)
+    run_tool([tool, "evaluate", *flags, "--partial-eval", "--score-dir", "score_star"], out, "evaluate.log", variables)
+
+    # 3. Read, check, report.
+    items = read_items(out, chosen)
+    report(args, items, other, columns, {
+        "left_out": too_long, "think": chat.think, "bfcl_eval": VERSION, "handler": HANDLER,
+        "failed_conversations": sum(FAILED in line for line in result_lines(out))})
+    subset = "a subset of " if args.items or too_long else ""
+    print(f"\nThese are {subset}v4's items. The paper's columns are v3 and all items; "
+          "over half of the multi-turn items differ.")
+
+
+def install(pip):
+    """Install bfcl-eval without packages that only online categories need, but with two that it does not declare."""
+    list_needs = ("from importlib.metadata import requires; print(*(r.replace(' ', '') for r in requires('bfcl-eval') "
+                  "if 'extra' not in r and not r.startswith(('sentence-transformers', 'faiss'))))")
+    subprocess.run([*pip, "--no-deps", f"bfcl-eval=={VERSION}"], check=True)
+    needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
+    subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
+
+
+def prompt_tokens(chat, entry):
+    """Tokens of a single-turn item's prompt, a few too many: the tool adds a note to each function's description."""
+    text = chat.render(entry["question"][0], entry["function"], generation_prompt=True)
+    note = chat.encode(" Note that the provided function is in JavaScript syntax.")
+    return len(chat.encode(text)) + len(note) * len(entry["function"]) + 32
+
+
+def read_items(out, chosen):
+    """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure."""
+    failures = sum(FAILED in line and b'"id": "multi_turn' not in line for line in result_lines(out))
+    if failures:
+        raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
+                         "lines from result_star and continue with --resume")
+    return {name: read_score(out, f"score_star/**/BFCL_v4_{name}_score.json", ids) for name, ids in chosen.items()}
+
+
+def columns(items):
+    """{column: its parts}, in BFCL's own way."""
+    parts = category_columns(items)
+
+    def together(names):
+        """All items of these categories; None if one is missing."""
+        if all(name in items for name in names):
+            return [(1.0, [value for name in names for value in items[name].values()])]
+        return None
+
+    parts["simple"] = mean_of(parts, *SIMPLE)
+    parts["Non-Live AST"] = mean_of(parts, "simple", "multiple", "parallel", "parallel_multiple")
+    parts["Non-Live, v3"] = mean_of(parts, "simple", "multiple", "parallel", "parallel_multiple", "irrelevance")
+    parts["Live AST"] = together(LIVE[:4])
+    parts["Live, v3"] = together(LIVE)
+    parts["Multi-Turn"] = mean_of(parts, *MULTI_TURN)
+    parts["overall, v3"] = mean_of(parts, "Non-Live, v3", "Live, v3", "Multi-Turn")
+    return {name: part for name, part in parts.items() if part}
