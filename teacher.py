@@ -118,7 +118,8 @@ def load_teacher(args, groups, vocab_size, key, device):
     """
     cache = open_cache(args.cache, key) if args.cache else None
     if cache is None:
-        model = Transformer.from_pretrained(args.teacher, getattr(torch, args.dtype), device)
+        shard = train.sharding(args, device)
+        model = Transformer.from_pretrained(args.teacher, getattr(torch, args.dtype), device, shard)
         seed = args.seed if args.objective == "rskd" else None
         teacher = Teacher(model, args.k, vocab_size, seed)
         if not args.cache:

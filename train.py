@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from data import InputError, non_negative, number, positive
 from data.runs import add_output_flags, prepare_folder
 from model import Transformer
+from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags of several commands
@@ -54,6 +57,9 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         "(except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations: less memory")
+    add("--shard-ranks", type=positive, metavar="N",
+        help="with torchrun: each N ranks share the weights, and copies are replicated; default: all share them; "
+        "not run on several GPUs yet")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save-every", type=positive, default=save_every, metavar="N",
@@ -88,7 +94,7 @@ def make_optimisers(model, args):
     muon, for very small models: Muon on the matrices of the layers at 5 times the rate; AdamW on the rest.
     """
     if args.optimiser == "adamw":
-        return [adamw(model.parameters(), args.lr, args.weight_decay)]
+        return [adamw(parameters(model).values(), args.lr, args.weight_decay)]
     matrices = []
     rest = []
     for name, p in model.named_parameters():
@@ -112,13 +118,9 @@ def learning_rate(step, steps, peak):
 
 
 def clip_gradients(model, max_norm=1.0):
-    """Sum the gradients of all ranks and clip their norm. Returns the norm before clipping."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            if p.grad is None:  # this rank had no micro-batch
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    """Clip the norm of the gradients, over all ranks. Returns the norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return whole(norm).item()
 
 
 def optimiser_step(optimisers, lr):
@@ -143,8 +145,14 @@ def pick_device(name):
         keep_pages()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if name == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            local_rank = int(os.environ["LOCAL_RANK"])
+            count = torch.cuda.device_count()
+            if local_rank >= count:
+                raise InputError(f"--device cuda: rank {local_rank} of this machine has no GPU, there are {count}; "
+                                 f"start torchrun with --nproc-per-node {count}")
+            torch.cuda.set_device(local_rank)
+        # The other ranks wait while rank 0 writes a checkpoint; nccl's own limit is ten minutes.
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     return torch.device(name)
 
@@ -158,14 +166,25 @@ def keep_pages():
         mallopt(-1, 2_000_000_000), mallopt(-3, 400_000_000)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def sharding(args, device):
+    """The function that puts a model of this run in parts, for `from_pretrained`. InputError for flags that do not fit
+    the number of ranks."""
+    ranks = args.shard_ranks or world_size()
+    if world_size() % ranks:
+        raise InputError(f"--shard-ranks {ranks}: does not divide the {world_size()} ranks")
+    if args.optimiser == "muon" and world_size() > 1:  # on parts of matrices it would be slow and inexact
+        raise InputError("--optimiser muon: takes one process; start without torchrun, or use adamw")
+    return partial(shard_model, ranks=ranks, device=device, dtype=getattr(torch, args.dtype))
 
 
-def world_size():
-    """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def share_of_rank(micro_batches):
+    """This rank's [number, micro-batch, 1]; where it has one less than others, at the end [number, the shortest, 0]: to
+    compute, as all ranks make the same passes or wait forever, but with weight 0."""
+    share = [[i, micro, 1] for i, micro in enumerate(micro_batches)][rank()::world_size()]
+    passes = math.ceil(len(micro_batches) / world_size())
+    if len(share) < passes:
+        share.append([len(micro_batches) - 1, micro_batches[-1], 0])
+    return share
 
 
 def note(text):
@@ -234,12 +253,6 @@ def timed(seconds, name):
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
-
-
-def wait_for_ranks():
-    """Wait for all ranks: a process that leaves early may be aborted while another one still writes."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def stopped_run(args):

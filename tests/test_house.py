@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import star  # noqa: E402
 
 # A room imports rooms to its left only. data/, with data/tiny/, and apps/ are a room each; every other file is its own.
-RULE = "reward <- data <- model <- kv_cache, head <- sampler, train <- teacher, experience <- ckd, simrl <- apps <- star"
+RULE = "reward, shard <- data <- model <- kv_cache, head <- sampler, train <- teacher, experience <- ckd, simrl <- apps <- star"
 LEVELS = {room: level for level, rooms in enumerate(RULE.split(" <- ")) for room in rooms.split(", ")}
 
 
