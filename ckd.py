@@ -225,10 +225,7 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
     high = torch.promote_types(dtype, torch.float32)
-    names = ["loss", "nll", "entropy"]
-    if teacher:
-        names += ["kl", "tail", "captured", "inside"]
-    sums = dict.fromkeys(names, 0.0)
+    sums = {"loss": 0.0}
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
     for i, micro, counts in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
@@ -246,7 +243,7 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
             value.backward()
         sums["loss"] += value.detach()
         for name, part in stats.items():
-            sums[name] += counts * part / total
+            sums[name] = sums.get(name, 0.0) + counts * part / total
     return train.sum_over_ranks(sums, device)
 
 
@@ -350,7 +347,7 @@ def run_training(args, student_folder, teacher_folder=None):
     if teacher_folder:
         args.k = clamp_to_vocab("k", args.k, vocab_size)
         args.m = clamp_to_vocab("m", args.m, vocab_size)
-        teacher = load_teacher(args, groups + valid, vocab_size, key, device)
+        teacher = load_teacher(args, groups + valid, vocab_size, key, device, shard)
     student = Transformer.from_pretrained(student_folder, device=device, shard=shard)
     student.model.gradient_checkpointing = args.gradient_checkpointing
     describe_run(args, student, groups, valid, start)
@@ -370,10 +367,7 @@ def run_training(args, student_folder, teacher_folder=None):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
-    summary = None
-    if train.rank() == 0:
-        summary = runs.summarise_training(args.out) | train.peak_memory(device)
-    runs.finish_run(args, student, summary)
+    summary = runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device))
     after = greedy_answers(student, chat, shown, dtype, "after")
     if train.rank() == 0:
         samples = [before | new for before, new in zip(read_json(path, kind=list), after)]

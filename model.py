@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
 from data.runs import save_tensors
-from shard import gather, is_sharded, parameters, part_of, rank, whole
+from shard import gather, parameters, part_of, rank, whole
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -261,10 +261,9 @@ class Transformer(nn.Module):
     def from_pretrained(folder, dtype=torch.float32, device="cpu", shard=None):
         """Load a model folder: config.json and one or several .safetensors files.
 
-        shard: puts the model in parts before it is loaded (`train.sharding`); None for a whole model
+        shard: from `train.sharding`, to keep this rank's part of each tensor only
 
-        Tensors are read, cast and moved one at a time, so memory never holds two copies of the model, nor a whole one
-        if it is in parts.
+        Tensors are read, cast and moved one at a time, so memory never holds two copies of the model.
         InputError: a file is missing or cut short, a tensor has a wrong shape, the model is not supported.
         """
         folder = Path(folder)
@@ -290,8 +289,7 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder, dtype=None):
-        """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0; with
-        several ranks every one must call this."""
+        """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
         dtype = dtype or self.head_weight.dtype
         config = {**self.config, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # the newer name of torch_dtype
@@ -306,8 +304,7 @@ class Transformer(nn.Module):
                     shutil.copyfile(self.folder / file, new / file)
 
     def copy(self, dtype):
-        """A whole copy in another dtype. A bfloat16 copy for sampling avoids casting weights at every token, and, with
-        several ranks, gathering them; every rank must call this, and `copy_weights`."""
+        """A whole copy in another dtype. A bfloat16 copy for sampling avoids casting weights at every token."""
         with torch.device("meta"):
             model = Transformer(self.config)
         state = {name: whole(p.to(dtype, copy=True)) for name, p in self.state_dict().items()}
@@ -322,8 +319,8 @@ class Transformer(nn.Module):
                 p.copy_(whole(new.to(p.dtype)))
 
     def in_dtype(self, dtype):
-        """This model if it is whole and has this dtype already, else a copy that has."""
-        return self if self.head_weight.dtype == dtype and not is_sharded(self) else self.copy(dtype)
+        """This model if it is whole and in this dtype, else a copy: decoding must not gather weights at every token."""
+        return self.copy(dtype) if hasattr(self, "reshard") or self.head_weight.dtype != dtype else self
 
 
 def read_tensors(folder, known):

@@ -225,7 +225,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
     Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p (None in the first
-    batch), ref_log_p (None without a reference), token_weights; and counts, 0 for a repeated micro-batch, else 1.
+    batch), ref_log_p (None without a reference), token_weights. Also counts, see `share_of_rank`.
     """
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -235,8 +235,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
         parts = micro_batches(batch, args.micro_batch_tokens)
         batches.append([])
         for _, micro, counts in train.share_of_rank(parts):
-            packed = pack(micro, device)
-            packed["counts"] = counts
+            packed = pack(micro, device) | {"counts": counts}
             responses = [r for group in micro for r in group.responses]
             advantage = [r.advantage for r in responses]
             advantage = torch.tensor(advantage, dtype=wide_dtype, device=device)
@@ -270,9 +269,7 @@ def accumulate_gradients(model, batch, vocab_size, args):
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
                    temperature=args.temperature)
-    names = ["loss", "policy", "entropy", "clipped", "mismatch"]
-    names += ["kl"] if args.kl_weight else []
-    sums = dict.fromkeys(names, 0.0)
+    sums = {"loss": 0.0}
     for packed in batch:
         hidden = hidden_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
@@ -280,9 +277,9 @@ def accumulate_gradients(model, batch, vocab_size, args):
             hidden, head, packed["token_weights"], loss, packed["targets"],
             packed["advantage"], packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
         value.backward()
-        stats["loss"] = value.detach()
+        sums["loss"] += value.detach()
         for name, part in stats.items():
-            sums[name] += packed["counts"] * part
+            sums[name] = sums.get(name, 0.0) + packed["counts"] * part
     return sums
 
 
@@ -365,10 +362,7 @@ def run_simrl(args):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
-    summary = None
-    if train.rank() == 0:
-        summary = runs.summarise_refinement(args.out) | train.peak_memory(device)
-    runs.finish_run(args, model, summary)
+    summary = runs.finish_run(args, model, runs.summarise_refinement, train.peak_memory(device))
     train.wait_for_ranks()
     if train.rank() == 0:
         runs.show_refinement(args.out, summary)

@@ -58,8 +58,7 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations: less memory")
     add("--shard-ranks", type=positive, metavar="N",
-        help="with torchrun: each N ranks share the weights, and copies are replicated; default: all share them; "
-        "not run on several GPUs yet")
+        help="under torchrun: processes that share one copy of the weights; default: all; not run on several GPUs yet")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save-every", type=positive, default=save_every, metavar="N",
@@ -119,8 +118,7 @@ def learning_rate(step, steps, peak):
 
 def clip_gradients(model, max_norm=1.0):
     """Clip the norm of the gradients, over all ranks. Returns the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return whole(norm).item()
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
 def optimiser_step(optimisers, lr):
@@ -145,13 +143,11 @@ def pick_device(name):
         keep_pages()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if name == "cuda":
-            local_rank = int(os.environ["LOCAL_RANK"])
-            count = torch.cuda.device_count()
-            if local_rank >= count:
-                raise InputError(f"--device cuda: rank {local_rank} of this machine has no GPU, there are {count}; "
-                                 f"start torchrun with --nproc-per-node {count}")
-            torch.cuda.set_device(local_rank)
-        # The other ranks wait while rank 0 writes a checkpoint; nccl's own limit is ten minutes.
+            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= count:
+                raise InputError(f"--device cuda: no GPU for rank {number}; use torchrun --nproc-per-node {count}")
+            torch.cuda.set_device(number)
+        # Ranks wait for each other, for example while a checkpoint is written; nccl's own limit is ten minutes.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     return torch.device(name)
@@ -167,23 +163,24 @@ def keep_pages():
 
 
 def sharding(args, device):
-    """The function that puts a model of this run in parts, for `from_pretrained`. InputError for flags that do not fit
-    the number of ranks."""
+    """The function that puts a model in parts, for `from_pretrained`; None for one process. Refuses bad flags."""
     ranks = args.shard_ranks or world_size()
     if world_size() % ranks:
-        raise InputError(f"--shard-ranks {ranks}: does not divide the {world_size()} ranks")
-    if args.optimiser == "muon" and world_size() > 1:  # on parts of matrices it would be slow and inexact
-        raise InputError("--optimiser muon: takes one process; start without torchrun, or use adamw")
-    return partial(shard_model, ranks=ranks, device=device, dtype=getattr(torch, args.dtype))
+        raise InputError(f"--shard-ranks {ranks}: must divide the number of processes, {world_size()}")
+    if world_size() == 1:
+        return None
+    if args.optimiser == "muon":  # its products of matrices in parts are slow, and not the same numbers
+        raise InputError("--optimiser muon: runs without torchrun only; use adamw")
+    shape = (ranks,) if ranks == world_size() else (world_size() // ranks, ranks)
+    return partial(shard_model, mesh=dist.init_device_mesh(device.type, shape), dtype=getattr(torch, args.dtype))
 
 
 def share_of_rank(micro_batches):
-    """This rank's [number, micro-batch, 1]; where it has one less than others, at the end [number, the shortest, 0]: to
-    compute, as all ranks make the same passes or wait forever, but with weight 0."""
-    share = [[i, micro, 1] for i, micro in enumerate(micro_batches)][rank()::world_size()]
-    passes = math.ceil(len(micro_batches) / world_size())
-    if len(share) < passes:
-        share.append([len(micro_batches) - 1, micro_batches[-1], 0])
+    """This rank's [(number, micro-batch, counts)] of a batch. All ranks make the same number of passes: where others
+    have one more, the list ends with the shortest micro-batch and counts 0 instead of 1."""
+    share = [(i, micro, 1) for i, micro in enumerate(micro_batches)][rank()::world_size()]
+    if len(share) * world_size() < len(micro_batches):
+        share.append((len(micro_batches) - 1, micro_batches[-1], 0))
     return share
 
 

@@ -237,12 +237,20 @@ def show_refinement(out, summary):
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
 
 
-def finish_run(args, model, summary):
-    """Write the model and, on rank 0, the summary of a finished run. Its last checkpoint has the same weights, all finite.
+def finish_run(args, model, summarise, memory):
+    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite.
+
+    summarise: `summarise_training` or `summarise_refinement`
+    memory: figures to add
+
+    Returns the summary; None on the other ranks, which only take part in gathering the weights.
     """
     model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
-    if rank() == 0:
-        write_json(Path(args.out) / "summary.json", summary)
+    if rank() > 0:
+        return None
+    summary = summarise(args.out) | memory
+    write_json(Path(args.out) / "summary.json", summary)
+    return summary
 
 
 def check_finite(out, step, name, value):

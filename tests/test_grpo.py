@@ -792,7 +792,9 @@ def main(out, *words):
     start = train.open_run(small_settings(out, **flags), device)
     score = slow_coarse if "--slow" in words else coarse
     model = tiny()
-    train.sharding(small_settings(out), device)(model)
+    shard = train.sharding(small_settings(out), device)
+    if shard:
+        shard(model)
     finished, model = run(out, score, model, reference=tiny(), start=start, **flags)
     if not finished:
         return 130
