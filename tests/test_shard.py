@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,7 @@ def load(folder, args):
     return model
 
 
+@cache  # several numbers of ranks are compared with the same run on one
 def run_case(name, dtype, folder, shard_ranks=None):
     """Run 20 steps of a case. Returns the rows of its metrics.jsonl and, if it samples, of its samples.jsonl."""
     command, flags = CASES[name]
@@ -141,13 +143,13 @@ def make_models(folder):
             Transformer(config).init_weights(seed, 0.1).save_pretrained(Path(folder) / f"{family} {seed}")
 
 
-def start_ranks(ranks, *words):
+def start_ranks(ranks, *words, **environment):
     """Start a Python program on several ranks, without torchrun, which takes seconds. Returns the processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    env |= {"WORLD_SIZE": str(ranks)}
+    env |= {"WORLD_SIZE": str(ranks)} | environment
     return [subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                              text=True, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(ranks)]
@@ -166,7 +168,7 @@ def compare(ranks, names, dtypes, folder, shard_ranks=None):
     """
     result = Path(folder) / "result.json"
     processes = start_ranks(ranks, __file__, "cases", json.dumps([names, dtypes, str(folder), shard_ranks]), result)
-    one = run_cases(names, dtypes, folder)
+    one = run_cases(names, dtypes, str(folder))
     codes, errors = finish_ranks(processes)
     assert not any(codes), errors
     several = json.loads(result.read_text())
@@ -287,6 +289,7 @@ def watch_memory(peaks):
 
 def train_and_watch(folder, dtype):
     """Train a model for two steps of sft. Returns the GB that this rank needed [before the checkpoint, with it]."""
+    import torch.distributed.fsdp  # noqa: F401  or it would count
     start = own_memory()
     peaks = [0.0]
     threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
@@ -304,27 +307,27 @@ def train_and_watch(folder, dtype):
 def memory_of_ranks(ranks, folder, dtype):
     """`train_and_watch` on some ranks: a list of its results."""
     outputs = [Path(folder) / f"memory {rank}.json" for rank in range(ranks)]
-    codes, errors = finish_ranks(start_ranks(ranks, __file__, "watch", folder, dtype))
+    # glibc keeps freed blocks below a threshold, which grows; here they go back at once, so that the size is what is held.
+    allocator = {"STAR_KEEP_PAGES": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    codes, errors = finish_ranks(start_ranks(ranks, __file__, "watch", folder, dtype, **allocator))
     assert not any(codes), errors
     return [json.loads(output.read_text()) for output in outputs]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_a_rank_holds_its_part_only(tmp_path, monkeypatch):
-    """34 M parameters: 16 bytes each are 0.54 GB on one rank; on two, 0.27 GB and what is gathered at a time."""
-    monkeypatch.setenv("STAR_KEEP_PAGES", "0")
+def test_a_rank_holds_its_part_only(tmp_path):
+    """31.5 M parameters of 16 bytes: 0.50 GB on one rank; on two, 0.25 GB and a layer that is gathered."""
     config = CONFIG | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "head_dim": 256}
     Transformer(config).init_weights(0).save_pretrained(tmp_path)
     (one, _), = memory_of_ranks(1, tmp_path, "float32")
     two = [peak for peak, _ in memory_of_ranks(2, tmp_path, "float32")]
-    assert max(two) < 0.42 < 0.54 < one
+    assert max(two) < 0.35 and one > 0.5
 
 
 def measure_memory():
     """The 0.6B shape with 32,000 ids, on one rank and on four."""
     config = CONFIG | {"vocab_size": 32_000, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
                        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
-    os.environ["STAR_KEEP_PAGES"] = "0"
     with tempfile.TemporaryDirectory() as folder:
         model = Transformer(config).init_weights(0)
         print(f"{model.num_parameters() / 1e6:,.0f} M parameters, 2 steps of sft; GB before and with the checkpoint")
