@@ -273,15 +273,13 @@ class Transformer(nn.Module):
         if shard:
             shard(model)
         known = dict(model.named_parameters())
-        shapes = {name: list(p.shape) for name, p in known.items()}
         state = {}
-        for path, name, tensor in read_tensors(folder, shapes):
-            shape = list(tensor.shape)
-            if shape != shapes[name]:
-                raise InputError(f"{path}: {name} is {shape}, config.json says {shapes[name]}; "
-                                 "the folder mixes files of two models")
+        for path, name, tensor in read_tensors(folder, known):
+            if tensor.shape != known[name].shape:
+                raise InputError(f"{path}: {name} is {list(tensor.shape)}, config.json says "
+                                 f"{list(known[name].shape)}; the folder mixes files of two models")
             state[name] = part_of(tensor.to(device=device, dtype=dtype, copy=True), known[name])
-        missing = sorted(shapes.keys() - state.keys())
+        missing = sorted(known.keys() - state.keys())
         if missing:
             raise InputError(f"{folder}: no tensor {missing[0]} in its safetensors files "
                              f"({len(missing)} missing); download or copy the folder again")
@@ -290,10 +288,11 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
+        weights = parameters(self)
         dtype = dtype or self.head_weight.dtype
         config = {**self.config, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # the newer name of torch_dtype
-        state = gather(self.state_dict(), dtype)
+        state = gather(weights, dtype)
         if rank() > 0:
             return
         with atomic_folder(folder) as new:

@@ -246,6 +246,7 @@ def finish_run(args, model, summarise, memory):
     Returns the summary; None on the other ranks, which only take part in gathering the weights.
     """
     model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
+    wait_for_ranks()  # as in `save_checkpoint`
     if rank() > 0:
         return None
     summary = summarise(args.out) | memory
@@ -299,13 +300,13 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
             tensors = gather(tensors)
             if rank() == 0:
                 save_tensors(tensors, new / f"{name}.safetensors")
+            wait_for_ranks()  # not in the next `gather`: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
             write_json(new / "progress.json", progress)
     if rank() == 0:
         kept = sorted(folder.glob("step-??????"))[-keep:]
         for old in set(folder.iterdir()).difference(kept):  # a killed run may leave half of one
             shutil.rmtree(old)
-    wait_for_ranks()  # with the time limit of the process group, not with that of a part of it
 
 
 @torch.no_grad()
