@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import settings
 from safetensors.torch import load_file
-from test_cli import CKD, PROGRAM, here, rows, run  # noqa: F401
+from test_cli import CKD, PROGRAM, SIMRL, here, rows, run  # noqa: F401
 from test_grpo import StubChat
 
 import shard
@@ -209,7 +209,7 @@ def assert_equal(ranks, cases, folder, shard_ranks=None):
 
 def test_two_ranks_train_as_one(models):
     """Float64 to rounding. In bfloat16, a validation before the checkpoint gathers bfloat16 weights: not saved."""
-    float64 = ["ckd, gradient checkpointing", "sft, idle ranks", "simrl, mean of sequences", "simrl, sampling"]
+    float64 = ["ckd, gradient checkpointing", "sft, idle ranks", "simrl, sampling"]
     assert_equal(2, [*((name, "float64") for name in float64), ("sft", "bfloat16")], models)
     weights = load_file(models / "sft, bfloat16, 2 ranks, None/checkpoints/step-000020/weights.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
@@ -223,14 +223,16 @@ def test_any_number_of_ranks_trains_as_one(models, ranks, shard_ranks):
 
 # ---- Checkpoints
 
-RUN = f"{CKD} --steps 12 --save-every 2 --out".replace("--samples 1", "--samples 2")
+RUNS = {"ckd": f"{CKD} --steps 12 --save-every 2 --out", "simrl": f"{SIMRL} --steps 12 --save-every 2 --out"}
 
 
-@pytest.mark.parametrize("ranks", [(2, 1), *(pytest.param(pair, marks=LONG) for pair in ((1, 3), (3, 4), (4, 2)))])
-def test_a_checkpoint_resumes_on_another_number_of_ranks(here, ranks):  # noqa: F811
-    assert run(f"{RUN} whole") == 0
-    first, second = ranks
-    processes = start_ranks(first, PROGRAM, *f"{RUN} run --resume".split())
+@pytest.mark.parametrize("command, first, second", [
+    ("ckd", 2, 1), *(pytest.param(*case, marks=LONG) for case in (
+        ("ckd", 1, 3), ("ckd", 3, 4), ("simrl", 2, 1), ("simrl", 1, 3), ("simrl", 4, 2)))])
+def test_a_checkpoint_resumes_on_another_number_of_ranks(here, command, first, second):  # noqa: F811
+    assert run(f"{RUNS[command]} whole") == 0
+    words = f"{RUNS[command]} run --resume".split()
+    processes = start_ranks(first, PROGRAM, *words)
     log = Path("run/metrics.jsonl")
     while not (log.exists() and '"step": 5,' in log.read_text()):
         assert all(process.poll() is None for process in processes), finish_ranks(processes)
@@ -238,23 +240,32 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(here, ranks):  # noqa: 
     for process in processes:
         process.kill()
     codes, _ = finish_ranks(processes)
-    assert set(codes) == {-signal.SIGKILL} and latest_checkpoint("run") in (4, 6)
-    assert {path.name: shapes(path) for path in Path("run/checkpoints/step-000004").glob("*.safetensors")} == {
-        path.name: shapes(path) for path in Path("whole/checkpoints/step-000012").glob("*.safetensors")}
-    codes, errors = finish_ranks(start_ranks(second, PROGRAM, *f"{RUN} run --resume".split()))
+    assert set(codes) == {-signal.SIGKILL} and latest_checkpoint("run") >= 4
+    step = Path(f"run/checkpoints/step-{latest_checkpoint('run'):06d}")
+    assert shapes(step) == shapes("whole/checkpoints/step-000012")
+    codes, errors = finish_ranks(start_ranks(second, PROGRAM, *words))
     assert not any(codes), errors
     for a, b in zip(rows("whole/metrics.jsonl"), rows("run/metrics.jsonl"), strict=True):
-        for name in a.keys() - {"seconds", "tokens_per_s"}:
-            assert b[name] == pytest.approx(a[name], abs=1e-4), name
-    assert json.loads(Path("run/samples.json").read_text()) == json.loads(Path("whole/samples.json").read_text())
+        for name, value in a.items():
+            if not name.startswith("seconds") and name != "tokens_per_s":
+                assert b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+    assert texts("run") == texts("whole")
     one, other = (load_file(f"{out}/model/model.safetensors") for out in ("whole", "run"))
     for name, tensor in one.items():
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
 
 
-def shapes(path):
-    """{name: dtype and shape} of a safetensors file."""
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in load_file(path).items()}
+def texts(out):
+    """What a run has sampled."""
+    if Path(out, "samples.json").exists():
+        return json.loads(Path(out, "samples.json").read_text())
+    return [sample["text"] for row in rows(f"{out}/samples.jsonl") for sample in row["samples"]]
+
+
+def shapes(folder):
+    """{file: {name: dtype and shape}} of the safetensors files in a folder."""
+    return {path.name: {name: (tensor.dtype, tensor.shape) for name, tensor in load_file(path).items()}
+            for path in Path(folder).glob("*.safetensors")}
 
 
 # ---- What several ranks refuse
