@@ -343,7 +343,7 @@ def test_a_rank_holds_its_part_only(tmp_path):
     Transformer(config).init_weights(0).save_pretrained(tmp_path)
     (one, _), = memory_of_ranks(1, tmp_path, "float32")
     two = [peak for peak, _ in memory_of_ranks(2, tmp_path, "float32")]
-    assert max(two) < 0.35 and one > 0.5
+    assert max(two) < 0.32 and one > 0.5
 
 
 def measure_memory():
