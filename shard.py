@@ -49,8 +49,8 @@ def part_of(tensor, p):
     if not hasattr(p, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    # None: nothing is sent, as every rank has read the tensor. The part is a view, and a clone lets go of the whole.
-    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None).clone()
+    # None: every rank has read the tensor, so nothing is sent. The part is a copy, which lets go of the whole.
+    return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def whole(tensor):
