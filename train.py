@@ -171,8 +171,9 @@ def sharding(args, device):
         return None
     if args.optimiser == "muon":  # its products of matrices in parts are slow, and not the same numbers
         raise InputError("--optimiser muon: runs without torchrun only; use adamw")
-    shape = (ranks,) if ranks == world_size() else (world_size() // ranks, ranks)
-    return partial(shard_model, mesh=dist.init_device_mesh(device.type, shape), dtype=getattr(torch, args.dtype))
+    sizes = {"copies": world_size() // ranks, "ranks": ranks} if ranks < world_size() else {"ranks": ranks}
+    mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return partial(shard_model, mesh=mesh, dtype=getattr(torch, args.dtype))
 
 
 def share_of_rank(micro_batches):

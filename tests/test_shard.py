@@ -39,7 +39,6 @@ from teacher import Teacher
 
 LONG = pytest.mark.skipif("STAR_LONG" not in os.environ, reason="minutes; set STAR_LONG=1")
 V = 40
-STEPS = 20
 CONFIG = {"model_type": "qwen3", "vocab_size": V, "hidden_size": 16, "intermediate_size": 24,
           "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8,
           "tie_word_embeddings": True}
@@ -51,6 +50,7 @@ CASES |= {
     "sft, idle ranks": ("sft", {"micro_batch_tokens": 100_000}),
     "ckd, untied head with biases": ("ckd", {"family": "qwen2"}),
     "ckd, idle ranks": ("ckd", {"micro_batch_tokens": 100_000}),
+    "ckd, whole copies": ("ckd", {"shard_ranks": 1}),
     "ckd, gradient checkpointing": ("ckd", {"gradient_checkpointing": True}),
     "simrl, mean of tokens": ("simrl", {"loss_mean": "token"}),
     "simrl, mean of sequences": ("simrl", {"loss_mean": "sequence"}),
@@ -61,7 +61,7 @@ CASES |= {
 }
 # Of the difference of a loss. In bfloat16, one rank casts weights by autocast, several gather them in bfloat16.
 LIMITS = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.05}
-ALL_CASES = [(name, dtype) for name in CASES for dtype in ("float64", "float32")]
+ALL_CASES = [(name, dtype) for dtype in ("float64", "float32") for name in CASES]
 
 
 # ---- Cases, on any number of ranks
@@ -106,17 +106,18 @@ def load(folder, args):
 
 
 @cache  # several numbers of ranks are compared with the same run on one
-def run_case(name, dtype, folder, shard_ranks=None):
-    """Run 20 steps of a case. Returns the rows of its metrics.jsonl and, if it samples, of its samples.jsonl."""
+def run_case(name, dtype, folder, shard_ranks=None, steps=20):
+    """Run a case. Returns the rows of its metrics.jsonl and, if it samples, of its samples.jsonl."""
     command, flags = CASES[name]
-    small = {"lr": 1e-2, "seed": 1, "micro_batch_tokens": 60, "batch_size": 12, "steps": STEPS, "save_every": 100}
+    small = {"lr": 1e-2, "seed": 1, "micro_batch_tokens": 60, "batch_size": 12, "steps": steps, "save_every": 100}
+    small |= {"shard_ranks": shard_ranks}
     small |= {"n": 3, "prompts_per_step": 8, "max_new_tokens": 4, "filter": "none"} if command == "simrl" else {}
     small |= {"valid_every": 3} if command != "simrl" else {}
     family = flags.get("family", "qwen3")
     live = flags.get("live", False)
     flags = {key: value for key, value in flags.items() if key not in ("family", "live")}
     out = Path(folder) / f"{name}, {dtype}, {train.world_size()} ranks, {shard_ranks}"
-    args = settings(command, dtype=dtype, out=str(out), shard_ranks=shard_ranks, **small | flags)
+    args = settings(command, dtype=dtype, out=str(out), **small | flags)
     model, other = (load(f"{folder}/{family} {seed}", args) for seed in (1, 2))
     out.mkdir(exist_ok=True)
     if command == "simrl":
@@ -134,9 +135,9 @@ def run_case(name, dtype, folder, shard_ranks=None):
     return [rows(out / file) for file in ("metrics.jsonl", "samples.jsonl")[:1 + live]]
 
 
-def run_cases(cases, folder, shard_ranks=None):
+def run_cases(cases, *arguments):
     """{"name, dtype": what `run_case` returns}."""
-    return {f"{name}, {dtype}": run_case(name, dtype, folder, shard_ranks) for name, dtype in cases}
+    return {f"{name}, {dtype}": run_case(name, dtype, *arguments) for name, dtype in cases}
 
 
 def make_models(folder):
@@ -169,14 +170,14 @@ def finish_ranks(processes):
     return [process.returncode for process in processes], errors
 
 
-def compare(ranks, cases, folder, shard_ranks=None):
+def compare(ranks, cases, folder, shard_ranks=None, steps=20):
     """Run cases on one rank, in this process, and on several. {"name, dtype": the largest difference of a loss}.
 
     Also asserts that all other metrics agree, and samples exactly.
     """
     result = Path(folder) / "result.json"
-    processes = start_ranks(ranks, __file__, "cases", json.dumps([cases, str(folder), shard_ranks]), result)
-    one = run_cases(cases, str(folder))
+    processes = start_ranks(ranks, __file__, "cases", json.dumps([cases, str(folder), shard_ranks, steps]), result)
+    one = run_cases(cases, str(folder), None, steps)
     codes, errors = finish_ranks(processes)
     assert not any(codes), errors
     several = json.loads(result.read_text())
@@ -201,17 +202,17 @@ def models(tmp_path_factory):
     return folder
 
 
-def assert_equal(ranks, cases, folder, shard_ranks=None):
-    differences = compare(ranks, cases, folder, shard_ranks)
+def assert_equal(*arguments):
+    differences = compare(*arguments)
     too_large = {case: d for case, d in differences.items() if not d < LIMITS[case.split(", ")[-1]]}
     assert not too_large
 
 
 def test_two_ranks_train_as_one(models):
     """Float64 to rounding. In bfloat16, a validation before the checkpoint gathers bfloat16 weights: not saved."""
-    float64 = ["ckd, gradient checkpointing", "sft, idle ranks", "simrl, sampling"]
-    assert_equal(2, [*((name, "float64") for name in float64), ("sft", "bfloat16")], models)
-    weights = load_file(models / "sft, bfloat16, 2 ranks, None/checkpoints/step-000020/weights.safetensors")
+    float64 = ["ckd, gradient checkpointing", "sft, idle ranks", "ckd, whole copies", "simrl, sampling"]
+    assert_equal(2, [*((name, "float64") for name in float64), ("sft", "bfloat16")], models, None, 6)
+    weights = load_file(models / "sft, bfloat16, 2 ranks, None/checkpoints/step-000006/weights.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
 
 
@@ -243,8 +244,11 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(here, command, first, s
     assert set(codes) == {-signal.SIGKILL} and latest_checkpoint("run") >= 4
     step = Path(f"run/checkpoints/step-{latest_checkpoint('run'):06d}")
     assert shapes(step) == shapes("whole/checkpoints/step-000012")
-    codes, errors = finish_ranks(start_ranks(second, PROGRAM, *words))
-    assert not any(codes), errors
+    if second == 1:
+        assert run(f"{RUNS[command]} run --resume") == 0
+    else:
+        codes, errors = finish_ranks(start_ranks(second, PROGRAM, *words))
+        assert not any(codes), errors
     for a, b in zip(rows("whole/metrics.jsonl"), rows("run/metrics.jsonl"), strict=True):
         for name, value in a.items():
             if not name.startswith("seconds") and name != "tokens_per_s":
@@ -336,6 +340,7 @@ def memory_of_ranks(ranks, folder, dtype):
     return [json.loads(output.read_text()) for output in outputs]
 
 
+@LONG
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_rank_holds_its_part_only(tmp_path):
     """15.8 M parameters of 16 bytes: 0.25 GB on one rank; on two, half of it and a layer that is gathered."""
@@ -369,7 +374,7 @@ def print_differences():
             started = time.perf_counter()
             for case, difference in compare(ranks, ALL_CASES, folder, shard_ranks).items():
                 table.setdefault(case, []).append(f"{difference:.0e}")
-            print(f"\n{column} ranks: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+            print(f"{column} ranks, {time.perf_counter() - started:.0f} s:", [cells[-1] for cells in table.values()])
         print_table([["largest difference of a loss", *columns], *([case, *cells] for case, cells in table.items())])
 
 
