@@ -1,4 +1,4 @@
-"""A model in parts, one on each rank: torch's FSDP2 (`fully_shard`). With one process nothing here changes anything.
+"""A model sharded over several ranks by torch's FSDP2 (`fully_shard`). With one process, nothing here changes anything.
 
 A rank keeps some rows of every weight, of its gradient and of its moments. The weights of a layer are gathered while it
 computes; gradients are summed over the ranks, and each rank keeps its rows of the sum. Forward and backward passes,
@@ -25,7 +25,7 @@ def wait_for_ranks():
 
 
 def shard_model(model, mesh, dtype):
-    """Put a Transformer in parts, in place. On the meta device it has no weights yet, so no rank ever holds them all.
+    """Shard a Transformer in place. On the meta device it has no weights yet, so no rank ever holds them all.
 
     mesh: the DeviceMesh of all ranks, [ranks of a copy], or [copies, ranks of a copy]
     dtype: of gathered weights, so of all products; gradients are summed in float32 (in float64 in tests)
@@ -45,16 +45,16 @@ def shard_model(model, mesh, dtype):
 
 
 def part_of(tensor, p):
-    """This rank's part of a whole tensor, cut as the parameter p is; the tensor itself if p is whole."""
+    """This rank's part of a whole tensor, if the parameter p is sharded; otherwise the tensor itself."""
     if not hasattr(p, "placements"):
         return tensor
-    from torch.distributed.tensor import distribute_tensor
-    # None: every rank has read the tensor, so nothing is sent. The part is a copy, which lets go of the whole.
+    from torch.distributed.tensor import distribute_tensor  # slow to import, so not for one process
+    # None: every rank has read the tensor, so nothing is sent. The part is a copy: the whole tensor can be freed.
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
 def whole(tensor):
-    """The whole tensor of a part, on every rank; a whole tensor itself."""
+    """The whole tensor, on every rank, of a sharded one; any other tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -69,7 +69,7 @@ def gather(tensors, dtype=None):
 
 
 def parameters(model):
-    """{name: parameter} of a model that trains; with several ranks, all must be in parts."""
+    """{name: parameter} of the model that trains, which must be sharded if there are several ranks."""
     if hasattr(model, "reshard"):
         model.reshard()  # a forward pass without gradients leaves the root gathered, in --dtype
     named = dict(model.named_parameters())

@@ -163,13 +163,13 @@ def keep_pages():
 
 
 def sharding(args, device):
-    """The function that puts a model in parts, for `from_pretrained`; None for one process. Refuses bad flags."""
+    """The function that shards a model, for `from_pretrained`; None for one process. InputError for bad flags."""
     ranks = args.shard_ranks or world_size()
     if world_size() % ranks:
         raise InputError(f"--shard-ranks {ranks}: must divide the number of processes, {world_size()}")
     if world_size() == 1:
         return None
-    if args.optimiser == "muon":  # its products of matrices in parts are slow, and not the same numbers
+    if args.optimiser == "muon":  # products of sharded matrices are slow, and round differently
         raise InputError("--optimiser muon: runs without torchrun only; use adamw")
     sizes = {"copies": world_size() // ranks, "ranks": ranks} if ranks < world_size() else {"ranks": ranks}
     mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
