@@ -333,7 +333,7 @@ def train_and_watch(folder, dtype):
 def memory_of_ranks(ranks, folder, dtype):
     """`train_and_watch` on some ranks: a list of its results."""
     outputs = [Path(folder) / f"memory {rank}.json" for rank in range(ranks)]
-    # glibc keeps freed blocks below a threshold, which grows; here they go back at once, so that the size is what is held.
+    # By default glibc keeps freed blocks below a threshold that grows; here the size must be what is held.
     allocator = {"STAR_KEEP_PAGES": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     codes, errors = finish_ranks(start_ranks(ranks, __file__, "watch", folder, dtype, **allocator))
     assert not any(codes), errors
