@@ -319,7 +319,7 @@ def train_and_watch(folder, dtype):
     start = own_memory()
     peaks = [0.0]
     threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
-    args = settings("sft", dtype=dtype, out=f"{folder}/run", steps=2, batch_size=8, micro_batch_tokens=16,
+    args = settings("sft", dtype=dtype, out=f"{folder}/run", steps=2, batch_size=8, micro_batch_tokens=100,
                     gradient_checkpointing=True, save_every=1)
     model = Transformer.from_pretrained(folder, shard=train.sharding(args, torch.device("cpu")))
     model.model.gradient_checkpointing = args.gradient_checkpointing
