@@ -199,9 +199,9 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
         ends = steps.ends_at(step, student.head_weight.device)
         if train.rank() == 0:
             runs.log_step(args.out, {"step": step} | row)
-            if ends or step % args.save_every == 0:
-                progress = {"updates": step}
-                runs.save_checkpoint(args.out, step, student, optimisers, progress)
+        if ends or step % args.save_every == 0:
+            progress = {"updates": step}
+            runs.save_checkpoint(args.out, step, student, optimisers, progress)
         steps.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
     return not steps.stopped
 
@@ -225,30 +225,25 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
     high = torch.promote_types(dtype, torch.float32)
-    names = ["loss", "nll", "entropy"]
-    if teacher:
-        names += ["kl", "tail", "captured", "inside"]
-    sums = dict.fromkeys(names, 0.0)  # the same names on a rank without a micro-batch
+    sums = {"loss": 0.0}
     total = counted_tokens(batch)
-    parts = list(enumerate(micro_batches(batch, args.micro_batch_tokens)))
-    parts = parts[train.rank()::train.world_size()]
-    for i, micro in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
+    parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
+    for i, micro, counts in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
-        head = student.head_weight  # [V, H]
         topk = ()
         if teacher:
-            head = head[:teacher.vocab_size]
             draw = (step, i) if step else ()
             topk = teacher(packed, *draw)  # ids [N, k], log-probs [N, k]
         hidden = hidden_states(student, packed, dtype)  # [N, H]
-        weights = torch.full((len(hidden),), 1 / total, device=device, dtype=high)
+        head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
+        weights = torch.full((len(hidden),), counts / total, device=device, dtype=high)
         value, stats = head_loss(
             hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()
         sums["loss"] += value.detach()
         for name, part in stats.items():
-            sums[name] += part / total
+            sums[name] = sums.get(name, 0.0) + counts * part / total
     return train.sum_over_ranks(sums, device)
 
 
@@ -335,6 +330,7 @@ def run_training(args, student_folder, teacher_folder=None):
     """Read and check, load, train, save, show. Returns the exit code."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args.device, args.compile)
+    shard = train.sharding(args, device)
     chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
     if teacher_folder:
         vocab_size = check_pair(teacher_folder, student_folder)
@@ -351,8 +347,8 @@ def run_training(args, student_folder, teacher_folder=None):
     if teacher_folder:
         args.k = clamp_to_vocab("k", args.k, vocab_size)
         args.m = clamp_to_vocab("m", args.m, vocab_size)
-        teacher = load_teacher(args, groups + valid, vocab_size, key, device)
-    student = Transformer.from_pretrained(student_folder, device=device)
+        teacher = load_teacher(args, groups + valid, vocab_size, key, device, shard)
+    student = Transformer.from_pretrained(student_folder, device=device, shard=shard)
     student.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         student.model.compile_layers()
@@ -362,8 +358,10 @@ def run_training(args, student_folder, teacher_folder=None):
     path = Path(args.out) / "samples.json"
     shown = valid[:args.samples]
     dtype = getattr(torch, args.dtype)
-    if train.rank() == 0 and not start:
-        write_json(path, greedy_answers(student, chat, shown, dtype, "before"))
+    if not start:  # every rank answers, as the weights are gathered from all
+        before = greedy_answers(student, chat, shown, dtype, "before")
+        if train.rank() == 0:
+            write_json(path, before)
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
     answer_valid = None if not answered else partial(
         answer_held_out, chat, answered, partial(score_response, chat), args.max_response_tokens)
@@ -371,10 +369,9 @@ def run_training(args, student_folder, teacher_folder=None):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
+    summary = runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device))
+    after = greedy_answers(student, chat, shown, dtype, "after")
     if train.rank() == 0:
-        summary = runs.summarise_training(args.out) | train.peak_memory(device)
-        runs.finish_run(args, student, summary)
-        after = greedy_answers(student, chat, shown, dtype, "after")
         samples = [before | new for before, new in zip(read_json(path, kind=list), after)]
         write_json(path, samples)
     train.wait_for_ranks()

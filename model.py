@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
 from data.runs import save_tensors
+from shard import gather, parameters, part_of, rank, whole
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -273,8 +274,10 @@ class Transformer(nn.Module):
         return self
 
     @staticmethod
-    def from_pretrained(folder, dtype=torch.float32, device="cpu"):
+    def from_pretrained(folder, dtype=torch.float32, device="cpu", shard=None):
         """Load a model folder: config.json and one or several .safetensors files.
+
+        shard: from `train.sharding`, to keep this rank's part of each tensor only
 
         Tensors are read, cast and moved one at a time, so memory never holds two copies of the model.
         InputError: a file is missing or cut short, a tensor has a wrong shape, the model is not supported.
@@ -283,15 +286,16 @@ class Transformer(nn.Module):
         config = read_json(folder / "config.json", MODEL_FOLDER)
         with torch.device("meta"):
             model = Transformer(config, folder)
-        shapes = {name: list(p.shape) for name, p in model.named_parameters()}
+        if shard:
+            shard(model)
+        known = dict(model.named_parameters())
         state = {}
-        for path, name, tensor in read_tensors(folder, shapes):
-            shape = list(tensor.shape)
-            if shape != shapes[name]:
-                raise InputError(f"{path}: {name} is {shape}, config.json says {shapes[name]}; "
-                                 "the folder mixes files of two models")
-            state[name] = tensor.to(device=device, dtype=dtype, copy=True)
-        missing = sorted(shapes.keys() - state.keys())
+        for path, name, tensor in read_tensors(folder, known):
+            if tensor.shape != known[name].shape:
+                raise InputError(f"{path}: {name} is {list(tensor.shape)}, config.json says "
+                                 f"{list(known[name].shape)}; the folder mixes files of two models")
+            state[name] = part_of(tensor.to(device=device, dtype=dtype, copy=True), known[name])
+        missing = sorted(known.keys() - state.keys())
         if missing:
             raise InputError(f"{folder}: no tensor {missing[0]} in its safetensors files "
                              f"({len(missing)} missing); download or copy the folder again")
@@ -299,11 +303,14 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, folder, dtype=None):
-        """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically."""
+        """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
+        weights = parameters(self)
         dtype = dtype or self.head_weight.dtype
         config = {**self.config, "torch_dtype": str(dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # the newer name of torch_dtype
-        state = {name: p.to("cpu", dtype).contiguous() for name, p in self.state_dict().items()}
+        state = gather(weights, dtype)
+        if rank() > 0:
+            return
         with atomic_folder(folder) as new:
             save_tensors(state, new / "model.safetensors")
             write_json(new / "config.json", config)
@@ -312,23 +319,23 @@ class Transformer(nn.Module):
                     shutil.copyfile(self.folder / file, new / file)
 
     def copy(self, dtype):
-        """A copy in another dtype. A bfloat16 copy for sampling avoids casting weights at every token."""
+        """A whole copy in another dtype. A bfloat16 copy for sampling avoids casting weights at every token."""
         with torch.device("meta"):
             model = Transformer(self.config)
-        state = {name: p.to(dtype, copy=True) for name, p in self.state_dict().items()}
+        state = {name: whole(p.to(dtype, copy=True)) for name, p in self.state_dict().items()}
         model.load_state_dict(state, assign=True)
         return model
 
     @torch.no_grad()
     def copy_weights(self, other):
         """Copy the weights of another model into this one, in place; to itself, nothing is done."""
-        for p, new in zip(self.parameters(), other.parameters()):
+        for p, new in zip(self.parameters(), parameters(other).values()):
             if p is not new:
-                p.copy_(new)
+                p.copy_(whole(new.to(p.dtype)))
 
     def in_dtype(self, dtype):
-        """This model if it has this dtype already, else a copy that has."""
-        return self if self.head_weight.dtype == dtype else self.copy(dtype)
+        """This model if it is whole and in this dtype, else a copy: decoding must not gather weights at every token."""
+        return self.copy(dtype) if hasattr(self, "reshard") or self.head_weight.dtype != dtype else self
 
 
 def read_tensors(folder, known):

@@ -209,8 +209,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             lines = runs.describe_groups(step, groups, kept, chat)
             runs.log_metrics(args.out, *lines, name="samples.jsonl")
             runs.log_step(args.out, {"step": step} | row)
-            if ends or step % args.save_every == 0:
-                runs.save_checkpoint(args.out, step, model, optimisers, progress)
+        if ends or step % args.save_every == 0:
+            runs.save_checkpoint(args.out, step, model, optimisers, progress)
         steps.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
     return not steps.stopped
 
@@ -227,7 +227,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
     Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p (None in the first
-    batch), ref_log_p (None without a reference), token_weights.
+    batch), ref_log_p (None without a reference), token_weights. Also counts, see `share_of_rank`.
     """
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -236,8 +236,8 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     for batch in optimiser_batches(groups, args.batch_size, args.seed, step):
         parts = micro_batches(batch, args.micro_batch_tokens)
         batches.append([])
-        for micro in parts[train.rank()::train.world_size()]:
-            packed = pack(micro, device)
+        for _, micro, counts in train.share_of_rank(parts):
+            packed = pack(micro, device) | {"counts": counts}
             responses = [r for group in micro for r in group.responses]
             advantage = [r.advantage for r in responses]
             advantage = torch.tensor(advantage, dtype=wide_dtype, device=device)
@@ -248,7 +248,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             old = model if len(batches) > 1 else None
             packed["old_log_p"] = log_probs_of(old, packed, vocab_size, args)
             packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args)
-            packed["token_weights"] = token_weights(
+            packed["token_weights"] = counts * token_weights(
                 args.loss_mean, packed["response"], batch, len(parts), wide_dtype)
             batches[-1].append(packed)
     return batches
@@ -271,9 +271,7 @@ def accumulate_gradients(model, batch, vocab_size, args):
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
                    temperature=args.temperature)
-    names = ["loss", "policy", "entropy", "clipped", "mismatch"]
-    names += ["kl"] if args.kl_weight else []
-    sums = dict.fromkeys(names, 0.0)  # the same names on a rank without a micro-batch
+    sums = {"loss": 0.0}
     for packed in batch:
         hidden = hidden_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
@@ -281,9 +279,9 @@ def accumulate_gradients(model, batch, vocab_size, args):
             hidden, head, packed["token_weights"], loss, packed["targets"],
             packed["advantage"], packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
         value.backward()
-        stats["loss"] = value.detach()
+        sums["loss"] += value.detach()
         for name, part in stats.items():
-            sums[name] += part
+            sums[name] = sums.get(name, 0.0) + packed["counts"] * part
     return sums
 
 
@@ -339,6 +337,7 @@ def run_simrl(args):
     """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args.device, args.compile)
+    shard = train.sharding(args, device)
     chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
     prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
     valid = []
@@ -347,12 +346,12 @@ def run_simrl(args):
     start = train.open_run(args, device, [args.model], [args.data, args.valid])
 
     # 2. Load the policy and the reference.
-    model = Transformer.from_pretrained(args.model, device=device)
+    model = Transformer.from_pretrained(args.model, device=device, shard=shard)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     reference = None
     if args.kl_weight:
         dtype = getattr(torch, args.dtype)
-        reference = Transformer.from_pretrained(args.model, dtype, device)
+        reference = Transformer.from_pretrained(args.model, dtype, device, shard)
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
         f"{len(prompts):,} prompts, {skipped} skipped as too long; "
@@ -365,9 +364,7 @@ def run_simrl(args):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
-    if train.rank() == 0:
-        summary = runs.summarise_refinement(args.out) | train.peak_memory(device)
-        runs.finish_run(args, model, summary)
+    summary = runs.finish_run(args, model, runs.summarise_refinement, train.peak_memory(device))
     train.wait_for_ranks()
     if train.rank() == 0:
         runs.show_refinement(args.out, summary)

@@ -17,6 +17,8 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,6 +27,7 @@ from tqdm import tqdm
 from data import InputError, non_negative, number, positive
 from data.runs import add_output_flags, prepare_folder
 from model import Transformer
+from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags of several commands
@@ -57,6 +60,8 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add("--compile", action="store_true",
         help="on a GPU: fuse the layers, with flex_attention; half the time of a step of 16,000 tokens, "
         "after half a minute of compiling; not run with several ranks")
+    add("--shard-ranks", type=positive, metavar="N",
+        help="under torchrun: processes that share one copy of the weights; default: all; not run on several GPUs yet")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save-every", type=positive, default=save_every, metavar="N",
@@ -91,7 +96,7 @@ def make_optimisers(model, args):
     muon, for very small models: Muon on the matrices of the layers at 5 times the rate; AdamW on the rest.
     """
     if args.optimiser == "adamw":
-        return [adamw(model.parameters(), args.lr, args.weight_decay)]
+        return [adamw(parameters(model).values(), args.lr, args.weight_decay)]
     matrices = []
     rest = []
     for name, p in model.named_parameters():
@@ -115,13 +120,8 @@ def learning_rate(step, steps, peak):
 
 
 def clip_gradients(model, max_norm=1.0):
-    """Sum the gradients of all ranks and clip their norm. Returns the norm before clipping."""
-    if dist.is_initialized():
-        for p in model.parameters():
-            if p.grad is None:  # this rank had no micro-batch
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
-    return torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    """Clip the norm of the gradients, over all ranks. Returns the norm before clipping."""
+    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
 
 
 def optimiser_step(optimisers, lr):
@@ -151,8 +151,12 @@ def pick_device(name, compiled=False):
         keep_pages()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if name == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= count:
+                raise InputError(f"--device cuda: no GPU for rank {number}; use torchrun --nproc-per-node {count}")
+            torch.cuda.set_device(number)
+        # Ranks wait for each other, for example while a checkpoint is written; nccl's own limit is ten minutes.
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
         atexit.register(dist.destroy_process_group)
     return torch.device(name)
 
@@ -166,14 +170,27 @@ def keep_pages():
         mallopt(-1, 2_000_000_000), mallopt(-3, 400_000_000)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
 
 
-def rank():
-    """The number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+def sharding(args, device):
+    """The function that shards a model, for `from_pretrained`; None for one process. InputError for bad flags."""
+    ranks = args.shard_ranks or world_size()
+    if world_size() % ranks:
+        raise InputError(f"--shard-ranks {ranks}: must divide the number of processes, {world_size()}")
+    if world_size() == 1:
+        return None
+    if args.optimiser == "muon":  # products of sharded matrices are slow, and round differently
+        raise InputError("--optimiser muon: runs without torchrun only; use adamw")
+    sizes = {"copies": world_size() // ranks, "ranks": ranks} if ranks < world_size() else {"ranks": ranks}
+    mesh = dist.init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    return partial(shard_model, mesh=mesh, dtype=getattr(torch, args.dtype))
 
 
-def world_size():
-    """The number of processes that train together."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+def share_of_rank(micro_batches):
+    """This rank's [(number, micro-batch, counts)] of a batch. All ranks make the same number of passes: where others
+    have one more, the list ends with the shortest micro-batch and counts 0 instead of 1."""
+    share = [(i, micro, 1) for i, micro in enumerate(micro_batches)][rank()::world_size()]
+    if len(share) * world_size() < len(micro_batches):
+        share.append((len(micro_batches) - 1, micro_batches[-1], 0))
+    return share
 
 
 def note(text):
@@ -242,12 +259,6 @@ def timed(seconds, name):
     start = time.perf_counter()
     yield
     seconds[name] += time.perf_counter() - start
-
-
-def wait_for_ranks():
-    """Wait for all ranks: a process that leaves early may be aborted while another one still writes."""
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def stopped_run(args):

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import sys
 from collections import deque
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,10 +24,11 @@ from tqdm import tqdm
 from data import InputError, atomic_folder, one_line, print_table, read_json, refuse_changes
 from data import write_json, write_lines
 from data.groups import counted_tokens
+from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
 
 # A resumed run may change these: they affect memory, speed, the filters of a rollout, or the report of an eval.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare",
-              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent"}
+              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks"}
 
 
 def add_output_flags(parser, what):
@@ -235,10 +237,21 @@ def show_refinement(out, summary):
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
 
 
-def finish_run(args, model, summary):
-    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite."""
+def finish_run(args, model, summarise, memory):
+    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite.
+
+    summarise: `summarise_training` or `summarise_refinement`
+    memory: figures to add
+
+    Returns the summary; None on the other ranks, which only take part in gathering the weights.
+    """
     model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
+    wait_for_ranks()  # as in `save_checkpoint`
+    if rank() > 0:
+        return None
+    summary = summarise(args.out) | memory
     write_json(Path(args.out) / "summary.json", summary)
+    return summary
 
 
 def check_finite(out, step, name, value):
@@ -268,24 +281,32 @@ def save_tensors(tensors, path):
 
 
 def save_checkpoint(out, step, model, optimisers, progress, keep=2):
-    """Write checkpoints/step-... atomically and keep the last `keep`. progress["updates"] counts optimiser steps."""
-    total = sum(p.detach().sum(dtype=torch.float64).item() for p in model.parameters())
+    """Write checkpoints/step-... atomically and keep the last `keep`. progress["updates"] counts optimiser steps.
+
+    Every rank must call this. Rank 0 writes whole tensors, so any number of ranks can resume.
+    """
+    weights = parameters(model)
+    total = sum(whole(p.detach().sum(dtype=torch.float64)).item() for p in weights.values())
     check_finite(out, step, "a weight", total)
     folder = Path(out) / "checkpoints"
     state = {}  # of each parameter; empty before the first update
     for optimiser in optimisers:
         state |= optimiser.state
-    with atomic_folder(folder / f"step-{step:06d}") as new:
-        weights = {name: p.detach() for name, p in model.named_parameters()}
-        save_tensors(weights, new / "weights.safetensors")
-        for moment in MOMENTS:  # a file each: writing one takes a copy in memory
-            tensors = {name: state[p][moment] for name, p in model.named_parameters()
-                       if moment in state.get(p, ())}
-            save_tensors(tensors, new / f"{moment}.safetensors")
-        write_json(new / "progress.json", progress)
-    kept = sorted(folder.glob("step-??????"))[-keep:]
-    for old in set(folder.iterdir()).difference(kept):  # a killed run may leave half of one
-        shutil.rmtree(old)
+    files = {"weights": weights}  # a file each: writing one takes a copy in memory
+    for moment in MOMENTS:
+        files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
+    with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
+        for name, tensors in files.items():
+            tensors = gather(tensors)
+            if rank() == 0:
+                save_tensors(tensors, new / f"{name}.safetensors")
+            wait_for_ranks()  # not in the next `gather`: the groups of --shard-ranks have a shorter time limit
+        if rank() == 0:
+            write_json(new / "progress.json", progress)
+    if rank() == 0:
+        kept = sorted(folder.glob("step-??????"))[-keep:]
+        for old in set(folder.iterdir()).difference(kept):  # a killed run may leave half of one
+            shutil.rmtree(old)
 
 
 @torch.no_grad()
@@ -299,11 +320,11 @@ def load_checkpoint(out, step, model, optimisers):
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             state |= {p: optimiser.state[p] for p in group["params"]}
-    for name, p in model.named_parameters():
-        p.copy_(weights.get_tensor(name))
+    for name, p in parameters(model).items():
+        p.copy_(part_of(weights.get_tensor(name), p))
         for moment, file in moments.items():
             if name in file.keys():
-                state[p][moment] = file.get_tensor(name).to(p.device, copy=True)
+                state[p][moment] = part_of(file.get_tensor(name).to(p.device, copy=True), p)
         if "exp_avg" in state[p]:
             state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
     return progress

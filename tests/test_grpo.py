@@ -791,11 +791,14 @@ def main(out, *words):
     device = train.pick_device("cpu")
     start = train.open_run(small_settings(out, **flags), device)
     score = slow_coarse if "--slow" in words else coarse
-    finished, model = run(out, score, reference=tiny(), start=start, **flags)
+    model = tiny()
+    shard = train.sharding(small_settings(out), device)
+    if shard:
+        shard(model)
+    finished, model = run(out, score, model, reference=tiny(), start=start, **flags)
     if not finished:
         return 130
-    if train.rank() == 0:
-        model.save_pretrained(Path(out) / "model")
+    model.save_pretrained(Path(out) / "model")
     return 0
 
 

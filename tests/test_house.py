@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 import star  # noqa: E402
 
 # A room imports rooms to its left only. data/, with data/tiny/, and apps/ are a room each; every other file is its own.
-RULE = "reward <- data <- model <- kv_cache, head <- sampler, train <- teacher, experience <- ckd, simrl <- apps <- star"
+RULE = "reward, shard <- data <- model <- kv_cache, head <- sampler, train <- teacher, experience <- ckd, simrl <- apps <- star"
 LEVELS = {room: level for level, rooms in enumerate(RULE.split(" <- ")) for room in rooms.split(", ")}
 
 
@@ -76,8 +76,8 @@ def test_a_file_has_at_most_400_lines(file):
     assert line_count(file) <= most, f"{file} has {line_count(file)} lines, more than {most}"
 
 
-def test_the_flat_files_have_at_most_2800_lines():
-    assert sum(line_count(file) for file in FLAT_FILES) <= 2_800
+def test_the_flat_files_have_at_most_2890_lines():
+    assert sum(line_count(file) for file in FLAT_FILES) <= 2_890
 
 
 def import_graph():
