@@ -218,8 +218,7 @@ class Sampler:
         shape = (*keys, max(temperatures) == 0, min(top_ps) < 1)
         if self.graphs is not None:
             return self.replay(grid, integers, numbers, shape)
-        device = self.model.head_weight.device
-        return self.compute(grid.to(device), integers.to(device), numbers.to(device), *shape)
+        return self.compute(*(t.to(self.model.head_weight.device) for t in (grid, integers, numbers)), *shape)
 
     def compute(self, grid, integers, numbers, prompt_keys, response_keys, greedy, nucleus):
         """The next tokens [B] and their log-probs [B].
@@ -247,8 +246,7 @@ class Sampler:
         recorded once, as a CUDA graph, and then started together. Sizes are rounded up, so that there are few shapes.
         """
         B = round_up(len(self.slots), self.num_slots)
-        idle = [0] * (B - len(self.slots))  # what slot 0 computes, once more, in rows that no response has
-        order = [*range(len(self.slots)), *idle]
+        order = [i if i < len(self.slots) else 0 for i in range(B)]  # idle rows compute what slot 0 does, once more
         P, G = grid.shape
         grid = F.pad(grid, (0, round_up(G, B) - G, 0, round_up(P, self.num_prompts) - P))
         inputs = (grid, integers[:, order], numbers[:, order])

@@ -249,7 +249,7 @@ def test_too_many_waiting_requests_are_refused(records, greedy):
 def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
     server = start()
     monkeypatch.setattr(threading, "excepthook", lambda *_: None)
-    monkeypatch.setattr(server.engine.sampler, "draw", lambda hidden: torch.zeros(-1))
+    monkeypatch.setattr(server.engine.sampler, "compute", lambda *inputs: torch.zeros(-1))
     for _ in range(2):
         status, reply = post(server, "/v1/completions", {"prompt": "a"})
         assert status in (500, 503) and "the sampler failed" in reply["error"]["message"]
