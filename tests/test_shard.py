@@ -361,7 +361,7 @@ def measure_memory():
         model.save_pretrained(folder, torch.bfloat16)
         del model
         for ranks in (4, 1):
-            print(f"{ranks} ranks:", memory_of_ranks(ranks, folder, "bfloat16"), flush=True)
+            print(f"{ranks} ranks:", memory_of_ranks(ranks, folder, "float32"), flush=True)
 
 
 def print_differences():
