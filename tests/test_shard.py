@@ -320,7 +320,7 @@ def train_and_watch(folder, dtype):
     peaks = [0.0]
     threading.Thread(target=watch_memory, args=(peaks,), daemon=True).start()
     args = settings("sft", dtype=dtype, out=f"{folder}/run", steps=2, batch_size=8, micro_batch_tokens=100,
-                    gradient_checkpointing=True, save_every=1)
+                    gradient_checkpointing=True, save_every=2)
     model = Transformer.from_pretrained(folder, shard=train.sharding(args, torch.device("cpu")))
     model.model.gradient_checkpointing = args.gradient_checkpointing
     save = runs.save_checkpoint
@@ -348,7 +348,7 @@ def test_a_rank_holds_its_part_only(tmp_path):
     model = Transformer(config).init_weights(0)
     model.save_pretrained(tmp_path)
     training = [before_saving for before_saving, _ in memory_of_ranks(2, tmp_path, "float32")]
-    assert max(training) < 0.19 < 16 * model.num_parameters() / 1e9
+    assert max(training) < 0.22 < 16 * model.num_parameters() / 1e9
 
 
 def measure_memory():
@@ -361,7 +361,7 @@ def measure_memory():
         model.save_pretrained(folder, torch.bfloat16)
         del model
         for ranks in (4, 1):
-            print(f"{ranks} ranks:", memory_of_ranks(ranks, folder, "bfloat16"), flush=True)
+            print(f"{ranks} ranks:", memory_of_ranks(ranks, folder, "float32"), flush=True)
 
 
 def print_differences():
