@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,8 @@ def pick_device(name, compiled=False):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         if name == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        patience = timedelta(days=1)  # a rank may finish its share of a rollout hours before another one
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
     return torch.device(name)
 
