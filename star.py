@@ -32,7 +32,7 @@ COMMANDS = {
     "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
     "plot": ("apps.plot", "curves of runs as a picture"),
 }
-ONE_PROCESS = set(COMMANDS) - {"ckd", "sft", "simrl"}
+ONE_PROCESS = set(COMMANDS) - {"ckd", "sft", "simrl", "rollout", "eval"}
 
 
 def parse(argv):

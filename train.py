@@ -155,8 +155,8 @@ def pick_device(name, compiled=False):
             if number >= count:
                 raise InputError(f"--device cuda: no GPU for rank {number}; use torchrun --nproc-per-node {count}")
             torch.cuda.set_device(number)
-        # Ranks wait for each other, for example while a checkpoint is written; nccl's own limit is ten minutes.
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(hours=2))
+        # A rank may end its share of a rollout hours before another one; nccl's own limit is ten minutes.
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
         atexit.register(dist.destroy_process_group)
     return torch.device(name)
 

@@ -24,15 +24,16 @@ import numpy as np
 from tqdm import tqdm
 
 import reward
-from apps.rollout import print_examples, sample_responses
+from apps.rollout import fail_together, print_examples, sample_responses
 from data import InputError, one_line, positive, print_table, read_json, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.prepare import turns
 from data.records import add_data_flags, read_lines
-from data.rollouts import finish_rollouts, open_rollouts, read_prompts, score_response
-from data.runs import add_output_flags
+from data.rollouts import finish_rollouts, read_prompts, score_response
+from data.runs import add_output_flags, prepare_folder
+from model import Transformer
 from sampler import add_count_flags
-from train import add_machine_flags, open_run, pick_device
+from train import add_machine_flags, pick_device, rank
 
 RESAMPLES = 5_000
 INTERVAL = "{mean:.3f} [{low:.3f}, {high:.3f}]"
@@ -53,42 +54,46 @@ def eval_flags(parser):
 
 
 def run_eval(args):
-    """Score a model's answers to records with gold answers, with intervals; compare two models on them."""
+    """Score a model's answers to records with gold answers, with intervals; compare two models on them. Under `torchrun`
+    the ranks share the records, and the files are those of one process."""
     device = pick_device(args.device)
     runs = [args]
     files = [args.data]
     results = []
-    if args.compare and (Path(args.compare) / "config.json").exists():
-        flags = vars(args) | {"model": args.compare, "out": f"{args.out}-compared"}
-        runs.insert(0, Namespace(**flags))
-    elif args.compare:
-        results.append(read_evaluation(Path(args.compare)))
-        files.append(args.compare)
-    inputs = []
-    for run in runs:  # refuse bad input before anything is written
-        chat = Chat.from_pretrained(run.model, run.think, run.tools)
-        inputs.append((chat, *read_prompts(run.data, chat, run.max_prompt_tokens, run.limit)))
-    for run in runs:
-        open_run(run, device, [run.model for run in runs], files)
+    with fail_together(device):  # refuse bad input before anything is written
+        if args.compare and (Path(args.compare) / "config.json").exists():
+            flags = vars(args) | {"model": args.compare, "out": f"{args.out}-compared"}
+            runs.insert(0, Namespace(**flags))
+        elif args.compare:
+            results.append(read_evaluation(Path(args.compare)))
+            files.append(args.compare)
+        inputs = []
+        for run in runs:
+            chat = Chat.from_pretrained(run.model, run.think, run.tools)
+            inputs.append((chat, *read_prompts(run.data, chat, run.max_prompt_tokens, run.limit)))
+            Transformer.from_pretrained(run.model, device="meta")
+        for run in runs if rank() == 0 else ():
+            prepare_folder(run, [*files, *(run.model for run in runs)])
     for run, (chat, records, prompts) in zip(runs, inputs):
-        results.append((run.model, answer_records(run, chat, records, prompts)))
-    report(Path(args.out), *reversed(results))
+        results.append((run.model, answer_records(run, chat, records, prompts, device)))
+    with fail_together(device):
+        if rank() == 0:
+            report(Path(args.out), *reversed(results))
 
 
-def answer_records(args, chat, records, prompts):
-    """Answer the records and score the answers. Returns them with `responses`; the first is greedy."""
+def answer_records(args, chat, records, prompts, device):
+    """Answer the records and score the answers. Returns them with `responses`, on rank 0; the first is greedy."""
     out = Path(args.out) / "generations.jsonl"
-    finished, rows = open_rollouts(out, records, resume=True)
-    if finished is not None:
-        return finished
     draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
     draws = [draw for draw in draws if draw[0] > 0]
-    rows = sample_responses(args, out, chat, records, prompts, rows, draws)
-    for row in tqdm(rows, "score", unit="record", delay=2):
-        for response in row["responses"]:
-            response.update(score_response(chat, row, response["text"]))
-    finish_rollouts(out, rows)
-    return rows
+    finished, rows = sample_responses(args, out, chat, records, prompts, draws, device, None, True)
+    with fail_together(device):
+        for row in tqdm(rows, "score", unit="record", delay=2):
+            for response in row["responses"]:
+                response.update(score_response(chat, row, response["text"]))
+        if rows:
+            finish_rollouts(out, rows)
+    return finished or rows
 
 
 def read_evaluation(folder):

@@ -1,8 +1,10 @@
 """`star.py rollout`: sample n responses to each record, filter them, and write the records with them.
 
-The file format and the filters are in data/rollouts.py, the sampler in sampler.py.
+The file format and the filters are in data/rollouts.py, the sampler in sampler.py. Under `torchrun` each rank samples a
+share of the records into a part file of its own, and rank 0 joins them; a run may resume with any number of ranks.
 """
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,7 +18,7 @@ from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
-from train import add_machine_flags, note, pick_device
+from train import add_machine_flags, gather_over_ranks, note, pick_device, rank, world_size
 
 
 def rollout_flags(parser):
@@ -36,27 +38,31 @@ def rollout_flags(parser):
 
 
 def run_rollout(args):
-    """Sample responses to each record, filter them by form, and score them if there is a gold answer."""
+    """Sample responses to each record, filter them by form, and score them if there is a gold answer. Under `torchrun`
+    the ranks share the records, and the file is that of one process."""
     out = Path(args.out)
-    if out.resolve() == Path(args.data).resolve():
-        raise InputError(f"{out}: would be written over --data; use another --out")
-    chat = Chat.from_pretrained(args.model, args.think, args.tools)
-    need_gold = args.min_reward is not None
-    records, prompts = read_prompts(
-        args.data, chat, args.max_prompt_tokens, args.limit, need_gold)
+    device = pick_device(args.device)
+    with fail_together(device):
+        if out.resolve() == Path(args.data).resolve():
+            raise InputError(f"{out}: would be written over --data; use another --out")
+        chat = Chat.from_pretrained(args.model, args.think, args.tools)
+        records, prompts = read_prompts(
+            args.data, chat, args.max_prompt_tokens, args.limit, args.min_reward is not None)
     start = time.perf_counter()
-    finished, rows = open_rollouts(
-        out, records, settings(args), args.resume, args.overwrite)
+    draws = [(args.n, args.temperature, args.top_p)]
+    finished, rows = sample_responses(
+        args, out, chat, records, prompts, draws, device, settings(args), args.resume, args.overwrite)
     dropped = {}
-    if finished is None:
-        draws = [(args.n, args.temperature, args.top_p)]
-        rows = sample_responses(args, out, chat, records, prompts, rows, draws)
-        finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)
-        if not finished:
-            reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
-            remedy = f"all of them are in {out}.part: use --resume with --keep-all"
-            raise InputError(f"{out}: no response is left ({reasons}); {remedy}")
-        finish_rollouts(out, finished, settings(args))
+    with fail_together(device):
+        if rows:
+            finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)
+            if not finished:
+                reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
+                remedy = f"all of them are in {out}.part: use --resume with --keep-all"
+                raise InputError(f"{out}: no response is left ({reasons}); {remedy}")
+            finish_rollouts(out, finished, settings(args))
+    if rank() > 0:
+        return
     print_examples(finished)
     responses = [r for row in finished for r in row["responses"]]
     stopped = sum(r["finish_reason"] == "stop" for r in responses)
@@ -81,36 +87,64 @@ def print_examples(rows):
             print(f"{label:8s} {one_line(r['text'])}")
 
 
-def sample_responses(args, out, chat, records, prompts, rows, draws):
-    """Sample the responses that `rows` lacks, and append each record to OUT.part as soon as it has its responses.
-    Returns the records with `responses`.
+@contextmanager
+def fail_together(device):
+    """Wait for all ranks at the end. If input is bad or a write fails on any, all of them end, and one prints why."""
+    error = None
+    try:
+        yield
+    except (InputError, OSError) as e:
+        error = e
+    failed = gather_over_ranks([rank()] if error else [], device)
+    if failed:
+        raise error if rank() == failed[0] else SystemExit(2)
+
+
+def sample_responses(args, out, chat, records, prompts, draws, device, *options):
+    """Sample responses to records, or continue to, on all ranks. Returns the records of a finished file or None, and
+    those with new `responses`; on ranks other than 0, None and [].
 
     args: parsed flags command, data, model, device, dtype, seed, max_concurrent, max_new_tokens, max_prompt_tokens
     records, prompts: of `read_prompts`
-    rows: {index: record with `responses`} of a stopped run
     draws: [(n, temperature, top_p)]; a record gets n responses from each
+    options: arguments, resume, overwrite of `open_rollouts`
     """
-    if None in prompts:
+    finished, rows = None, {}
+    with fail_together(device):
+        if rank() == 0:
+            finished, rows = open_rollouts(out, records, *options)
+    if None in prompts and finished is None:
         note(f"{args.data}: skipped {prompts.count(None)} prompts longer than "
              f"{args.max_prompt_tokens} tokens")
-    missing = [i for i, ids in enumerate(prompts) if ids is not None and i not in rows]
+    done = set(gather_over_ranks(list(rows if finished is None else range(len(records))), device))
+    missing = [i for i, ids in enumerate(prompts) if ids is not None and i not in done]
     missing.sort(key=lambda i: -len(prompts[i]))  # prompts that run together have similar lengths
-    if not missing:
-        return [rows[i] for i in sorted(rows)]
+    with fail_together(device):
+        if share := missing[rank()::world_size()]:
+            sample_share(args, out, chat, records, prompts, draws, device, share, len(missing))
+    with fail_together(device):
+        if missing and rank() == 0:
+            _, rows = open_rollouts(out, records, options[0], True)
+            if lost := set(missing) - rows.keys():
+                raise InputError(f"{out}: {len(lost)} records are in no part file; all ranks must share its folder")
+    return finished, [rows[i] for i in sorted(rows)]
+
+
+def sample_share(args, out, chat, records, prompts, draws, device, share, total):
+    """Sample responses to this rank's `share` of `total` records; append each record to its part file once it is done."""
     requests = {}
-    for i in missing:
+    for i in share:
         seed = args.seed * 1_000_003 + i
         requests[i] = [Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i)
                        for n, temperature, top_p in draws]
-    queue = [request for i in missing for request in requests[i]]
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args.device))
+    queue = [request for i in share for request in requests[i]]
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     note(describe_cache(model, *cache_size(args.max_concurrent, queue)))
-    with tqdm(desc=args.command, total=len(missing), unit="prompt") as bar:
+    with tqdm(desc=args.command, total=total, unit="prompt", disable=rank() > 0) as bar:
         for request in generate(model, queue, args.max_concurrent, chat):
             i = request.number
-            if all(other.done for other in requests[i]):
-                responses = [r for other in requests[i] for r in other.responses]
-                rows[i] = records[i] | {"responses": [response_row(chat, r) for r in responses]}
-                append_rollouts(out, {i: rows[i]})
-                bar.update()
-    return [rows[i] for i in sorted(rows)]
+            if i in requests and all(other.done for other in requests[i]):
+                responses = [r for other in requests.pop(i) for r in other.responses]
+                row = records[i] | {"responses": [response_row(chat, r) for r in responses]}
+                append_rollouts(out, {i: row}, rank())
+                bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far

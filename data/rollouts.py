@@ -2,6 +2,7 @@
 
     OUT                   one record per line, with `responses` and how its prompt was `rendered`
     OUT.part              while a run samples: its settings, then [index, record] per record, unfiltered
+    OUT.part.1, ...       the records of other ranks, until `open_rollouts` moves them to OUT.part
     OUT.arguments.json    the settings of a finished run
 
 A response is {"text", "ids", "finish_reason", "logprob"}, with "reward" if the record has a gold answer.
@@ -70,10 +71,11 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
     """Start or resume the rollout file `out` (a Path) of these records. `arguments` are its settings.
 
     Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
-    OUT.part. InputError if they were made with other settings or from other records, and if the file exists and
-    neither resume nor overwrite is set.
+    OUT.part and of other ranks. InputError if they were made with other settings or from other records, and if the
+    file exists and neither resume nor overwrite is set.
     """
     part = Path(f"{out}.part")
+    others = [path for path in out.parent.glob("*.part.[0-9]*") if path.stem == part.name]
     for path in (out, part):
         if path.exists() and not (resume or overwrite):
             raise InputError(f"{path}: exists already; use --resume to continue it "
@@ -86,7 +88,7 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
         return [json.loads(line) for _, line in read_lines(out)], {}
     lines = []
     if resume and part.exists():  # a kill may have left half a line, or half a character
-        lines = [json.loads(line) for line in part.read_bytes().split(b"\n")[:-1]]
+        lines = [json.loads(line) for path in (part, *others) for line in path.read_bytes().split(b"\n")[:-1]]
     if lines:
         remedy = "resume with the settings in its first line, or start again with --overwrite"
         refuse_changes(f"{part}: was started with", lines[0] or {}, arguments or {}, remedy)
@@ -95,7 +97,11 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
         if i >= len(records) or records[i]["id"] != row["id"]:
             raise InputError(f"{part}: holds other records; start again with --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
+    while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
+        others.pop().unlink()
     write_lines(part, map(json_line, [arguments, *rows.items()]))
+    for path in others:
+        path.unlink()
     return None, rows
 
 
@@ -106,9 +112,9 @@ def response_row(chat, response):
             "logprob": round(sum(response.log_probs), 4)}
 
 
-def append_rollouts(out, rows):
-    """Append {index: record with `responses`} to OUT.part."""
-    with open(f"{out}.part", "a", encoding="utf-8") as file:
+def append_rollouts(out, rows, rank=0):
+    """Append {index: record with `responses`} to the part file of a rank."""
+    with open(f"{out}.part.{rank}" if rank else f"{out}.part", "a", encoding="utf-8") as file:
         file.writelines(map(json_line, rows.items()))
 
 
