@@ -54,7 +54,7 @@ def eval_flags(parser):
 
 
 def run_eval(args):
-    """Score a model's answers to records with gold answers, with intervals; compare two models on them. Under `torchrun`
+    """Score a model's answers to records with gold answers, with intervals; compare two models. Under `torchrun`
     the ranks share the records, and the files are those of one process."""
     device = pick_device(args.device)
     runs = [args]

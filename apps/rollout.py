@@ -131,7 +131,7 @@ def sample_responses(args, out, chat, records, prompts, draws, device, *options)
 
 
 def sample_share(args, out, chat, records, prompts, draws, device, share, total):
-    """Sample responses to this rank's `share` of `total` records; append each record to its part file once it is done."""
+    """Sample responses to this rank's `share` of `total` records; append each to its part file once it is done."""
     requests = {}
     for i in share:
         seed = args.seed * 1_000_003 + i
