@@ -36,9 +36,10 @@ def activations(c, args):
     h, i, q, kv = c["hidden_size"], c["intermediate_size"], c["q"], c["kv"]
     if args.compile:
         return 7 * h + 6 * i + 5 * (q + 2 * kv)
+    row = min(args.prompt_tokens + args.n * args.response_tokens, args.micro_batch_tokens)  # of the mask, as numbers
     if args.dtype == "float32":
-        return 24 * h + 16 * i + 16 * (q + kv)
-    return 26 * h + 8 * i + 10 * (q + kv)
+        return 24 * h + 16 * i + 16 * (q + kv) + 4 * row
+    return 26 * h + 8 * i + 10 * (q + kv) + 2 * row
 
 
 def training_memory(c, args, gpus):
