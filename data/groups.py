@@ -13,8 +13,11 @@ n separate rows. The last prompt token predicts the first token of all n respons
 3. A prompt over the cap is skipped, never truncated (released: cut on the right, which loses the generation header),
    and so is a response over the cap (released: cut and given an end token, which teaches to stop mid-way).
 """
+import json
 import random
-from dataclasses import dataclass, field, replace
+from array import array
+from dataclasses import dataclass, replace
+from itertools import islice
 from os.path import commonprefix
 
 import numpy as np
@@ -22,13 +25,13 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from data import InputError
-from data.records import read_records
+from data.records import stream_records
 
 
-@dataclass
+@dataclass(slots=True)
 class Response:
     """One response to a prompt: sampled, read from a rollout file, or the gold answer."""
-    ids: list  # token ids, the stop token included
+    ids: list  # token ids, the stop token included; from a file an array("i"), 4 bytes a token
     span: tuple  # the part [start, end) of ids that the loss counts
     text: str = ""
     log_probs: list = None  # the sampler's log-prob of each id
@@ -36,7 +39,7 @@ class Response:
     reward: float = None  # in [-1, 1]; -1 is a format failure
     answer_score: float = None  # in [0, 1]; the filter of Sim-RL uses it
     advantage: float = None
-    details: dict = field(default_factory=dict)  # other results of the reward function, for samples.jsonl
+    details: dict = None  # other results of the reward function, for samples.jsonl
     row: int = 0  # the first of its rows in a teacher cache (data/cache.py)
 
     @property
@@ -44,12 +47,16 @@ class Response:
         return self.span[1] - self.span[0]
 
 
-@dataclass
+@dataclass(slots=True)
 class Group:
     """A record, its prompt as token ids, and the responses to it."""
-    record: dict
-    prompt: list
+    stored: dict  # the record; from a file its JSON, a fifth of the memory
+    prompt: list  # from a file an array("i")
     responses: list
+
+    @property
+    def record(self):
+        return json.loads(self.stored) if isinstance(self.stored, bytes) else self.stored
 
     @property
     def length(self):
@@ -83,10 +90,10 @@ def read_groups(args, chat):
     Returns (groups, valid, skipped), skipped as in `make_groups`. InputError if no training group is left.
     """
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
-    records = read_records(args.data, True, chat.vocab_size)[:args.limit]
+    records = islice(stream_records(args.data, True, chat.vocab_size), args.limit)
     groups, skipped = make_groups(records, chat, *limits)
     if args.valid:
-        records = read_records(args.valid, True, chat.vocab_size)[:args.valid_limit]
+        records = islice(stream_records(args.valid, True, chat.vocab_size), args.valid_limit)
         valid, _ = make_groups(records, chat, *limits)
     else:
         count = min(args.hold_out, len(groups) // 4)
@@ -124,7 +131,8 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
         if len(prompt) > max_prompt_tokens:
             skipped["prompts too long"] += 1
             continue
-        group = Group(record, prompt, [])
+        without = {key: value for key, value in record.items() if key != "responses"}
+        group = Group(json.dumps(without).encode(), array("i", prompt), [])
         for ids in response_ids(record, chat):
             part = ("think", "answer")[number % 2] if mask == "alter" else mask
             number += 1
@@ -134,7 +142,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
             elif start == end:
                 skipped["responses with nothing to learn"] += 1
             else:
-                group.responses.append(Response(ids, (start, end)))
+                group.responses.append(Response(array("i", ids), (start, end)))
         if group.responses:
             groups.append(group)
     return groups, skipped
@@ -165,6 +173,8 @@ def share_prefixes(groups, records_per_row):
     """Merge up to `records_per_row` consecutive groups with the same tools into one with their common prompt prefix.
     The rest of each prompt, the question, moves in front of its responses, outside their spans. Positions stay.
     """
+    if records_per_row == 1:
+        return groups
     runs = []
     for group in groups:
         same = runs and runs[-1][0].record["tools"] == group.record["tools"]
@@ -173,10 +183,10 @@ def share_prefixes(groups, records_per_row):
         runs[-1].append(group)
     merged = []
     for members in runs:
-        prefix = commonprefix([group.prompt for group in members])
-        merged.append(Group(members[0].record, prefix, []))
+        shared = len(commonprefix([list(group.prompt) for group in members]))
+        merged.append(replace(members[0], prompt=members[0].prompt[:shared], responses=[]))
         for group in members:
-            question = group.prompt[len(prefix):]
+            question = group.prompt[shared:]
             for r in group.responses:
                 span = (len(question) + r.span[0], len(question) + r.span[1])
                 merged[-1].responses.append(replace(r, ids=question + r.ids, span=span))

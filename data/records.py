@@ -45,8 +45,14 @@ def add_data_flags(parser, what):
         help="skip records with longer prompts")
 
 
-def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
-    """All records of a .jsonl, .jsonl.gz or .json file; empty lines are skipped. InputError names file and line.
+def read_records(path, *options, **named):
+    """The list of the records that `stream_records` yields, which see for the options."""
+    return list(stream_records(path, *options, **named))
+
+
+def stream_records(path, need_answer=True, vocab_size=None, check_answer=True):
+    """Yield the records of a .jsonl, .jsonl.gz or .json file, one line at a time; empty lines are skipped.
+    InputError names file and line.
 
     need_answer: False also accepts records without an answer
     vocab_size: ids of responses must be smaller
@@ -55,16 +61,16 @@ def read_records(path, need_answer=True, vocab_size=None, check_answer=True):
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
     lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False)
-    records = []
+    number = 0
     for number, line in lines:
         try:
-            records.append(read_record(line, f"{stem}:{number}", check_answer))
-            check_record(records[-1], need_answer, vocab_size, check_answer)
+            record = read_record(line, f"{stem}:{number}", check_answer)
+            check_record(record, need_answer, vocab_size, check_answer)
         except InputError as e:
             raise InputError(f"{path}:{number}: {e}") from e
-    if not records:
+        yield record
+    if not number:
         raise InputError(f"{path}: holds no records; give a file with records")
-    return records
 
 
 def read_tools(path):

@@ -3,8 +3,8 @@
 A row runs this project and its peer in turn, on the same machine with the same allocator settings, and prints the
 medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without
 names, all rows but the last two run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet
-meanwhile. `rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `gpu` and `stages`
-need a GPU and no model: three minutes each on an H200.
+meanwhile. `rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `data` needs no
+model. `gpu` and `stages` need a GPU and no model: three minutes each on an H200.
 
 `serve` also measures the prefix cache on BFCL's items where STAR_BFCL_ENV names the --env of `star.py bfcl`.
 """
@@ -37,7 +37,7 @@ import train  # noqa: E402
 from apps import serve  # noqa: E402
 from ckd import ckd_loss, cross_entropy, loss_over_batch  # noqa: E402
 from data.chat import Chat  # noqa: E402
-from data.groups import Group, Response  # noqa: E402
+from data.groups import Group, Response, read_groups  # noqa: E402
 from data.runs import read_metrics  # noqa: E402
 from head import head_loss  # noqa: E402
 from model import Transformer  # noqa: E402
@@ -167,6 +167,8 @@ def run_side(folder, side, size):
         return trl_steps(folder, size, side == "trl")
     if side == "head":
         return head_memory(size)
+    if side == "data":
+        return reading_rollouts(size)
     return peak_above_start(lambda: Transformer.from_pretrained(folder))
 
 
@@ -467,6 +469,53 @@ def memory_row(folder):
           f"**{loaded / copy:.2f}** | about 1 |", flush=True)
 
 
+def data_row(folder):
+    """Reading the rollouts of `ckd`: peak memory beside the ids of the responses alone, and speed."""
+    memory, seconds = run_alone("none", "data", 2000)
+    tokens = 2000 * N * RESPONSE
+    print(f"| reading rollouts, 2,000 prompts of {PROMPT} tokens x {N} x {RESPONSE}, {tokens / seconds:,.0f} tokens/s "
+          f"| their ids as int32 | {memory * 1e9 / tokens:.1f} bytes a token | 4 bytes a token | "
+          f"**{memory * 1e9 / tokens / 4:.1f}** | at most 2 |", flush=True)
+
+
+def reading_rollouts(prompts):
+    """(peak memory in GB, seconds of a core) of reading a file of rollouts as groups."""
+    folder = ROOT / "data/tiny/teacher"
+    chat = Chat.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as out:
+        path = Path(out) / "rollouts.jsonl"
+        write_rollouts(path, prompts, chat.vocab_size)
+        args, _ = star.parse(["sft", "--model", str(folder), "--data", str(path), "--out", "none"])
+        groups = []
+        memory = peak_above_start(lambda: groups.extend(read_groups(args, chat)))
+        start = time.process_time()
+        groups = read_groups(args, chat)
+    return memory, time.process_time() - start
+
+
+def write_rollouts(path, prompts, vocab_size):
+    """Write rollouts of the paper's shape: prompts of about 600 tokens, most of them tools, with random responses."""
+    r = random.Random(0)
+    words = "city date count name price order hotel train the of a for to which is".split()
+
+    def text(count):
+        return " ".join(r.choices(words, k=count))
+
+    def tool(name):
+        properties = {f"{r.choice(words)}_{i}": {"type": "string", "description": text(8)} for i in range(3)}
+        return {"name": name, "description": text(10), "parameters": {
+            "type": "object", "properties": properties, "required": list(properties)}}
+
+    with open(path, "w") as file:
+        for i in range(prompts):
+            responses = [{"text": text(RESPONSE), "ids": r.choices(range(257, vocab_size), k=RESPONSE),
+                          "finish_reason": "stop", "logprob": -r.random(), "reward": r.random()} for _ in range(N)]
+            row = {"id": f"r-{i}", "source": "random", "tools": [tool(f"tool_{j}") for j in range(4)],
+                   "messages": [{"role": "user", "content": text(20)}],
+                   "answer": {"tool_calls": [{"name": "tool_0", "arguments": {}}], "content": None}}
+            file.write(json.dumps(row | {"responses": responses}) + "\n")
+
+
 def head_memory(N):
     """Peak memory of the head's loss and gradients in bfloat16, above that of its inputs, in GB."""
     W, h, weights, tensors = head_inputs(N)
@@ -487,9 +536,11 @@ def peak_above_start(run):
 
     thread = threading.Thread(target=watch)
     thread.start()
-    run()
-    finished.set()
-    thread.join()
+    try:
+        run()
+    finally:
+        finished.set()
+        thread.join()
     return max(sizes) - sizes[0]
 
 
@@ -644,8 +695,8 @@ def stages_row(folder):
 
 
 ROWS = {"head": head_row, "decoding": decoding_row, "sampling": sampling_row, "neighbours": neighbours_row,
-        "serve": serve_row, "files": files_row, "memory": memory_row, "slopes": slopes_row, "ckd": ckd_row,
-        "sft": sft_row, "rl": rl_row, "gpu": gpu_row, "stages": stages_row}
+        "serve": serve_row, "files": files_row, "memory": memory_row, "data": data_row, "slopes": slopes_row,
+        "ckd": ckd_row, "sft": sft_row, "rl": rl_row, "gpu": gpu_row, "stages": stages_row}
 
 
 def main():
@@ -660,7 +711,7 @@ def main():
         return
     if unknown := set(args.rows) - ROWS.keys():
         parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
-    if not args.model and not set(args.rows or ROWS) <= {"gpu", "stages"}:
+    if not args.model and not set(args.rows or ROWS) <= {"data", "gpu", "stages"}:
         parser.error("--model is missing: a folder with a real Qwen2.5 of 0.5B parameters")
     train.pick_device("cpu")  # with its allocator settings
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}\n")

@@ -1,7 +1,11 @@
 """Packed groups against separate rows, and the ways in which a batch may be split."""
+import tracemalloc
+from pathlib import Path
+
 import pytest
 import torch
 
+from bench import write_rollouts
 from ckd import cross_entropy
 from conftest import settings
 from data import InputError
@@ -112,6 +116,21 @@ def test_held_out_groups_leave_the_order_of_the_rest(world):
     assert len(rest) == len(every) - 5 and [i for i in every if i in rest] == rest
 
 
+def test_rollouts_are_read_at_8_bytes_a_token(tmp_path):
+    """The paper's shape: prompts of 600 tokens, 8 responses of 250. The peak also holds the objects of one line."""
+    chat = Chat.from_pretrained(Path(__file__).parents[1] / "data/tiny/teacher")
+    write_rollouts(tmp_path / "rollouts.jsonl", 40, chat.vocab_size)
+    args = settings("sft", data=tmp_path / "rollouts.jsonl")
+    read_groups(args, chat)  # what only a first call allocates
+    tracemalloc.start()
+    groups, valid, _ = read_groups(args, chat)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = counted_tokens(groups + valid)
+    assert tokens == 40 * 8 * 250
+    assert held / tokens <= 8 and peak / tokens <= 14
+
+
 def test_targets_and_responses_are_in_order(groups):
     packed = pack(groups, width=60)
     expected = []
@@ -197,14 +216,14 @@ def test_masks_caps_and_the_sources_of_responses():
     assert spans("think") == [(0, 2), (0, 4)] and spans("answer") == [(2, 4), (4, 5), (0, 2)]
     groups, skipped = make_groups(records, chat, 5, 6)
     assert skipped["prompts too long"] == 1 and skipped["responses too long"] == 1
-    assert groups[1].responses[0].ids == [7, 9, 8, 9, 2]  # the ids of the file, not of its text
+    assert list(groups[1].responses[0].ids) == [7, 9, 8, 9, 2]  # the ids of the file, not of its text
 
 
 def test_text_gets_a_missing_end_token_and_ids_are_unchanged():
     record = {"prompt": "1", "responses": [{"text": "3 4"}, {"text": "3 1"}, {"ids": [3, 4], "text": "3 4"},
                                            {"text": ""}]}
     groups, _ = make_groups([record], Words(), 9, 9)
-    ids = [response.ids for response in groups[0].responses]
+    ids = [list(response.ids) for response in groups[0].responses]
     assert ids == [[3, 4, 0], [3, 1], [3, 4], [0]]  # a truncated sample stays truncated
 
 

@@ -51,7 +51,7 @@ def plain_logits(model, group):
 def test_figures_are_those_of_training(inspected):
     group, teacher, student, topk, tokens = inspected
     packed = pack([group])
-    assert [token["id"] for token in tokens] == group.responses[0].ids and len(tokens) > 64  # two chunks
+    assert [token["id"] for token in tokens] == list(group.responses[0].ids) and len(tokens) > 64  # two chunks
     with torch.no_grad():
         hidden = hidden_states(student, packed, torch.float32)
         loss, sums = head_loss(

@@ -322,14 +322,14 @@ def test_shared_prefixes_keep_the_ordinary_prompts_and_answers(folder, think):
     for members, group in zip(rows, groups):
         ordinary, _ = make_groups(members, chat, 1000, 1000)
         assert len(group.prompt) > 0.8 * min(len(g.prompt) for g in ordinary) - 20  # the tools are in it
-        assert len(group.responses) == 8 and group.record is members[0]
+        assert len(group.responses) == 8 and group.record == members[0]
         for single, branch, record in zip(ordinary, group.responses, members):
-            ids = group.prompt + branch.ids
-            assert ids == single.prompt + single.responses[0].ids
+            ids = list(group.prompt + branch.ids)
+            assert ids == list(single.prompt + single.responses[0].ids)
             assert ids == chat.encode(chat.prompt(record)) + chat.encode(chat.answer(record))
             assert chat.decode(ids) == chat.prompt(record) + chat.answer(record)
             start, end = branch.span
-            assert branch.ids[start:end] == chat.encode(chat.answer(record)) and end == len(branch.ids)
+            assert list(branch.ids[start:end]) == chat.encode(chat.answer(record)) and end == len(branch.ids)
 
 
 # ---- the page ----------------------------------------------------------------------------------------------------
