@@ -1,15 +1,18 @@
 """The computed memory of a stage against what a step of it takes on a CPU; the GPU's figures are in tests/README.md."""
 import itertools
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import star  # noqa: E402
 import train  # noqa: E402
+from apps.curriculum import split_lines  # noqa: E402
 from apps.estimate import read_sizes, stage_memory  # noqa: E402
 from ckd import ckd_loss, loss_over_batch  # noqa: E402
 from conftest import settings  # noqa: E402
@@ -78,6 +81,17 @@ def test_the_table(pair, capsys):
     lines = capsys.readouterr().out.splitlines()
     stages = [line.split()[0] for line in lines if line and line.split()[-1][0].isdigit()]
     assert stages == ["rollout", "ckd", "simrl", "refine"] * 2
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "apps/recipes").iterdir()), ids=lambda path: path.name)
+def test_every_line_of_a_recipe_parses(recipe):
+    lines = split_lines(recipe.read_text())
+    assert lines
+    for line in lines:
+        words = shlex.split(line.split("star.py ")[-1])
+        assert line.startswith(("torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py ", words[0])), line
+        args, _ = star.parse(words)
+        assert not line.startswith("torchrun") or args.command not in star.ONE_PROCESS
 
 
 if __name__ == "__main__":
