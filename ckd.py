@@ -329,18 +329,20 @@ def run_sft(args):
 def run_training(args, student_folder, teacher_folder=None):
     """Read and check, load, train, save, show. Returns the exit code."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
-    device = train.pick_device(args.device, args.compile)
-    shard = train.sharding(args, device)
-    chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
-    if teacher_folder:
-        vocab_size = check_pair(teacher_folder, student_folder)
-    groups, valid, skipped = read_groups(args, chat)
-    for reason, count in skipped.items():
-        if count:
-            train.note(f"skipped in {args.data}: {count} {reason}")
-    if teacher_folder:
-        key = cache_key(args, groups + valid, vocab_size)
-    start = train.open_run(args, device, [student_folder, teacher_folder], [args.data, args.valid])
+    device = train.pick_device(args)
+    with train.fail_together(device):
+        shard = train.sharding(args, device)
+        chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
+        if teacher_folder:
+            vocab_size = check_pair(teacher_folder, student_folder)
+        groups, valid, skipped = read_groups(args, chat)
+        for reason, count in skipped.items():
+            if count:
+                train.note(f"skipped in {args.data}: {count} {reason}")
+        if teacher_folder:
+            key = cache_key(args, groups + valid, vocab_size)
+    start = train.open_run(args, device, [student_folder, teacher_folder],
+                           [args.data, args.valid, getattr(args, "cache", None)])
 
     # 2. Load the models; write the teacher's cache if it is missing.
     teacher = None

@@ -1,8 +1,8 @@
 """What a step of Sim-RL learns from: groups of sampled and scored responses, in the order of their prompts.
 
 Groups finish in any order. They are accepted in the order of their prompts, so that short responses are not favoured.
-The group that fills the step ends it, and later ones are dropped. The number of slots or ranks does not change what is
-trained on.
+The group that fills the step ends it, and later ones are dropped. But for rounding, the number of slots or ranks does
+not change what is trained on.
 
 Departure from the released code: it samples whole batches of prompts; here a step stops as soon as it has its groups.
 """

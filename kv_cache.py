@@ -99,7 +99,7 @@ class KVCache:
 
 
 def lay_out(prompt_rows):
-    """Responses by prompt, and the column of each: a table with a row for each prompt, where there are fewer filled with 0.
+    """A table of responses with a row for each prompt, shorter rows filled with 0, and the column of each response.
 
     prompt_rows: B integers, the row of each response's prompt
 

@@ -34,6 +34,7 @@ from data.groups import Response
 from kv_cache import KVCache, lay_out
 
 PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
+MOST_GRAPHS = 256  # shapes of a step that a GPU keeps; the oldest goes first
 LOGITS_AT_ONCE = 2 ** 20  # of float32 in a draw: larger tensors are given back to the system, and faulted in anew
 
 
@@ -252,6 +253,8 @@ class Sampler:
         inputs = (grid, integers[:, order], numbers[:, order])
         key = (B, *grid.shape, *shape)
         if key not in self.graphs:
+            if len(self.graphs) == MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]
             buffers = [tensor.to(self.model.head_weight.device) for tensor in inputs]
             self.compute(*buffers, *shape)  # compiles, and takes memory, neither of which can be recorded
             graph = torch.cuda.CUDAGraph()

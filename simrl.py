@@ -336,13 +336,14 @@ def simrl_flags(parser):
 def run_simrl(args):
     """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
-    device = train.pick_device(args.device, args.compile)
-    shard = train.sharding(args, device)
-    chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
-    prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
-    valid = []
-    if args.valid:
-        valid, _ = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
+    device = train.pick_device(args)
+    with train.fail_together(device):
+        shard = train.sharding(args, device)
+        chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
+        prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
+        valid = []
+        if args.valid:
+            valid, _ = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
     start = train.open_run(args, device, [args.model], [args.data, args.valid])
 
     # 2. Load the policy and the reference.

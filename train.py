@@ -136,16 +136,17 @@ def optimiser_step(optimisers, lr):
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices and ranks
 
-def pick_device(name, compiled=False):
+def pick_device(args):
     """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each.
 
-    compiled: --compile, which needs a GPU
+    args: parsed flags device, dtype and, of training commands, compile
     """
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device on this machine; use --device cpu")
-    if compiled and name != "cuda":
+    if getattr(args, "compile", False) and name != "cuda":
         raise InputError(f"--compile: the device is {name}, but only CUDA's flex_attention trains; leave it out")
     if name == "cpu":
         keep_pages()
@@ -158,6 +159,9 @@ def pick_device(name, compiled=False):
         # A rank may end its share of a rollout hours before another one; nccl's own limit is ten minutes.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
         atexit.register(dist.destroy_process_group)
+    mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs
+    if (name, args.dtype) == ("cpu", "bfloat16") and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        note("This CPU has no bfloat16 instructions: --dtype float32 is several times as fast")
     return torch.device(name)
 
 
@@ -224,6 +228,19 @@ def gather_over_ranks(rows, device):
     return gathered
 
 
+@contextmanager
+def fail_together(device):
+    """Wait for all ranks at the end. If input is bad or a write fails on any, all of them end, and one prints why."""
+    error = None
+    try:
+        yield
+    except (InputError, OSError) as e:
+        error = e
+    failed = gather_over_ranks([rank()] if error else [], device)
+    if failed:
+        raise error if rank() == failed[0] else SystemExit(2)
+
+
 def peak_memory(device):
     """{"peak_memory_gb"}: the GPU's own count, or the resident size of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -247,9 +264,10 @@ def open_run(args, device, models=(), files=()):
     """
     models = [folder for folder in models if folder]
     files = [file for file in files if file]
-    for folder in models:
-        Transformer.from_pretrained(folder, device="meta")
-    step = prepare_folder(args, [*models, *files]) if rank() == 0 else 0
+    with fail_together(device):
+        for folder in models:
+            Transformer.from_pretrained(folder, device="meta")
+        step = prepare_folder(args, [*models, *files]) if rank() == 0 else 0
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 

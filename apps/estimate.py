@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data import MODEL_FOLDER, non_negative, positive, print_table, read_json
+from data import MODEL_FOLDER, non_negative, number, positive, print_table, read_json
 from head import CHUNK, GPU_CHUNK
 from model import Transformer, read_config
 from sampler import Request, cache_size
@@ -31,12 +31,12 @@ def read_sizes(folder):
 
 
 def activations(c, args):
-    """Of a token in one layer, kept for the backward pass: what autograd saves (counted), or, compiled, a fit to the
-    peaks of two sizes on an H200."""
+    """Of a token in one layer, kept for the backward pass: what autograd saves, counted. Compiled: three outputs of the
+    feed-forward in bfloat16, and 7 and 5 from a fit to the peaks of two sizes on an H200."""
     h, i, q, kv = c["hidden_size"], c["intermediate_size"], c["q"], c["kv"]
     if args.compile:
         return 7 * h + 6 * i + 5 * (q + 2 * kv)
-    row = min(args.prompt_tokens + args.n * args.response_tokens, args.micro_batch_tokens)  # of the mask, as numbers
+    row = min(args.prompt_tokens + args.n * args.response_tokens, args.micro_batch_tokens)  # of SDPA's additive mask
     if args.dtype == "float32":
         return 24 * h + 16 * i + 16 * (q + kv) + 4 * row
     return 26 * h + 8 * i + 10 * (q + kv) + 2 * row
@@ -55,7 +55,7 @@ def training_memory(c, args, gpus):
     if gpus > 1:  # gathered: the embeddings with their gradient, two layers
         parts["copies"] = (width + 4) * c["embeddings"] + 2 * (width + 4) * layer
     parts["activations"] = saved * args.micro_batch_tokens
-    # The sum of the head's gradient, twice; its weight and a product in --dtype; logits and what is made of them.
+    # The head's gradient, twice; its weight in --dtype, on a GPU a product, too; logits and what is made of them.
     parts["head"] = (8 + width % 4) * c["head"] + 17 * positions * c["vocab_size"]
     if args.device == "cuda":
         parts["head"] += width * c["head"]
@@ -86,7 +86,10 @@ def stage_memory(stage, student, teacher, args, gpus):
     if stage == "ckd":
         return parts | {"frozen": frozen_memory(teacher, args, gpus)}
     model = teacher if stage == "refine" else student
-    for name, size in sampling_memory(model, args).items():
+    sampler = sampling_memory(model, args)
+    if args.dtype == "float32" and gpus == 1:
+        sampler["copies"] = 0  # the model that trains is whole and in this precision: it samples itself
+    for name, size in sampler.items():
         parts[name] = parts.get(name, 0) + size
     return parts | {"frozen": frozen_memory(model, args, gpus)}
 
@@ -146,13 +149,13 @@ def estimate_flags(parser):
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="the output head's chunks differ")
     add = parser.add_argument_group("speed").add_argument
-    add("--tflops", type=non_negative, default=250.0, help="10^12 operations a second in training")
-    add("--bandwidth", type=non_negative, default=0.6, help="TB a second that a decoding step reads")
+    add("--tflops", type=number(float, 1e-6), default=250.0, help="10^12 operations a second in training")
+    add("--bandwidth", type=number(float, 1e-6), default=0.6, help="TB a second that a decoding step reads")
 
 
 def run_estimate(args):
-    """Memory on each GPU and hours of every stage, computed from two config.json. Hours are divided by the GPUs: what
-    they say to each other is not counted."""
+    """Memory on each GPU and hours of every stage, computed from two config.json. Hours are divided by the GPUs:
+    communication between them is not counted."""
     student, teacher = read_sizes(args.student), read_sizes(args.teacher)
     columns = ("weights", "copies", "activations", "head", "keys", "frozen")
     for gpus in args.gpus:

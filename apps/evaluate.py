@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 import reward
-from apps.rollout import fail_together, print_examples, sample_responses
+from apps.rollout import print_examples, sample_responses
 from data import InputError, one_line, positive, print_table, read_json, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.prepare import turns
@@ -33,7 +33,7 @@ from data.rollouts import finish_rollouts, read_prompts, score_response
 from data.runs import add_output_flags, prepare_folder
 from model import Transformer
 from sampler import add_count_flags
-from train import add_machine_flags, pick_device, rank
+from train import add_machine_flags, fail_together, pick_device, rank
 
 RESAMPLES = 5_000
 INTERVAL = "{mean:.3f} [{low:.3f}, {high:.3f}]"
@@ -55,8 +55,9 @@ def eval_flags(parser):
 
 def run_eval(args):
     """Score a model's answers to records with gold answers, with intervals; compare two models. Under `torchrun`
-    the ranks share the records, and the files are those of one process."""
-    device = pick_device(args.device)
+    the ranks share the records, and its files are those of one process, but
+    for rounding."""
+    device = pick_device(args)
     runs = [args]
     files = [args.data]
     results = []

@@ -50,7 +50,7 @@ def run_lens(args):
     k = clamp_to_vocab("k", args.k, vocab_size)
     m = clamp_to_vocab("m", args.m, vocab_size)
 
-    device = pick_device(args.device)
+    device = pick_device(args)
     dtype = getattr(torch, args.dtype)
     packed = pack([group], device)
     teacher = Transformer.from_pretrained(args.teacher, dtype, device)

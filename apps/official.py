@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import venv
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -125,8 +125,9 @@ def serve_model(args, longest_prompt):
         finally:
             path = Path(args.out) / "stats.json"
             before = read_json(path) if path.exists() else {}
-            stats = json.load(open_url(f"http://127.0.0.1:{port}/v1/stats"))
-            write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
+            with suppress(OSError):  # after Ctrl-C the server may be gone; its counts are then lost
+                stats = json.load(open_url(f"http://127.0.0.1:{port}/v1/stats"))
+                write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
     finally:
         process.terminate()
         process.wait()
@@ -148,7 +149,7 @@ def result_lines(out):
 def run_tool(command, out, log, variables, total=None):
     """Run a command of a tool in OUT, with its output in OUT/LOG. total: the number of answers that it will write."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REMOTE_OPENAI")}
-    environment |= {"NO_PROXY": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | variables
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | variables
     for path in out.glob(RESULTS):  # a kill may have left half a line
         content = path.read_bytes()
         path.write_bytes(content[:content.rfind(b"\n") + 1])
@@ -235,7 +236,7 @@ def report(args, items, other, columns, details):
         if name in differences:
             rows[-1].append(percent.replace(":", ":+").format(**paired_interval(differences[name])))
     details |= {"max_new_tokens": args.max_new_tokens, "items_per_category": args.items or "all", "dtype": args.dtype,
-                **read_json(out / "stats.json")}
+                **(read_json(out / "stats.json") if (out / "stats.json").exists() else {})}
     write_json(out / "items.json", items)
     write_json(out / "summary.json", {"model": args.model, "scores": scores, **details})
     print()

@@ -4,7 +4,6 @@ The file format and the filters are in data/rollouts.py, the sampler in sampler.
 share of the records into a part file of its own, and rank 0 joins them; a run may resume with any number of ranks.
 """
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
-from train import add_machine_flags, gather_over_ranks, note, pick_device, rank, world_size
+from train import add_machine_flags, fail_together, gather_over_ranks, note, pick_device, rank, world_size
 
 
 def rollout_flags(parser):
@@ -39,9 +38,9 @@ def rollout_flags(parser):
 
 def run_rollout(args):
     """Sample responses to each record, filter them by form, and score them if there is a gold answer. Under `torchrun`
-    the ranks share the records, and the file is that of one process."""
+    the ranks share the records; the file is that of one process, but for rounding."""
     out = Path(args.out)
-    device = pick_device(args.device)
+    device = pick_device(args)
     with fail_together(device):
         if out.resolve() == Path(args.data).resolve():
             raise InputError(f"{out}: would be written over --data; use another --out")
@@ -85,19 +84,6 @@ def print_examples(rows):
         for r in row["responses"][:2]:
             label = f"{r['reward']:.3f}" if "reward" in r else "response"
             print(f"{label:8s} {one_line(r['text'])}")
-
-
-@contextmanager
-def fail_together(device):
-    """Wait for all ranks at the end. If input is bad or a write fails on any, all of them end, and one prints why."""
-    error = None
-    try:
-        yield
-    except (InputError, OSError) as e:
-        error = e
-    failed = gather_over_ranks([rank()] if error else [], device)
-    if failed:
-        raise error if rank() == failed[0] else SystemExit(2)
 
 
 def sample_responses(args, out, chat, records, prompts, draws, device, *options):

@@ -67,7 +67,7 @@ def run_serve(args):
 
 def make_server(args):
     """A server that listens, with its engine running."""
-    device = pick_device(args.device)
+    device = pick_device(args)
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)

@@ -50,12 +50,13 @@ class Response:
 @dataclass(slots=True)
 class Group:
     """A record, its prompt as token ids, and the responses to it."""
-    stored: dict  # the record; from a file its JSON, a fifth of the memory
-    prompt: list  # from a file an array("i")
+    stored: dict  # the record; `make_groups` stores its JSON, a fifth of the memory
+    prompt: list  # of `make_groups`, an array("i")
     responses: list
 
     @property
     def record(self):
+        """The record; read anew each time if it is stored as JSON, so that changes are lost."""
         return json.loads(self.stored) if isinstance(self.stored, bytes) else self.stored
 
     @property
@@ -255,8 +256,6 @@ def pack(groups, device="cpu", width=None):
       rows              [N] its row in a teacher cache
     """
     width = width or max(group.length for group in groups)
-    if torch.device(device).type == "cuda":
-        width += -width % 128  # flex_attention computes whole blocks
     places = first_fit([group.length for group in groups], width)
     shape = (1 + max(b for b, _ in places), width)
     input_ids, positions, segment = np.zeros((3, *shape), dtype=np.int64)  # [B, T] each

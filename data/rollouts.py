@@ -20,13 +20,14 @@ Departures from the released code, as far as paper.md describes it:
 import json
 import re
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data import InputError, read_json, refuse_changes, write_json, write_lines
 from data.groups import Group
-from data.records import has_answer, read_lines, read_records
+from data.records import has_answer, read_lines, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
@@ -37,7 +38,7 @@ def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     over the cap. InputError if need_gold is set and a record has no gold answer.
     """
     rendered = {"think": chat.think, "tools": chat.tools}
-    records = read_records(path, need_gold)[:limit]
+    records = list(islice(stream_records(path, need_gold), limit))
     prompts = []
     for record in records:
         if need_gold and not has_answer(record):

@@ -160,7 +160,7 @@ def run_alone(folder, side, size):
 
 
 def run_side(folder, side, size):
-    train.pick_device("cpu")  # with its allocator settings
+    train.keep_pages()  # as the commands do
     if side == "star":
         return star_steps(folder, size)
     if side.startswith("trl"):
@@ -713,7 +713,7 @@ def main():
         parser.error(f"no row {', '.join(sorted(unknown))}; rows are {', '.join(ROWS)}")
     if not args.model and not set(args.rows or ROWS) <= {"data", "gpu", "stages"}:
         parser.error("--model is missing: a folder with a real Qwen2.5 of 0.5B parameters")
-    train.pick_device("cpu")  # with its allocator settings
+    train.keep_pages()  # as the commands do
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}\n")
     print("| what | peer or limit | here | peer | ratio | asked |\n|---|---|---|---|---|---|")
     for name in args.rows or [name for name in ROWS if name not in ("gpu", "stages")]:

@@ -39,8 +39,8 @@ def pair(tmp_path_factory):
 def ckd_step(folder, dtype, checkpointing):
     """Load both models and train a step, on all ranks. Returns the largest sum of what was allocated, in bytes."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        args = settings("ckd", dtype=dtype, micro_batch_tokens=TOKENS)
-        shard = train.sharding(args, train.pick_device("cpu"))
+        args = settings("ckd", device="cpu", dtype=dtype, micro_batch_tokens=TOKENS)
+        shard = train.sharding(args, train.pick_device(args))
         model = Transformer.from_pretrained(f"{folder}/teacher", getattr(torch, dtype), shard=shard)
         teacher = Teacher(model, 20, CONFIG["vocab_size"])
         student = Transformer.from_pretrained(f"{folder}/student", shard=shard)

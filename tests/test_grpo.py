@@ -788,7 +788,7 @@ def main(out, *words):
     torch.set_num_threads(1)
     flags = {"kl_weight": 0.01, "steps": 10, "prompts_per_step": 6, "max_draws": 2, "save_every": 2,
              "micro_batch_tokens": 40, "resume": "--resume" in words}
-    device = train.pick_device("cpu")
+    device = train.pick_device(settings("simrl", device="cpu"))
     start = train.open_run(small_settings(out, **flags), device)
     score = slow_coarse if "--slow" in words else coarse
     model = tiny()

@@ -153,7 +153,10 @@ def test_records_of_an_earlier_run_are_not_taken(here):
     (f"{ROLLOUT} --out old/new", "old"),
     (f"{EVAL} --out new --model nowhere", "nowhere/config.json: no such file"),
     (f"{EVAL} --out old", "old: is a file"),
-    (f"{EVAL} --out new --compare other", "the two evaluations have no record in common")])
+    (f"{EVAL} --out new --compare other", "the two evaluations have no record in common"),
+    ("sft --model student --data nowhere.jsonl --out new", "nowhere.jsonl: cannot be read"),
+    ("ckd --teacher teacher --student student --data train.jsonl --out old", "old: is a file"),
+    ("simrl --model student --data train.jsonl --out new --shard-ranks 3", "--shard-ranks 3: must divide")])
 def test_an_error_is_printed_once(here, capfd, command, message):
     Path("old").write_text("precious")
     if "--compare" in command:

@@ -297,7 +297,7 @@ def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InputError, match="no GPU for rank 2; use torchrun --nproc-per-node 2"):
-        train.pick_device("cuda")
+        train.pick_device(settings("sft", device="cuda"))
 
 
 # ---- Memory
@@ -385,14 +385,14 @@ def main(command, *words):
     elif command == "memory":
         measure_memory()
     elif command == "cases":  # as a rank
-        train.pick_device("cpu")
+        train.pick_device(settings("sft", device="cpu"))
         arguments, output = words
         result = run_cases(*json.loads(arguments))
         if train.rank() == 0:
             Path(output).write_text(json.dumps(result))
         train.wait_for_ranks()
     elif command == "watch":  # as a rank
-        train.pick_device("cpu")
+        train.pick_device(settings("sft", device="cpu"))
         folder, dtype = words
         Path(folder, f"memory {train.rank()}.json").write_text(json.dumps(train_and_watch(folder, dtype)))
         train.wait_for_ranks()

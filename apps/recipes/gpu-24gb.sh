@@ -1,4 +1,5 @@
 # CKD and Sim-RL of Qwen3-0.6B from Qwen3-1.7B on one GPU of 24 GB. Not run on one of this size.
+# train.jsonl.gz and valid.jsonl.gz: two parts of what `star.py prepare` writes.
 #
 # CKD 21.4 GB with the teacher in memory, Sim-RL 22.1 GB. Computed by
 #   python star.py estimate --student models/Qwen3-0.6B --teacher models/Qwen3-1.7B --gpus 1 --gradient-checkpointing \

@@ -1,5 +1,6 @@
-# The whole order on a laptop's CPU with a real 0.5B. Run as tests/real_run.sh and tests/simrl_run.sh on two cores:
-# 27 steps of sft, its rollouts and 26 steps of CKD took 71 minutes and 20 GB, 16 steps of Sim-RL 55 minutes.
+# The whole order on a laptop's CPU with a real 0.5B, close to tests/real_run.sh (71 minutes and 20 GB on two cores, with a
+# second student) and tests/simrl_run.sh (55 minutes), whose settings differ a little. Not run in this form.
+# train.jsonl.gz: records that `star.py prepare` has written. On a CPU without bfloat16 instructions add --dtype float32.
 python star.py sft --model models/Qwen2.5-Coder-0.5B-Instruct --data train.jsonl.gz --limit 640 --max-prompt-tokens 512 \
     --batch-size 8 --micro-batch-tokens 2048 --lr 3e-5 --save-every 10 --out runs/teacher
 python star.py rollout --model runs/teacher/model --data train.jsonl.gz --limit 960 --n 4 --max-new-tokens 128 \

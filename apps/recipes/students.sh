@@ -4,6 +4,7 @@
 #   python star.py estimate --student models/Qwen3-0.6B --teacher models/Teacher-8B --gpus 8 --gradient-checkpointing \
 #       --micro-batch-tokens 8192 --max-concurrent 64
 # for 128,000 prompts of 600 tokens x 8 responses of 250 and, in Sim-RL, 1,000 steps. With longer thoughts, they grow.
+# xlam.jsonl and toolace.jsonl: your records (README.md, *With real models*).
 python star.py prepare --data xlam.jsonl toolace.jsonl --model models/Teacher-8B --out train.jsonl.gz
 
 # The teacher answers: 54 GB a GPU (with --max-new-tokens 2048), 4.4 hours
@@ -12,19 +13,22 @@ torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py rollout --model m
 
 # 0.6B. CKD: 16 GB, 0.9 hours. Sim-RL: 31 GB, 1.6 hours
 torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py ckd --teacher models/Teacher-8B --student models/Qwen3-0.6B \
-    --data rollouts.jsonl --think on --gradient-checkpointing --micro-batch-tokens 8192 --out runs/ckd-0.6b
+    --data rollouts.jsonl --think on --max-response-tokens 2048 --gradient-checkpointing --micro-batch-tokens 8192 \
+    --out runs/ckd-0.6b
 torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py simrl --model runs/ckd-0.6b/model --data train.jsonl.gz \
     --think on --gradient-checkpointing --micro-batch-tokens 8192 --max-concurrent 64 --out runs/star-0.6b
 
 # 1.7B. CKD: 23 GB, 1.3 hours. Sim-RL: 41 GB, 3.3 hours
 torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py ckd --teacher models/Teacher-8B --student models/Qwen3-1.7B \
-    --data rollouts.jsonl --think on --gradient-checkpointing --micro-batch-tokens 8192 --out runs/ckd-1.7b
+    --data rollouts.jsonl --think on --max-response-tokens 2048 --gradient-checkpointing --micro-batch-tokens 8192 \
+    --out runs/ckd-1.7b
 torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py simrl --model runs/ckd-1.7b/model --data train.jsonl.gz \
     --think on --gradient-checkpointing --micro-batch-tokens 8192 --max-concurrent 64 --out runs/star-1.7b
 
 # 4B. CKD: 31 GB, 2.2 hours. Sim-RL: 59 GB, 7.1 hours
 torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py ckd --teacher models/Teacher-8B --student models/Qwen3-4B \
-    --data rollouts.jsonl --think on --gradient-checkpointing --micro-batch-tokens 8192 --out runs/ckd-4b
+    --data rollouts.jsonl --think on --max-response-tokens 2048 --gradient-checkpointing --micro-batch-tokens 8192 \
+    --out runs/ckd-4b
 torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py simrl --model runs/ckd-4b/model --data train.jsonl.gz \
     --think on --gradient-checkpointing --micro-batch-tokens 8192 --max-concurrent 64 --out runs/star-4b
 

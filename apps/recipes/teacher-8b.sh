@@ -1,5 +1,6 @@
 # The paper's first stage: refine Qwen3-8B into the teacher, on one node of 8 GPUs of 80 GB. Not run.
 # The result is published as star-lab/Teacher-8B, so most people do not need this.
+# xlam.jsonl and toolace.jsonl: your records (README.md, *With real models*); valid.jsonl.gz: some of them, kept apart.
 #
 # 78 GB a GPU; 21 hours for 1,000 steps of up to 3,000. Computed by
 #   python star.py estimate --student models/Qwen3-8B --teacher models/Qwen3-8B --gpus 8 --gradient-checkpointing \
