@@ -190,6 +190,8 @@ REFUSED = {
     "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
     "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: run_before(SFT),
                                "run: --overwrite would delete what this run reads; "),
+    "overwrite the cache": (f"{CKD} --cache run/cache --overwrite", lambda: run_before(f"{CKD} --cache run/cache"),
+                            "run: --overwrite would delete what this run reads; "),
     "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: run_before(CKD),
                        "run: was started with another .*k.*; resu"),
     "cache of another teacher": (
