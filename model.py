@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
+from data.fields import CONFIG, ROPE, WEIGHT_INDEX, check_fields
 from data.runs import save_tensors
 from shard import gather, parameters, part_of, rank, whole
 
@@ -41,7 +42,9 @@ def read_config(config, where):
     config: the content of a config.json, older (rope_theta at top level) or newer (inside rope_parameters)
     where: its path, for error messages
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    check_fields(config, CONFIG, where)
+    rope = check_fields(config.get("rope_parameters") or config.get("rope_scaling") or {}, ROPE, where)
+    config = {name: value for name, value in config.items() if value is not None}
     refuse_unsupported(config, rope, where)
     c = DEFAULTS | config
     qwen3 = c["model_type"] == "qwen3"
@@ -49,6 +52,9 @@ def read_config(config, where):
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
     if not c.get("head_dim"):
         c["head_dim"] = 128 if qwen3 else c["hidden_size"] // c["num_attention_heads"]
+    if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
+        raise InputError(f"{where}: heads of {c['head_dim']}, {c['num_attention_heads']} for queries and "
+                         f"{c['num_key_value_heads']} for keys, do not fit; {MODEL_FOLDER}")
     c["rope_theta"] = float(rope.get("rope_theta", c["rope_theta"]))
     c["qk_norm"] = qwen3
     c["qkv_bias"] = bias or not qwen3
@@ -343,7 +349,8 @@ def read_tensors(folder, known):
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
     if index.exists():
-        shards = set(read_json(index).get("weight_map", {}).values())
+        weight_map = check_fields(read_json(index), WEIGHT_INDEX, index).get("weight_map") or {}
+        shards = set(weight_map.values())
         paths = [folder / shard for shard in sorted(shards)]
     elif not paths[0].exists():
         raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")

@@ -21,6 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data import MODEL_FOLDER, InputError, read_json
+from data.fields import GENERATION_CONFIG, TOKENIZER_CONFIG, check_fields
 
 # The end of the prompt, which opens the answer: `--think on|off|none`.
 THINK = {"on": "<think>", "off": "<think>\n\n</think>\n\n", "none": ""}
@@ -67,7 +68,8 @@ class Chat:
         chat = cls()
         chat.family, chat.default_system, chat.example_call = read_flavour(folder)
         chat.tools = tools
-        config = read_optional(folder / "tokenizer_config.json")
+        path = folder / "tokenizer_config.json"
+        config = check_fields(read_optional(path), TOKENIZER_CONFIG, path)
         family_think = "on" if chat.family == "qwen3" else "none"
         chat.think = think or config.get("default_think") or family_think
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
@@ -85,7 +87,7 @@ class Chat:
             raise InputError(f"{path}: no token </think>; use --think none")
         stop_ids = {chat.end_id}
         for name in ("generation_config.json", "config.json"):
-            eos = read_optional(folder / name).get("eos_token_id")
+            eos = check_fields(read_optional(folder / name), GENERATION_CONFIG, folder / name).get("eos_token_id")
             stop_ids.update(eos if isinstance(eos, list) else [eos])
         chat.stop_ids = sorted(stop_ids - {None})
         return chat
@@ -230,10 +232,10 @@ def read_flavour(folder):
     """(family, default system prompt, example call) from the chat template; without one, from `model_type`."""
     path = folder / "chat_template.jinja"
     if path.exists():  # it overrides tokenizer_config.json
-        template = path.read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8", errors="replace")
     else:
         path = folder / "tokenizer_config.json"
-        template = read_optional(path).get("chat_template")
+        template = check_fields(read_optional(path), TOKENIZER_CONFIG, path).get("chat_template")
     if template is None:
         path = folder / "config.json"
         model_type = read_json(path, MODEL_FOLDER).get("model_type")

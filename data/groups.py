@@ -126,8 +126,8 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     for record in records:
         rendered = record.get("rendered")
         if rendered not in (None, {"think": chat.think, "tools": chat.tools}):
-            raise InputError(f"record {record['id']}: was sampled with --think {rendered['think']} "
-                             f"--tools {rendered['tools']}; give the same flags to this command")
+            raise InputError(f"record {record['id']}: was sampled with --think {rendered.get('think')} "
+                             f"--tools {rendered.get('tools')}; give the same flags to this command")
         prompt = chat.encode(chat.prompt(record))
         if len(prompt) > max_prompt_tokens:
             skipped["prompts too long"] += 1

@@ -26,6 +26,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data import InputError, positive, read_json
+from data.fields import ANSWER, RECORD, check_fields
 from reward import score
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
@@ -109,6 +110,7 @@ def read_record(line, default_id, check):
     messages = [*map(read_message, history), read_message(last, check)]
     record = {"id": default_id, "source": default_id.rpartition(":")[0]}
     our_format = "answer" in item or "responses" in item
+    check_fields(item if our_format else {}, RECORD, "the record", "give it as README.md says")
     if not our_format:
         item = {key: str(item[key]) for key in record if item.get(key) is not None}
     record |= item | {"tools": [read_tool(tool) for tool in tools], "messages": messages}
@@ -120,6 +122,7 @@ def read_record(line, default_id, check):
         if "reasoning_content" in last:
             record["answer"]["reasoning"] = last["reasoning_content"]
     elif isinstance(answer, dict):
+        check_fields(answer, ANSWER, "answer", "give it as README.md says")
         calls = read_calls(answer.get("tool_calls") or [], check)
         content = read_text(answer.get("content"))
         record["answer"] = answer | {"tool_calls": calls, "content": content}

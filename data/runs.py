@@ -24,6 +24,7 @@ from tqdm import tqdm
 from data import InputError, atomic_folder, one_line, print_table, read_json, refuse_changes
 from data import write_json, write_lines
 from data.groups import counted_tokens
+from data.records import read_lines
 from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
 
 # A resumed run may change these: they affect memory, speed, the filters of a rollout, or the report of an eval.
@@ -79,8 +80,8 @@ def prepare_folder(args, inputs):
     for log in (out / "metrics.jsonl", out / "samples.jsonl"):
         if log.exists():  # a kill may have left half a line
             with open(log, encoding="utf-8", errors="replace") as file:
-                whole = (line for line in file if step and line.endswith("\n"))
-                write_lines(log, (line for line in whole if json.loads(line)["step"] <= step))
+                whole = ((i, line) for i, line in enumerate(file, start=1) if step and line.endswith("\n"))
+                write_lines(log, (line for i, line in whole if read_row(line, f"{log}:{i}")["step"] <= step))
     return step
 
 
@@ -98,8 +99,19 @@ def log_metrics(out, *rows, name="metrics.jsonl"):
 
 def read_metrics(out):
     """The rows of metrics.jsonl."""
-    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    path = Path(out) / "metrics.jsonl"
+    return [read_row(line, f"{path}:{number}") for number, line in read_lines(path)]
+
+
+def read_row(line, where):
+    """A line of metrics.jsonl or samples.jsonl. InputError if it is no JSON object with a step."""
+    try:
+        row = json.loads(line)
+    except ValueError as e:
+        raise InputError(f"{where}: is not JSON ({e}); remove the line") from e
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        raise InputError(f"{where}: is no line of a run's log; remove it")
+    return row
 
 
 def summarise_training(out):

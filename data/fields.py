@@ -1,0 +1,57 @@
+"""What may stand in the fields of JSON that this project reads, as tables: a field to the kind of its value.
+
+The place that reads a file checks it once, so that all code behind can trust what it has. Fields that are missing, null or
+in no table are not looked at.
+"""
+import json
+import math
+
+from data import MODEL_FOLDER, InputError
+
+
+def is_id(value):
+    return type(value) is int and 0 <= value < 2 ** 31
+
+
+def is_template(value):
+    return isinstance(value, str) or isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+        for entry in value)
+
+
+KINDS = {
+    "text": lambda value: isinstance(value, str),
+    "true or false": lambda value: isinstance(value, bool),
+    "an object": lambda value: isinstance(value, dict),
+    "a list": lambda value: isinstance(value, list),
+    "a whole number above 0": lambda value: is_id(value) and value > 0,
+    "a number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
+    "a template, or a list of templates with names": is_template,
+    "an object of safetensors files": lambda value: isinstance(value, dict) and all(
+        isinstance(name, str) and name.endswith(".safetensors") for name in value.values()),
+}
+
+CONFIG = dict.fromkeys((
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings"), "a whole number above 0") | dict.fromkeys((
+        "tie_word_embeddings", "attention_bias", "use_sliding_window"), "true or false") | {
+    "model_type": "text", "hidden_act": "text", "rms_norm_eps": "a number above 0", "rope_theta": "a number above 0",
+    "rope_parameters": "an object", "rope_scaling": "an object", "layer_types": "a list",
+    "eos_token_id": "an id or a list of ids"}
+ROPE = {"rope_theta": "a number above 0", "rope_type": "text", "type": "text"}
+GENERATION_CONFIG = {"eos_token_id": "an id or a list of ids"}
+TOKENIZER_CONFIG = {"default_think": "text", "chat_template": "a template, or a list of templates with names"}
+WEIGHT_INDEX = {"weight_map": "an object of safetensors files"}
+RECORD = {"source": "text", "rendered": "an object"}
+ANSWER = {"reasoning": "text"}
+
+
+def check_fields(value, table, where, remedy=MODEL_FOLDER):
+    """Return a JSON object. InputError if one of its fields has a value of another kind than the table says."""
+    for name, kind in table.items():
+        if value.get(name) is not None and not KINDS[kind](value[name]):
+            found = json.dumps(value[name])
+            found = found if len(found) <= 40 else found[:37] + "..."
+            raise InputError(f"{where}: {name} is {found}, not {kind}; {remedy}")
+    return value
