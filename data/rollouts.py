@@ -86,16 +86,18 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
             remedy = "start again with --overwrite, or use another --out"
             saved = read_json(f"{out}.arguments.json", remedy)
             refuse_changes(f"{out}: was made with", saved, arguments, remedy)
-        return [json.loads(line) for _, line in read_lines(out)], {}
+        return [parse_line(out, number, line, dict) for number, line in read_lines(out)], {}
     lines = []
     if resume and part.exists():  # a kill may have left half a line, or half a character
-        lines = [json.loads(line) for path in (part, *others) for line in path.read_bytes().split(b"\n")[:-1]]
+        for path in (part, *others):
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                lines.append(parse_line(path, number, line, list if lines else (dict, type(None))))
     if lines:
         remedy = "resume with the settings in its first line, or start again with --overwrite"
         refuse_changes(f"{part}: was started with", lines[0] or {}, arguments or {}, remedy)
     rows = dict(lines[1:])
     for i, row in rows.items():
-        if i >= len(records) or records[i]["id"] != row["id"]:
+        if not 0 <= i < len(records) or records[i]["id"] != row.get("id"):
             raise InputError(f"{part}: holds other records; start again with --overwrite")
     out.parent.mkdir(parents=True, exist_ok=True)
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
@@ -104,6 +106,18 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
     for path in others:
         path.unlink()
     return None, rows
+
+
+def parse_line(path, number, line, kind):
+    """The value in a line of a file that this project wrote: a record, settings, or [index, record]."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = ()  # of no kind
+    pair = isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], dict)
+    if not isinstance(value, kind) or kind is list and not pair:
+        raise InputError(f"{path}:{number}: the line was changed or cut; remove it, or start again with --overwrite")
+    return value
 
 
 def response_row(chat, response):

@@ -326,8 +326,11 @@ def load_checkpoint(out, step, model, optimisers):
     """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     progress = read_json(folder / "progress.json")
-    weights = safe_open(folder / "weights.safetensors", "pt")
-    moments = {moment: safe_open(folder / f"{moment}.safetensors", "pt") for moment in MOMENTS}
+    try:
+        weights = safe_open(folder / "weights.safetensors", "pt")
+        moments = {moment: safe_open(folder / f"{moment}.safetensors", "pt") for moment in MOMENTS}
+    except SafetensorError as e:
+        raise InputError(f"{folder}: not a whole checkpoint ({e}); remove it to resume from the one before") from e
     state = {}  # of each parameter, in its optimiser
     for optimiser in optimisers:
         for group in optimiser.param_groups:

@@ -190,6 +190,9 @@ REFUSED = {
     "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
     "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: run_before(SFT),
                                "run: --overwrite would delete what this run reads; "),
+    "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: cut(
+        str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors"))),
+        "run/checkpoints/step-0*[0-9]+: not a whole checkpoint .*; remove it to resume from the one before"),
     "overwrite the cache": (f"{CKD} --cache run/cache --overwrite", lambda: run_before(f"{CKD} --cache run/cache"),
                             "run: --overwrite would delete what this run reads; "),
     "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: run_before(CKD),

@@ -20,7 +20,7 @@ from data import InputError  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.groups import make_groups  # noqa: E402
 from data.records import read_records, read_tools  # noqa: E402
-from data.rollouts import read_prompts, score_response  # noqa: E402
+from data.rollouts import open_rollouts, read_prompts, score_response  # noqa: E402
 from data.runs import read_metrics  # noqa: E402
 from model import Transformer  # noqa: E402
 
@@ -85,18 +85,28 @@ class Files:
         (folder / "run/metrics.jsonl").write_text("".join(
             json.dumps({"step": step, "loss": 1.0, "seconds": 0.5}) + "\n" for step in (1, 2)))
         (folder / "records.jsonl").write_text(json.dumps(self.records[1]) + "\n")
+        self.rows = [[i, record | {"responses": []}] for i, record in enumerate(self.records[:3])]
+        (folder / "out.part").write_bytes(self.part(self.rows))
         chat = lambda: Chat.from_pretrained(self.model)  # noqa: E731
         model = lambda: Transformer.from_pretrained(self.model)  # noqa: E731
         self.json = {"model/config.json": lambda: (model(), chat()), "model/generation_config.json": chat,
                      "model/tokenizer_config.json": chat, "model/model.safetensors.index.json": model,
                      "tools.json": lambda: read_tools(folder / "tools.json")}
         self.bytes = self.json | {"model/tokenizer.json": chat, "model/model.safetensors": model,
-                                  "records.jsonl": self.read_records, "run/metrics.jsonl": self.read_metrics}
+                                  "records.jsonl": self.read_records, "run/metrics.jsonl": self.read_metrics,
+                                  "out.part": self.read_part}
+
+    def part(self, rows):
+        """The bytes of a part file of a rollout."""
+        return "".join(json.dumps(line) + "\n" for line in ({"seed": 1}, *rows)).encode()
+
+    def read_part(self):
+        open_rollouts(self.folder / "out", self.records, {"seed": 1}, resume=True)
 
     def read_records(self):
         path = self.folder / "records.jsonl"
         for need_answer in (True, False):
-            groups, _ = make_groups(read_records(path, need_answer), self.chat, 5000, 500)
+            groups, _ = make_groups(read_records(path, need_answer, self.chat.vocab_size), self.chat, 5000, 500)
             for group in groups:
                 for text in ANSWERS:
                     score_response(self.chat, group.record, text)
@@ -132,6 +142,7 @@ def fuzz(folder, count, seed=0):
         record = mutate(r, r.choice(files.records))
         record = mutate(r, record) if r.random() < 0.3 else record
         yield attempt(files.read_records, folder / "records.jsonl", json.dumps(record).encode() + b"\n")
+        yield attempt(files.read_part, folder / "out.part", files.part(mutate(r, files.rows)))
         for name, read in files.json.items():
             value = mutate(r, json.loads((folder / name).read_text()))
             yield attempt(read, folder / name, json.dumps(value).encode())
@@ -140,7 +151,7 @@ def fuzz(folder, count, seed=0):
 
 
 def test_no_file_ends_in_a_traceback(tmp_path):
-    """900 mutations in about five seconds."""
+    """960 mutations in about five seconds."""
     faults = [fault for fault in fuzz(tmp_path, 60) if fault]
     assert not faults, "\n".join(faults)
 
