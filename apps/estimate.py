@@ -45,18 +45,19 @@ def activations(c, args):
 def training_memory(c, args, gpus):
     """{part: size} of the model that trains."""
     layer = (c["weights"] - c["embeddings"]) / c["num_hidden_layers"]
-    width = 4 if args.dtype == "float32" else 2
+    width = getattr(torch, args.dtype).itemsize
+    cast = width if width < 4 else 0  # weights are float32: in another precision there is a copy
     positions = GPU_CHUNK if args.device == "cuda" else CHUNK
     saved = activations(c, args) * c["num_hidden_layers"]
     if args.gradient_checkpointing:
         saved = 4 * c["hidden_size"] * c["num_hidden_layers"] + activations(c, args)
     parts = {"weights": 16 * c["weights"] / gpus}  # float32: the weight, its gradient, two moments
-    parts["copies"] = (width % 4) * layer * c["num_hidden_layers"]  # by autocast
+    parts["copies"] = cast * layer * c["num_hidden_layers"]  # by autocast
     if gpus > 1:  # gathered: the embeddings with their gradient, two layers
         parts["copies"] = (width + 4) * c["embeddings"] + 2 * (width + 4) * layer
     parts["activations"] = saved * args.micro_batch_tokens
     # The head's gradient, twice; its weight in --dtype, on a GPU a product, too; logits and what is made of them.
-    parts["head"] = (8 + width % 4) * c["head"] + 17 * positions * c["vocab_size"]
+    parts["head"] = (8 + cast) * c["head"] + 17 * positions * c["vocab_size"]
     if args.device == "cuda":
         parts["head"] += width * c["head"]
     return parts
@@ -64,13 +65,13 @@ def training_memory(c, args, gpus):
 
 def frozen_memory(c, args, gpus):
     """Of a model that only computes: teacher or reference. In parts, its embeddings stay gathered."""
-    width = 4 if args.dtype == "float32" else 2
+    width = getattr(torch, args.dtype).itemsize
     return width * (c["weights"] / gpus + (c["embeddings"] if gpus > 1 else 0))
 
 
 def sampling_memory(c, args):
     """{part: size} of the sampler: weights, keys and values, and the logits of a draw."""
-    width = 4 if args.dtype == "float32" else 2
+    width = getattr(torch, args.dtype).itemsize
     request = Request([0] * args.max_prompt_tokens, args.n, 0, 1.0, args.max_new_tokens)
     slots, prompts, prompt_tokens, new_tokens = cache_size(args.max_concurrent, [request] * args.max_concurrent)
     tokens = prompts * prompt_tokens + slots * new_tokens
@@ -82,10 +83,10 @@ def stage_memory(stage, student, teacher, args, gpus):
     """{part: size} of a stage on each GPU."""
     if stage == "rollout":
         return sampling_memory(teacher, args)
-    parts = training_memory(teacher if stage == "refine" else student, args, gpus)
+    model = teacher if stage == "refine" else student
+    parts = training_memory(model, args, gpus)
     if stage == "ckd":
         return parts | {"frozen": frozen_memory(teacher, args, gpus)}
-    model = teacher if stage == "refine" else student
     sampler = sampling_memory(model, args)
     if args.dtype == "float32" and gpus == 1:
         sampler["copies"] = 0  # the model that trains is whole and in this precision: it samples itself

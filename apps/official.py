@@ -149,7 +149,8 @@ def result_lines(out):
 def run_tool(command, out, log, variables, total=None):
     """Run a command of a tool in OUT, with its output in OUT/LOG. total: the number of answers that it will write."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REMOTE_OPENAI")}
-    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"} | variables
+    environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1",
+                    "PYTHONDONTWRITEBYTECODE": "1", **variables}
     for path in out.glob(RESULTS):  # a kill may have left half a line
         content = path.read_bytes()
         path.write_bytes(content[:content.rfind(b"\n") + 1])

@@ -1,7 +1,7 @@
 """What may stand in the fields of JSON that this project reads, as tables: a field to the kind of its value.
 
-The place that reads a file checks it once, so that all code behind can trust what it has. Fields that are missing, null or
-in no table are not looked at.
+The place that reads a file checks it once, so that all code behind can trust what it has. Fields that are missing, null
+or in no table are not looked at.
 """
 import json
 import math
