@@ -170,7 +170,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     batches = plan_batches(groups, args)
     optimisers = train.make_optimisers(student, args)
     if start:
-        runs.load_checkpoint(args.out, start, student, optimisers)
+        runs.load_checkpoint(args.out, start, args.command, student, optimisers)
     elif valid:
         row = validate(student, teacher, valid, args, answer_valid)
         if train.rank() == 0:
@@ -342,7 +342,7 @@ def run_training(args, student_folder, teacher_folder=None):
         if teacher_folder:
             key = cache_key(args, groups + valid, vocab_size)
     start = train.open_run(args, device, [student_folder, teacher_folder],
-                           [args.data, args.valid, getattr(args, "cache", None)])
+                           [args.data, args.valid], [getattr(args, "cache", None)])
 
     # 2. Load the models; write the teacher's cache if it is missing.
     teacher = None

@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from data import InputError
+from data import InputError, release
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
 COMMANDS = {
@@ -83,6 +83,8 @@ def main(argv=None):
         remedy = "; continue with the same command and --resume" if "resume" in args else ""
         print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
         return 130
+    finally:
+        release()
     # Here, where progress bars have ended their line.
     print(f"star.py {args.command}: {message}", file=sys.stderr)
     return 2

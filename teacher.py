@@ -101,6 +101,8 @@ def cache_key(args, groups, vocab_size):
     """
     if not args.cache:
         return None
+    if Path(args.out).resolve().is_relative_to(Path(args.cache).resolve()):
+        raise InputError(f"{args.out}: lies in --cache {args.cache}; use another --out")
     view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
     digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
     key = {"teacher": fingerprint(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}

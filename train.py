@@ -253,21 +253,25 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs and checkpoints
 
-def open_run(args, device, models=(), files=()):
+def open_run(args, device, models=(), files=(), others=()):
     """Prepare the folder --out for a run. Returns the step to resume after, 0 for a new run; the same on every rank.
 
-    models: the model folders that the run reads, or None; broken ones are refused before anything is written
-    files: the other files that the run reads, or None
+    models: the model folders that the run reads, or None, the one that trains first; broken ones are refused before
+        anything is written
+    files: the data files that the run reads, or None
+    others: other paths that it uses, or None
 
-    The settings are written to arguments.json, and a resumed run must have the same. InputError if --out exists and
-    neither --resume nor --overwrite is set, and if --overwrite would delete what the run reads.
+    The settings are written to arguments.json, and a resumed run must have the same. InputError as `prepare_folder`.
     """
-    models = [folder for folder in models if folder]
-    files = [file for file in files if file]
+    models, files, others = ([path for path in paths if path] for paths in (models, files, others))
+    step = 0
     with fail_together(device):
+        shapes = []
         for folder in models:
-            Transformer.from_pretrained(folder, device="meta")
-        step = prepare_folder(args, [*models, *files]) if rank() == 0 else 0
+            model = Transformer.from_pretrained(folder, device="meta")
+            shapes.append({name: list(p.shape) for name, p in model.named_parameters()})
+        if rank() == 0:
+            step = prepare_folder(args, [*models, *files], others, *shapes[:1])
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 

@@ -61,7 +61,7 @@ def run_acebench(args):
         remedy = f"git clone {URL} DIR && git -C DIR checkout {COMMIT[:7]}"
         raise InputError(f"{checkout}: is not ACEBench at {COMMIT[:7]}, unchanged; {remedy}")
     python = make_environment(args.env, PACKAGES, lambda pip: subprocess.run([*pip, *PACKAGES], check=True)) / "python"
-    open_run(args, "cpu", [args.model], [args.compare])
+    open_run(args, "cpu", [args.model], others=[args.compare])
     out = Path(args.out).resolve()
 
     # 2. Choose the items, and let the tool generate and score. It skips items that have an answer.

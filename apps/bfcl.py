@@ -44,7 +44,7 @@ def run_bfcl(args):
     data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
     if data is None:
         raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")
-    open_run(args, "cpu", [args.model], [args.compare])
+    open_run(args, "cpu", [args.model], others=[args.compare])
     out = Path(args.out).resolve()
 
     # 2. Choose the items, and let the tool generate and score. It skips items that have an answer.

@@ -3,14 +3,13 @@
 The list is the whole plan: each line can be copied and run alone. `run_all` prints the lines, runs them in order and
 stops at the first that fails; with --resume it skips the finished ones and continues the one that was stopped.
 """
-import json
 import os
 import shlex
 import sys
 from pathlib import Path
 
-from data import InputError, one_line, print_table, read_json, refuse_changes, seconds_in
-from data.records import read_lines
+from data import InputError, fingerprints, one_line, print_table, read_json, refuse_changes, seconds_in
+from data.rollouts import read_rows
 
 # The paper's order on the embedded models (data/tiny): the teacher answers the prompts, CKD distils its answers into
 # the student, Sim-RL refines the student, and every model is scored on requests with unseen values.
@@ -125,6 +124,8 @@ def is_finished(out, stage):
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
     before = read_json(saved) if saved.exists() else {}
     now = {name: value for name, value in vars(stage).items() if name in before}
+    if isinstance(inputs := before.get("inputs"), dict):
+        now["inputs"] = inputs | fingerprints(inputs)  # a file that was deleted since counts as unchanged
     refuse_changes(f"{out}: was made with", before, now, "use its flags, or start again with --overwrite")
     return True
 
@@ -165,11 +166,7 @@ def run_table(args):
     folders = [Path(folder) for folder in args.evals]
     names = [folder.name for folder in folders]
     scores = [read_scores(folder) for folder in folders]
-    answers = []
-    for folder in folders:
-        lines = read_lines(folder / "generations.jsonl")
-        answers.append([json.loads(line) for _, line in lines])
-    print_examples(names, answers)
+    print_examples(names, [read_rows(folder / "generations.jsonl", scored=True) for folder in folders])
     heads = list(dict.fromkeys(head for row in scores for head in row))
     table = [["", *heads]]
     for name, row in zip(names, scores):

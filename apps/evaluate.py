@@ -29,7 +29,7 @@ from data import InputError, one_line, positive, print_table, read_json, write_j
 from data.chat import Chat, add_prompt_flags
 from data.prepare import turns
 from data.records import add_data_flags, read_lines
-from data.rollouts import finish_rollouts, read_prompts, score_response
+from data.rollouts import finish_rollouts, read_prompts, read_rows, score_response
 from data.runs import add_output_flags, prepare_folder
 from model import Transformer
 from sampler import add_count_flags
@@ -59,7 +59,6 @@ def run_eval(args):
     for rounding."""
     device = pick_device(args)
     runs = [args]
-    files = [args.data]
     results = []
     with fail_together(device):  # refuse bad input before anything is written
         if args.compare and (Path(args.compare) / "config.json").exists():
@@ -67,14 +66,13 @@ def run_eval(args):
             runs.insert(0, Namespace(**flags))
         elif args.compare:
             results.append(read_evaluation(Path(args.compare)))
-            files.append(args.compare)
         inputs = []
         for run in runs:
             chat = Chat.from_pretrained(run.model, run.think, run.tools)
             inputs.append((chat, *read_prompts(run.data, chat, run.max_prompt_tokens, run.limit)))
             Transformer.from_pretrained(run.model, device="meta")
         for run in runs if rank() == 0 else ():
-            prepare_folder(run, [*files, *(run.model for run in runs)])
+            prepare_folder(run, [run.model, run.data], filter(None, [args.model, args.compare]))
     for run, (chat, records, prompts) in zip(runs, inputs):
         results.append((run.model, answer_records(run, chat, records, prompts, device)))
     with fail_together(device):
@@ -87,7 +85,7 @@ def answer_records(args, chat, records, prompts, device):
     out = Path(args.out) / "generations.jsonl"
     draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
     draws = [draw for draw in draws if draw[0] > 0]
-    finished, rows = sample_responses(args, out, chat, records, prompts, draws, device, None, True)
+    finished, rows = sample_responses(args, out, chat, records, prompts, draws, device, None, True, False, True)
     with fail_together(device):
         for row in tqdm(rows, "score", unit="record", delay=2):
             for response in row["responses"]:
@@ -101,13 +99,9 @@ def read_evaluation(folder):
     """(model, records) of an earlier eval."""
     remedy = "--compare takes a model folder or the --out of an eval"
     flags = read_json(folder / "arguments.json", remedy)
-    path = folder / "generations.jsonl"
-    try:
-        rows = [json.loads(line) for _, line in read_lines(path)]
-        metric_values(rows)
-        return flags["model"], rows
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(f"{path}: is not what eval writes ({e!r}); run that eval again") from e
+    if not isinstance(flags.get("model"), str):
+        raise InputError(f"{folder / 'arguments.json'}: names no model; {remedy}")
+    return flags["model"], read_rows(folder / "generations.jsonl", scored=True)
 
 
 def record_metrics(row):

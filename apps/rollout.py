@@ -3,6 +3,7 @@
 The file format and the filters are in data/rollouts.py, the sampler in sampler.py. Under `torchrun` each rank samples a
 share of the records into a part file of its own, and rank 0 joins them; a run may resume with any number of ranks.
 """
+import sys
 import time
 from pathlib import Path
 
@@ -47,11 +48,14 @@ def run_rollout(args):
         chat = Chat.from_pretrained(args.model, args.think, args.tools)
         records, prompts = read_prompts(
             args.data, chat, args.max_prompt_tokens, args.limit, args.min_reward is not None)
+        arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
     finished, rows = sample_responses(
-        args, out, chat, records, prompts, draws, device, settings(args), args.resume, args.overwrite)
+        args, out, chat, records, prompts, draws, device, arguments, args.resume, args.overwrite)
     dropped = {}
+    if finished:
+        note(f"{out}: was finished before; nothing is sampled, and its filters stay as they were")
     with fail_together(device):
         if rows:
             finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)
@@ -59,7 +63,7 @@ def run_rollout(args):
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
                 remedy = f"all of them are in {out}.part: use --resume with --keep-all"
                 raise InputError(f"{out}: no response is left ({reasons}); {remedy}")
-            finish_rollouts(out, finished, settings(args))
+            finish_rollouts(out, finished, arguments)
     if rank() > 0:
         return
     print_examples(finished)
@@ -93,7 +97,7 @@ def sample_responses(args, out, chat, records, prompts, draws, device, *options)
     args: parsed flags command, data, model, device, dtype, seed, max_concurrent, max_new_tokens, max_prompt_tokens
     records, prompts: of `read_prompts`
     draws: [(n, temperature, top_p)]; a record gets n responses from each
-    options: arguments, resume, overwrite of `open_rollouts`
+    options: arguments, resume, overwrite, scored of `open_rollouts`
     """
     finished, rows = None, {}
     with fail_together(device):
@@ -127,10 +131,14 @@ def sample_share(args, out, chat, records, prompts, draws, device, share, total)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     note(describe_cache(model, *cache_size(args.max_concurrent, queue)))
     with tqdm(desc=args.command, total=total, unit="prompt", disable=rank() > 0) as bar:
-        for request in generate(model, queue, args.max_concurrent, chat):
-            i = request.number
-            if i in requests and all(other.done for other in requests[i]):
-                responses = [r for other in requests.pop(i) for r in other.responses]
-                row = records[i] | {"responses": [response_row(chat, r) for r in responses]}
-                append_rollouts(out, {i: row}, rank())
-                bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
+        try:
+            for request in generate(model, queue, args.max_concurrent, chat):
+                i = request.number
+                if i in requests and all(other.done for other in requests[i]):
+                    responses = [r for other in requests.pop(i) for r in other.responses]
+                    row = records[i] | {"responses": [response_row(chat, r) for r in responses]}
+                    append_rollouts(out, {i: row}, rank())
+                    bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
+        except KeyboardInterrupt:
+            bar.write(f"{bar.n} of {total} records are done, and kept in {out}.part", file=sys.stderr)
+            raise

@@ -3,7 +3,9 @@
 Everything between a file on disk and the tensors a model sees is in this folder. Nothing here needs a model.
 """
 import argparse
+import fcntl
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -11,6 +13,8 @@ import shutil
 from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
+
+from tqdm import tqdm
 
 MODEL_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
 
@@ -68,12 +72,54 @@ def atomic_folder(folder):
         shutil.rmtree(new, ignore_errors=True)
 
 
+def fingerprints(paths):
+    """{file: hash} of files, and of the files in model folders. Pipes are left out: they can be read only once."""
+    files = []
+    for path in map(Path, paths):
+        inside = sorted(path.iterdir()) if path.is_dir() else []
+        files += [file for file in inside if file.suffix in (".json", ".jinja", ".safetensors")] or [path]
+    hashes = {}
+    for file in tqdm(filter(Path.is_file, files), "check inputs", unit="file", delay=2, leave=False):
+        with open(file, "rb") as stream:
+            hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+    return hashes
+
+
 def refuse_changes(where, before, now, remedy):
-    """InputError that names each setting of `now` whose value in `before` differs."""
+    """InputError that names each setting of `now` whose value in `before` differs, or the input file that has changed."""
+    before, now = dict(before), dict(now)
     if unknown := [name for name in now if name not in before]:
         raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
+    inputs, old_inputs = now.pop("inputs", {}), before.pop("inputs", {})
     if changed := [name for name in now if before[name] != now[name]]:
         raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
+    old_inputs = old_inputs if isinstance(old_inputs, dict) else {}
+    if changed := sorted(path for path in old_inputs | inputs if old_inputs.get(path) != inputs.get(path)):
+        raise InputError(f"{where} another {' and another '.join(changed)}; bring back what it was, or start again")
+
+
+held = {}  # {path: file descriptor} of the locks of this process
+
+
+def hold(path):
+    """Lock a file or folder until `release`, or the end of this process. InputError if another one has locked it."""
+    path = Path(path).resolve()
+    if path in held:
+        os.close(held.pop(path))
+    file = os.open(path, os.O_RDONLY)
+    held[path] = file
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise InputError(f"{path}: another process writes there; wait for its end or use another --out") from e
+    except OSError:  # some network file systems cannot lock a folder
+        pass
+
+
+def release():
+    """Unlock all."""
+    while held:
+        os.close(held.popitem()[1])
 
 
 def number(kind, low, high=math.inf):

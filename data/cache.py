@@ -14,20 +14,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, read_json, refuse_changes, write_json
+from data import InputError, atomic_folder, fingerprints, read_json, refuse_changes, write_json
 from data.groups import micro_batches, pack
 
 
 def fingerprint(folder):
-    """A short hash of a model folder: its config.json, and each weight file's size and first and last MiB."""
-    digest = hashlib.sha256((Path(folder) / "config.json").read_bytes())
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+    """A short hash of a model folder: its config.json and its weights."""
+    hashes = {Path(file).name: value for file, value in fingerprints([folder]).items()}
+    names = [name for name in hashes if name == "config.json" or name.endswith(".safetensors")]
+    return hashlib.sha256(repr([(name, hashes[name]) for name in names]).encode()).hexdigest()[:16]
 
 
 def number_rows(groups):

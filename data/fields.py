@@ -1,7 +1,7 @@
 """What may stand in the fields of JSON that this project reads, as tables: a field to the kind of its value.
 
-The place that reads a file checks it once, so that all code behind can trust what it has. Fields that are missing, null
-or in no table are not looked at.
+The place that reads a file checks it once, so that all code behind can trust what it has. Fields in no table are not
+looked at, and missing ones or nulls only if they are needed.
 """
 import json
 import math
@@ -24,8 +24,11 @@ KINDS = {
     "true or false": lambda value: isinstance(value, bool),
     "an object": lambda value: isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
+    "a whole number": lambda value: type(value) is int and value >= 0,
     "a whole number above 0": lambda value: is_id(value) and value > 0,
     "a number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "a number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
     "a template, or a list of templates with names": is_template,
     "an object of safetensors files": lambda value: isinstance(value, dict) and all(
@@ -43,15 +46,20 @@ ROPE = {"rope_theta": "a number above 0", "rope_type": "text", "type": "text"}
 GENERATION_CONFIG = {"eos_token_id": "an id or a list of ids"}
 TOKENIZER_CONFIG = {"default_think": "text", "chat_template": "a template, or a list of templates with names"}
 WEIGHT_INDEX = {"weight_map": "an object of safetensors files"}
+PROGRESS = dict.fromkeys(("sft", "ckd"), {"updates": "a whole number"}) | {
+    "simrl": {"updates": "a whole number", "prompts": "a whole number"}}
 RECORD = {"source": "text", "rendered": "an object"}
 ANSWER = {"reasoning": "text"}
+SAMPLED = {"text": "text", "ids": "a list of ids", "finish_reason": "text", "logprob": "a number"}
+SCORED = SAMPLED | {"reward": "a number", "case": "text", "exact": "true or false"}
 
 
-def check_fields(value, table, where, remedy=MODEL_FOLDER):
-    """Return a JSON object. InputError if one of its fields has a value of another kind than the table says."""
+def check_fields(value, table, where, remedy=MODEL_FOLDER, needed=False):
+    """Return a JSON object. InputError if one of its fields has a value of another kind than the table says.
+    needed: whether the fields must be there"""
     for name, kind in table.items():
-        if value.get(name) is not None and not KINDS[kind](value[name]):
-            found = json.dumps(value[name])
+        if (needed or value.get(name) is not None) and not KINDS[kind](value.get(name)):
+            found = json.dumps(value.get(name))
             found = found if len(found) <= 40 else found[:37] + "..."
             raise InputError(f"{where}: {name} is {found}, not {kind}; {remedy}")
     return value

@@ -25,9 +25,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, read_json, refuse_changes, write_json, write_lines
+from data import InputError, hold, read_json, refuse_changes, write_json, write_lines
+from data.fields import SAMPLED, SCORED, check_fields
 from data.groups import Group
-from data.records import has_answer, read_lines, stream_records
+from data.records import has_answer, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
@@ -68,12 +69,14 @@ def score_response(chat, record, text, **options):
 
 # ---- Sampling that can resume: open the file, append each record, finish
 
-def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
+def open_rollouts(out, records, arguments=None, resume=False, overwrite=False, scored=False):
     """Start or resume the rollout file `out` (a Path) of these records. `arguments` are its settings.
 
+    scored: whether a finished file is that of an evaluation
+
     Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
-    OUT.part and of other ranks. InputError if they were made with other settings or from other records, and if the
-    file exists and neither resume nor overwrite is set.
+    OUT.part, which stays locked, and of other ranks. InputError if they were made with other settings or from other
+    records, and if the file exists and neither resume nor overwrite is set.
     """
     part = Path(f"{out}.part")
     others = [path for path in out.parent.glob("*.part.[0-9]*") if path.stem == part.name]
@@ -86,30 +89,44 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False):
             remedy = "start again with --overwrite, or use another --out"
             saved = read_json(f"{out}.arguments.json", remedy)
             refuse_changes(f"{out}: was made with", saved, arguments, remedy)
-        return [parse_line(out, number, line, dict) for number, line in read_lines(out)], {}
+        return read_rows(out, scored), {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part.touch(exist_ok=resume or overwrite)
+    hold(part)
     lines = []
-    if resume and part.exists():  # a kill may have left half a line, or half a character
-        for path in (part, *others):
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                lines.append(parse_line(path, number, line, list if lines else (dict, type(None))))
+    for path in (part, *others) if resume else ():  # a kill may have left half a line, or half a character
+        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+            lines.append(parse_line(path, number, line, list if lines else (dict, type(None))))
     if lines:
         remedy = "resume with the settings in its first line, or start again with --overwrite"
         refuse_changes(f"{part}: was started with", lines[0] or {}, arguments or {}, remedy)
-    rows = dict(lines[1:])
-    for i, row in rows.items():
+    rows = {}
+    for i, row in lines[1:]:
         if not 0 <= i < len(records) or records[i]["id"] != row.get("id"):
             raise InputError(f"{part}: holds other records; start again with --overwrite")
-    out.parent.mkdir(parents=True, exist_ok=True)
+        rows[i] = records[i] | {"responses": row["responses"]}
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
         others.pop().unlink()
     write_lines(part, map(json_line, [arguments, *rows.items()]))
+    hold(part)  # the new one
     for path in others:
         path.unlink()
     return None, rows
 
 
+def read_rows(path, scored=False):
+    """The records of a finished file of `rollout`, or with `scored` of `eval`."""
+    rows = list(stream_records(path, check_answer=False))
+    for row in rows:
+        where = f"{path}: record {row['id']}"
+        check_responses(row, where, SCORED if scored else SAMPLED)
+        if scored and not has_answer(row):
+            raise InputError(f"{where}: has no gold answer; run that eval again")
+    return rows
+
+
 def parse_line(path, number, line, kind):
-    """The value in a line of a file that this project wrote: a record, settings, or [index, record]."""
+    """The value in a line of OUT.part: settings, or [index, record]."""
     try:
         value = json.loads(line)
     except ValueError:
@@ -117,7 +134,17 @@ def parse_line(path, number, line, kind):
     pair = isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], dict)
     if not isinstance(value, kind) or kind is list and not pair:
         raise InputError(f"{path}:{number}: the line was changed or cut; remove it, or start again with --overwrite")
+    if pair:
+        check_responses(value[1], f"{path}:{number}", SAMPLED)
     return value
+
+
+def check_responses(row, where, table):
+    """InputError unless a record has responses with these fields."""
+    responses = row.get("responses")
+    for response in responses if isinstance(responses, list) and responses else [None]:
+        response = response if isinstance(response, dict) else {}
+        check_fields(response, table, f"{where}: a response", "remove the line, or start again", needed=True)
 
 
 def response_row(chat, response):

@@ -1,6 +1,6 @@
 """Run folders: what a command writes under --out, how it resumes, and when an earlier run may be deleted.
 
-    OUT/arguments.json    the settings; a resumed run must have the same
+    OUT/arguments.json    the settings, and hashes of the files read; a resumed run must have the same
     OUT/metrics.jsonl     a line per step
     OUT/samples.jsonl     a line per group of Sim-RL
     OUT/checkpoints/      step-000100, ...: weights, optimiser moments, progress.json; safetensors and JSON, no pickle
@@ -8,12 +8,14 @@
 """
 import json
 import math
+import mmap
 import os
+import re
 import shutil
 import statistics
 import sys
-from collections import deque
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,15 +23,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, one_line, print_table, read_json, refuse_changes
-from data import write_json, write_lines
+from data import InputError, atomic_folder, fingerprints, hold, one_line, print_table, read_json, refuse_changes
+from data import write_json
+from data.fields import PROGRESS, check_fields
 from data.groups import counted_tokens
 from data.records import read_lines
 from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
 
-# A resumed run may change these: they affect memory, speed, the filters of a rollout, or the report of an eval.
-FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare",
+# A resumed run may change these: they affect memory, speed, what is shown, or the filters at the end of a rollout.
+FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples", "save_dtype",
               "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks"}
+
+# What runs write under --out, and all that --overwrite deletes; the last two lines are of bfcl and acebench.
+OWN = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "samples.json", "summary.json",
+       "generations.jsonl", "generations.jsonl.part", "generations.jsonl.part.[0-9]*",
+       "items.json", "stats.json", "test_case_ids_to_generate.json", "generate.log", "evaluate.log",
+       "result_star", "score_star", "result_all", "score_all", "data_all", "arguments.json")
 
 
 def add_output_flags(parser, what):
@@ -41,54 +50,99 @@ def add_output_flags(parser, what):
     group.add_argument("--overwrite", action="store_true", help="delete an earlier run and start again")
 
 
-def settings(args):
-    """{flag: value} of the flags that a resumed run must not change."""
-    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+def settings(args, inputs):
+    """What a resumed run must not change: {flag: value}, and under "inputs" the hashes of files and model folders."""
+    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    return flags | {"inputs": fingerprints(inputs)}
 
 
-def prepare_folder(args, inputs):
+def prepare_folder(args, inputs, others=(), shapes=None):
     """Check --out, clear or resume it, and write arguments.json. Returns the step to resume after, 0 for a new run.
 
-    inputs: the files and folders that the run reads; --overwrite must not delete them
+    inputs: the files and model folders that the run reads; they must not change before it is finished
+    others: more paths that the run uses
+    shapes: {name: shape} of the weights that train, which a checkpoint must have
+
+    The folder stays locked. InputError if the run would write over what it uses, and if the
+    folder holds something else, a broken checkpoint, or a run with other settings or inputs.
     """
     out = Path(args.out)
     saved = out / "arguments.json"
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
-    if out.exists() and any(out.iterdir()):
+    for path in (*inputs, *others):
+        if Path(path).resolve().is_relative_to(out.resolve()):
+            inside = Path(path).resolve().relative_to(out.resolve()).parts[:1]
+            if not inside or inside[0] in OWN:
+                raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
+    if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
         if not (args.resume or args.overwrite):
             raise InputError(f"{out}: exists already; use --resume to continue it "
                              "or --overwrite to start again")
-        if not saved.exists():  # --overwrite deletes runs and nothing else
+        if not saved.exists():
             raise InputError(f"{out}: has no arguments.json, so it is not a run; "
                              "remove it or use another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    hold(out)
     if args.overwrite:
-        for path in inputs:
-            if out.resolve() in [Path(path).resolve(), *Path(path).resolve().parents]:
-                raise InputError(f"{out}: --overwrite would delete what this run reads; "
-                                 "use another --out")
-        command = read_json(saved).get("command") if saved.exists() else args.command
+        command = read_json(saved, "remove the folder").get("command") if saved.exists() else args.command
         if command != args.command:
             raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
-        shutil.rmtree(out, ignore_errors=True)
-    step = latest_checkpoint(out)
+        clear_folder(out)
+    now = settings(args, inputs)
     if saved.exists():
         remedy = "resume with those of its arguments.json, or start again with --overwrite"
-        refuse_changes(f"{out}: was started with", read_json(saved), settings(args), remedy)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(saved, settings(args))
-    for log in (out / "metrics.jsonl", out / "samples.jsonl"):
-        if log.exists():  # a kill may have left half a line
-            with open(log, encoding="utf-8", errors="replace") as file:
-                whole = ((i, line) for i, line in enumerate(file, start=1) if step and line.endswith("\n"))
-                write_lines(log, (line for i, line in whole if read_row(line, f"{log}:{i}")["step"] <= step))
+        refuse_changes(f"{out}: was started with", read_json(saved, remedy), now, remedy)
+    step = latest_checkpoint(out)
+    if step:
+        open_checkpoint(out, step, args.command, shapes)
+    write_json(saved, now)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_log(out / name, step)
     return step
+
+
+def clear_folder(out):
+    """Delete what a run has written, arguments.json last. Other files stay."""
+    paths = [folder for _, folder in checkpoints(out, r"(\.tmp)?")]
+    for name in OWN[1:]:
+        paths += [*out.glob(f"{name}.tmp"), *out.glob(name)]
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def checkpoints(out, ending=""):
+    """[(step, folder)] of a run's checkpoints, in their order. Other files beside them are not looked at."""
+    names = [(re.fullmatch(rf"step-(\d{{6,}}){ending}", path.name), path) for path in Path(out).glob("checkpoints/*")]
+    return sorted((int(name[1]), path) for name, path in names if name and path.is_dir())
 
 
 def latest_checkpoint(out):
     """The step of the last checkpoint of a run, 0 if it has none."""
-    folders = Path(out).glob("checkpoints/step-??????")
-    return max((int(folder.name[5:]) for folder in folders), default=0)
+    return max(checkpoints(out), default=(0,))[0]
+
+
+def lines_from_end(path):
+    """Yield (its first byte, the line) for the whole lines of a file, the last one first. Reads no more than is used."""
+    if not path.exists() or not path.stat().st_size:
+        return
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        end = data.rfind(b"\n") + 1  # a kill may have left half a line
+        while end:
+            start = data.rfind(b"\n", 0, end - 1) + 1
+            yield start, data[start:end]
+            end = start
+
+
+def cut_log(path, step):
+    """Cut a log behind its last line of at most `step`."""
+    keep = 0
+    for start, line in lines_from_end(path) if step else ():
+        if read_row(line, f"{path}: the line at byte {start}")["step"] <= step:
+            keep = start + len(line)
+            break
+    if path.exists():
+        os.truncate(path, keep)
 
 
 def log_metrics(out, *rows, name="metrics.jsonl"):
@@ -233,9 +287,8 @@ def describe_groups(step, groups, kept, chat):
 def show_refinement(out, summary):
     """Print the best and the worst sample of the last three groups, and the figures of a run."""
     path = Path(out) / "samples.jsonl"
-    with open(path, encoding="utf-8") as file:
-        last = [json.loads(line) for line in deque(file, maxlen=3)]
-    for group in last:
+    for _, line in islice(lines_from_end(path), 3):
+        group = json.loads(line)
         print(f"\ngold     {one_line(group['gold'])}")
         ranked = sorted(group["samples"], key=lambda sample: -sample["reward"])
         for sample in (ranked[0], ranked[-1]):
@@ -316,30 +369,47 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
         if rank() == 0:
             write_json(new / "progress.json", progress)
     if rank() == 0:
-        kept = sorted(folder.glob("step-??????"))[-keep:]
-        for old in set(folder.iterdir()).difference(kept):  # a killed run may leave half of one
+        for _, old in checkpoints(out, r"\.tmp") + checkpoints(out)[:-keep]:  # a killed run may leave half of one
             shutil.rmtree(old)
 
 
-@torch.no_grad()
-def load_checkpoint(out, step, model, optimisers):
-    """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
+def open_checkpoint(out, step, command, shapes=None):
+    """(progress, {"weights" and moments: open file}) of the checkpoint after `step`. InputError if it is not whole.
+
+    command: of the run; Sim-RL's progress also counts prompts
+    shapes: {name: shape} of the weights that train, or None
+    """
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
-    progress = read_json(folder / "progress.json")
-    try:
-        weights = safe_open(folder / "weights.safetensors", "pt")
-        moments = {moment: safe_open(folder / f"{moment}.safetensors", "pt") for moment in MOMENTS}
-    except SafetensorError as e:
-        raise InputError(f"{folder}: not a whole checkpoint ({e}); remove it to resume from the one before") from e
+    remedy = "remove that folder to resume from the one before"
+    progress = read_json(folder / "progress.json", remedy)
+    check_fields(progress, PROGRESS[command], folder / "progress.json", remedy, needed=True)
+    files = {}
+    for part in ("weights", *MOMENTS):
+        path = folder / f"{part}.safetensors"
+        try:
+            files[part] = safe_open(path, "pt")
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: cannot be read ({e}); {remedy}") from e
+        found = {name: files[part].get_slice(name).get_shape() for name in files[part].keys()}
+        if shapes and any(shapes.get(name) != shape for name, shape in found.items()) or (
+                shapes and part == "weights" and found.keys() != shapes.keys()):
+            raise InputError(f"{path}: is not of the model that this run trains; {remedy}")
+    return progress, files
+
+
+@torch.no_grad()
+def load_checkpoint(out, step, command, model, optimisers):
+    """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
+    progress, files = open_checkpoint(out, step, command)
     state = {}  # of each parameter, in its optimiser
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             state |= {p: optimiser.state[p] for p in group["params"]}
     for name, p in parameters(model).items():
-        p.copy_(part_of(weights.get_tensor(name), p))
-        for moment, file in moments.items():
-            if name in file.keys():
-                state[p][moment] = part_of(file.get_tensor(name).to(p.device, copy=True), p)
+        p.copy_(part_of(files["weights"].get_tensor(name), p))
+        for moment in MOMENTS:
+            if name in files[moment].keys():
+                state[p][moment] = part_of(files[moment].get_tensor(name).to(p.device, copy=True), p)
         if "exp_avg" in state[p]:
             state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
     return progress

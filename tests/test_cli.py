@@ -189,12 +189,13 @@ REFUSED = {
     "run is a file, overwritten": (f"{SFT} --out train.jsonl --overwrite", None, "train.jsonl: is a file; --out names"),
     "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
     "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: run_before(SFT),
-                               "run: --overwrite would delete what this run reads; "),
+                               "run: would write over run/model, which this run reads; "),
     "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: cut(
         str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors"))),
-        "run/checkpoints/step-0*[0-9]+: not a whole checkpoint .*; remove it to resume from the one before"),
-    "overwrite the cache": (f"{CKD} --cache run/cache --overwrite", lambda: run_before(f"{CKD} --cache run/cache"),
-                            "run: --overwrite would delete what this run reads; "),
+        "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from the one b"),
+    "a cache in place of the model": (f"{CKD} --cache run/model", None, "run: would write over run/model, which this"),
+    "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache/run: lies in --cache cache; use another"),
+    "a run that is its cache": (f"{CKD} --cache run", None, "run: lies in --cache run; use another --out"),
     "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: run_before(CKD),
                        "run: was started with another .*k.*; resu"),
     "cache of another teacher": (
@@ -229,7 +230,7 @@ REFUSED = {
     "overwrite another command's run": (f"{SFT} --overwrite", lambda: run_before(CKD),
                                         "run: holds a run of 'ckd'; remove "),
     "evaluate into the model": (f"{EVAL} --model run/model --out run --overwrite", lambda: run_before(SFT),
-                                "run: --overwrite would delete what this run reads; "),
+                                "run: would write over run/model, which this run reads; "),
     "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: run_before(EVAL),
                          "nowhere.jsonl: cannot be"),
     "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
@@ -323,7 +324,7 @@ def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags
     assert run(f"{command} --resume") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.match(
-        rf"star.py {name}: {out}.* another version of this program, without {new_flags}; .*--overwrite", error), error
+        rf"star.py {name}: {out}.* another version of this program, without {new_flags}, inputs; .*--overwrite", error), error
     assert files(here) == before
 
 

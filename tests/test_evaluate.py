@@ -148,7 +148,10 @@ def test_eval_refusals(world, tmp_path, capsys):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/arguments.json").write_text("{}")
     (tmp_path / "old/generations.jsonl").write_text("{}\n")
-    assert "not what eval writes" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
+    assert "names no model" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
+                                       tmp_path / "z", "--compare", tmp_path / "old")
+    (tmp_path / "old/arguments.json").write_text('{"model": "m"}')
+    assert "generations.jsonl:1: no messages" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
                                              tmp_path / "z", "--compare", tmp_path / "old")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "prompts.jsonl"]  # nothing is written
 
