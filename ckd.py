@@ -189,6 +189,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
         train.optimiser_step(optimisers, rate)
         row |= {"lr": rate, "grad_norm": norm}
         row |= runs.describe_batch(batch, time.perf_counter() - clock)
+        row |= train.memory_in_use(student.head_weight.device)
 
         # 3. Validate.
         if valid and (step % args.valid_every == 0 or step == len(batches)):

@@ -203,7 +203,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             row |= validate()
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
-        row |= {"updates": progress["updates"]} | seconds
+        row |= {"updates": progress["updates"]} | seconds | train.memory_in_use(device)
         ends = steps.ends_at(step, device)
         if train.rank() == 0:
             lines = runs.describe_groups(step, groups, kept, chat)

@@ -241,6 +241,17 @@ def fail_together(device):
         raise error if rank() == failed[0] else SystemExit(2)
 
 
+def memory_in_use(device):
+    """{"memory_gb"}: held now, by tensors on a GPU, or by this process; where that is not known, the most so far."""
+    if device.type == "cuda":
+        return {"memory_gb": round(torch.cuda.memory_allocated() / 1e9, 3)}
+    if sys.platform != "linux":
+        return {"memory_gb": peak_memory(device)["peak_memory_gb"]}
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])  # resident
+    return {"memory_gb": round(pages * resource.getpagesize() / 1e9, 3)}
+
+
 def peak_memory(device):
     """{"peak_memory_gb"}: the GPU's own count, or the resident size of this process."""
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,5 +1,4 @@
 """The curves of runs as a picture, from their metrics.jsonl. Needs matplotlib, which nothing else here does."""
-import json
 import math
 import os
 from pathlib import Path
@@ -7,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import InputError, seconds_in
-from data.records import read_lines
+from data.rollouts import read_rows
 from data.runs import read_row
 
 # A panel for each of these that any run has: its name in the rows of `read_run`, its title.
@@ -20,7 +19,7 @@ PANELS = {
     "clipped": "Share of ratios clipped", "kl": "KL to the teacher",
     "tail": "Confident mistakes (S′)", "outside": "Mass outside the top k",
     "nll": "Negative log-likelihood",
-    "loss": "Loss in training", "entropy": "Entropy",
+    "loss": "Loss in training", "entropy": "Entropy", "memory_gb": "Memory in use, GB",
 }
 STORY = ("greedy_exact", "greedy_reward")
 # Okabe and Ito's palette, for colour-blind readers too
@@ -51,7 +50,7 @@ def run_plot(args):
     if args.story:
         names = STORY
         spans = concatenate_runs(runs)
-        lines = [json.loads(line) for _, line in read_lines(Path(args.story) / "generations.jsonl")]
+        lines = read_rows(Path(args.story) / "generations.jsonl", scored=True)
         for name in STORY:
             heights[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
     panels = {PANELS[name]: read_curves(runs, name) for name in names}

@@ -272,20 +272,22 @@ def describe_responses(groups):
 
 
 def describe_groups(step, groups, kept, chat):
-    """Lines of samples.jsonl, a group each, the long prompt last."""
+    """Lines of samples.jsonl, a group each. The long prompt is left out: `record` is the id of its record in --data."""
     kept = set(map(id, kept))
     for group in groups:
-        line = {"step": step, "kept": id(group) in kept, "gold": chat.answer(group.record)}
+        record = group.record
+        line = {"step": step, "kept": id(group) in kept, "record": record["id"],
+                "request": one_line(record["messages"][-1]["content"]), "gold": chat.answer(record)}
         line["samples"] = []
         for r in group.responses:
             sample = {"finish_reason": r.finish_reason, "text": r.text}
             sample |= {"reward": r.reward, "answer_score": r.answer_score}
             line["samples"].append(sample | r.details | {"advantage": r.advantage})
-        yield line | {"prompt": chat.decode(group.prompt)}
+        yield line
 
 
 def show_refinement(out, summary):
-    """Print the best and the worst sample of the last three groups, and the figures of a run."""
+    """Print the best and the worst sample of the last three groups, the last one first, and the figures of a run."""
     path = Path(out) / "samples.jsonl"
     for _, line in islice(lines_from_end(path), 3):
         group = json.loads(line)

@@ -95,7 +95,8 @@ def star_steps(folder, length):
     chat = Chat.from_pretrained(folder)
     chat.stop_ids = []
     model = Transformer.from_pretrained(folder)
-    record = {"answer": {"tool_calls": [], "content": "-"}}  # samples.jsonl shows the gold answer of every group
+    # samples.jsonl shows of every group:
+    record = {"id": "-", "messages": [{"content": "-"}], "answer": {"tool_calls": [], "content": "-"}}
     prompts = [Group(record, text_ids(chat, length), [])]
     rewards = itertools.cycle((0.0, 0.5, 1.0))  # no matter what the response is
     with tempfile.TemporaryDirectory() as out:

@@ -38,6 +38,11 @@ TOOLS = [
 REFUSAL = "None of my tools can do that."
 
 
+def stub_record(answer):
+    """A record for a loop whose reward looks at the answer only."""
+    return {"id": str(answer), "messages": [{"content": "?"}], "answer": answer}
+
+
 def make_record(r, number):
     """One record: two or three tools, one request; in one of eight the right tool is not offered."""
     chosen = r.sample(TOOLS, r.choice((2, 3)))

@@ -430,7 +430,7 @@ def test_the_files_of_sim_rl(here, capsys, command):
     assert ("kl" in logged[0]) == ("--kl-weight 0" not in command)
     assert [group["step"] for group in groups] == [1] * 4 + [2] * 4 + [3] * 4
     assert {"text", "reward", "answer_score", "case", "advantage", "finish_reason"} <= groups[0]["samples"][0].keys()
-    assert all(group["gold"] and group["prompt"].endswith("</think>\n\n") for group in groups)
+    assert all(group["gold"] and group["record"].startswith("train:") and group["request"] for group in groups)
     assert {Path(name).suffix for name in files("run")} <= {".json", ".jsonl", ".safetensors"}  # no pickle
     assert run(f"{command} --resume") == 0 and rows("run/metrics.jsonl") == logged
 
@@ -459,7 +459,7 @@ def test_cached_equals_live(here, objective):
     for flags in ("--out live", "--out cached --cache cache"):
         assert run(f"{command} {flags}") == 0
     for a, b in zip(rows("live/metrics.jsonl"), rows("cached/metrics.jsonl"), strict=True):
-        for name in a.keys() - {"seconds", "tokens_per_s"}:
+        for name in a.keys() - TIMES:
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
     cached = {name: np.load(f"cache/{name}.npy", allow_pickle=False) for name in ("ids", "log_p")}
     assert cached["ids"].shape == cached["log_p"].shape and (np.diff(cached["log_p"]) <= 0).all()
@@ -546,7 +546,7 @@ def test_help_does_not_import_torch():
 PREPARE = "prepare --data train.jsonl --out mix.jsonl"
 RESULTS = {"sft": SFT, "ckd": f"{CKD} --cache cache", "simrl": SIMRL, "eval": EVAL, "rollout": ROLLOUT,
            "prepare": PREPARE}
-TIMES = {"seconds", "tokens_per_s", "peak_memory_gb", "seconds_sampling", "seconds_scoring", "seconds_training"}
+TIMES = {"seconds", "tokens_per_s", "peak_memory_gb", "memory_gb", "seconds_sampling", "seconds_scoring", "seconds_training"}
 
 
 def results(folder):
@@ -685,7 +685,7 @@ def test_two_processes_equal_one(here, tokens):
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
     for a, b in zip(rows("one/metrics.jsonl"), rows("two/metrics.jsonl"), strict=True):
-        assert all(b[name] == pytest.approx(a[name], abs=1e-4) for name in a.keys() - {"seconds", "tokens_per_s"})
+        assert all(b[name] == pytest.approx(a[name], abs=1e-4) for name in a.keys() - TIMES)
 
 
 # ---- Examples ----------------------------------------------------------------------------------------------------

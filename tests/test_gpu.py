@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import sample, settings
+from conftest import sample, settings, stub_record
 
 import star
 from ckd import DIVERGENCES, ckd_loss
@@ -103,7 +103,7 @@ class StubChat:
 def test_a_grpo_run_and_its_resumption(world, tmp_path, dtype, gap):
     """The ratio right after sampling is 1 in float32; sampler and trainer stay close in bfloat16."""
     g = torch.Generator().manual_seed(0)
-    prompts = [Group({}, torch.randint(0, 300, (n,), generator=g).tolist(), []) for n in (3, 9, 40, 17)]
+    prompts = [Group(stub_record(n), torch.randint(0, 300, (n,), generator=g).tolist(), []) for n in (3, 9, 40, 17)]
     for start, steps in ((0, 2), (2, 3)):
         args = settings("simrl", out=str(tmp_path), prompts_per_step=4, batch_size=16, steps=steps, max_new_tokens=20,
                         dtype=dtype, filter="none", lr=1e-3, micro_batch_tokens=200, max_concurrent=16)

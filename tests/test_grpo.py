@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sample, settings
+from conftest import sample, settings, stub_record
 from safetensors.torch import load_file
 
 import simrl
@@ -35,7 +35,7 @@ CONFIG = {"model_type": "qwen3", "vocab_size": V + 2, "hidden_size": 32, "interm
           "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
           "tie_word_embeddings": True}
 # Prompts "k 1", of three lengths; the answer is k and then 0, which ends a response.
-PROMPTS = [Group({"answer": k}, [1] * (k % 3) + [k, 1], []) for k in range(2, V)]
+PROMPTS = [Group(stub_record(k), [1] * (k % 3) + [k, 1], []) for k in range(2, V)]
 
 
 class StubChat:
@@ -547,7 +547,7 @@ def test_metrics_samples_and_checkpoints(tmp_path):
                 "seconds_training"} <= set(row)
     assert 0 <= rows[0]["kl"] < rows[-1]["kl"] and 0 < rows[0]["entropy"] < math.log(V)
     group = groups[0]
-    assert group["prompt"].split()[-2] == group["gold"].split()[0]
+    assert group["record"] == group["gold"].split()[0] and group["request"] == "?"
     for r in group["samples"]:
         assert set(r) == {"text", "finish_reason", "reward", "answer_score", "advantage", "why"}
         assert (r["finish_reason"] == "stop") == r["text"].endswith("0")
@@ -607,7 +607,7 @@ def test_a_rank_without_held_out_prompts_waits_for_the_others(monkeypatch):
     monkeypatch.setattr(train, "rank", lambda: 3)
     monkeypatch.setattr(train, "world_size", lambda: 4)
     monkeypatch.setattr(train, "sum_over_ranks", lambda sums, device: sums)
-    valid = [Group({"answer": k}, [k, k, 1], []) for k in (3, 5)]
+    valid = [Group(stub_record(k), [k, k, 1], []) for k in (3, 5)]
     assert answer_held_out(StubChat(), valid, similar, 3, tiny()) == {"valid_reward": 0.0, "valid_exact": 0.0}
 
 
@@ -616,7 +616,7 @@ def test_validation_answers_held_out_prompts_greedily(tmp_path):
     def score(record, text):
         return similar(record, text) | {"exact": text == f"{record['answer']} 0"}
 
-    valid = [Group({"answer": k}, [k, k, 1], []) for k in (3, 5, 8)]
+    valid = [Group(stub_record(k), [k, k, 1], []) for k in (3, 5, 8)]
     flags = {"steps": 5, "valid_every": 2, "save_every": 2, "seed": 1}
     args = small_settings(tmp_path, **flags)
     model = tiny()
@@ -828,7 +828,7 @@ def whole(tmp_path_factory):
 
 
 def without_seconds(rows):
-    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+    return [{name: value for name, value in row.items() if not name.startswith(("seconds", "memory"))} for row in rows]
 
 
 def assert_same_run(out, whole):
@@ -888,7 +888,7 @@ def test_two_processes_equal_one(tmp_path, whole):
         assert a["kept"] == b["kept"]
     for a, b in zip(metrics(whole), metrics(tmp_path / "two"), strict=True):
         for name, value in a.items():
-            assert name.startswith("seconds") or b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
+            assert name.startswith(("seconds", "memory")) or b[name] == pytest.approx(value, rel=1e-3, abs=1e-4), name
 
 
 if __name__ == "__main__":

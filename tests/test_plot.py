@@ -79,8 +79,10 @@ def test_the_story_puts_runs_one_after_the_other(draw, tmp_path):
     answers = [{"exact": True, "reward": 1.0}, {"exact": False, "reward": 0.0}]
     folder = tmp_path / "teacher"
     folder.mkdir()
-    (folder / "generations.jsonl").write_text(
-        "".join(json.dumps({"responses": [answer, answers[0]]}) + "\n" for answer in answers))
+    sampled = {"text": "", "ids": [], "finish_reason": "stop", "logprob": 0.0, "case": ""}
+    record = {"messages": [{"role": "user", "content": "?"}], "answer": {"content": "."}}
+    lines = [record | {"responses": [sampled | answer, sampled | answers[0]]} for answer in answers]
+    (folder / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     panels, names = draw(runs, "--story", str(folder))
     assert names == ["ckd", "star", "teacher"]
     ckd, star_run, teacher = panels["Exact answers, held out, greedy"]
