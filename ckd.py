@@ -84,8 +84,9 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
     student_topm_log_p: [N, m] the student's log-probs at those ids
     teacher_ids: [N, k]
     """
-    same = student_topm[:, :, None] == teacher_ids[:, None, :]  # [N, m, k]
-    outside = ~same.any(-1)  # [N, m]
+    ids = teacher_ids.sort(-1).values  # [N, k]; a search in these takes m log k steps, comparing all pairs m k
+    place = torch.searchsorted(ids, student_topm).clamp(max=ids.shape[1] - 1)  # [N, m]
+    outside = ids.gather(-1, place) != student_topm  # [N, m]
     return (student_topm_log_p.exp() * outside).sum(-1)
 
 
@@ -221,7 +222,7 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     """Means over the counted tokens of a batch, {name: float}. Also accumulates gradients, except under no_grad.
 
     Each token is weighted by 1 / (counted tokens in the batch), so the gradient does not depend on how the batch is
-    split into micro-batches or over ranks. step: with the micro-batch's number, it seeds the draws of rskd.
+    split into micro-batches or over ranks. step: seeds the draws of rskd.
     """
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -229,12 +230,11 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     sums = {"loss": 0.0}
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
-    for i, micro, counts in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
+    for micro, counts in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
         topk = ()
         if teacher:
-            draw = (step, i) if step else ()
-            topk = teacher(packed, *draw)  # ids [N, k], log-probs [N, k]
+            topk = teacher(packed, micro, step)  # ids [N, k], log-probs [N, k]
         hidden = hidden_states(student, packed, dtype)  # [N, H]
         head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
         weights = torch.full((len(hidden),), counts / total, device=device, dtype=high)

@@ -27,13 +27,14 @@ def make_sampler(policy, groups, chat, args):
     return Sampler(policy, chat, *size)
 
 
-def sample_step(sampler, prompts, first, score, has_signal, args):
+def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: False):
     """Sample and score the groups of a step, from prompt number `first` on.
 
     score: function (record, text) -> {"reward", "answer_score", ...}
     has_signal: function (rewards, answer scores) -> whether a group is trained on
+    stop: function -> whether to stop, asked at every token; one rank that wants to is enough
 
-    Returns the accepted groups, those of them with a signal, and {name: seconds}.
+    Returns the accepted groups, those of them with a signal, and {name: seconds}; None if it was stopped.
     """
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
     ranks = train.world_size()
@@ -42,7 +43,10 @@ def sample_step(sampler, prompts, first, score, has_signal, args):
     started = 0
     accepted = []
     kept = []
+    device = sampler.model.head_weight.device
     while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
+        if train.sum_over_ranks({"stop": stop()}, device)["stop"]:
+            return None
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is.
             share = (1 + len(kept)) / (1 + len(accepted))
@@ -61,7 +65,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args):
             # 3. Score finished groups, and give them to all ranks.
             for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
-            for number, responses in share_responses(finished, sampler.model.head_weight.device):
+            for number, responses in share_responses(finished, device):
                 groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
         while len(kept) < args.prompts_per_step and len(accepted) < len(groups):

@@ -114,21 +114,25 @@ def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=None, dtype=
 
 
 @torch.no_grad()
-def topk_log_probs(hidden, weight, k, generator=None, chunk=None):
+def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):
     """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32, in descending order.
 
     hidden: [N, H]
     weight: [V, H]; log-probs are those of the softmax over all V
-    generator: if given, draw k tokens with replacement instead, and return the log of each one's share of the draws
+    uniform: [N, k] random numbers in [0, 1): draw k tokens by these instead, with replacement, and return the log of
+        each one's share of the draws
     """
     ids = []
     log_p = []
-    for rows in hidden.split(chunk or chunk_size(hidden)):
-        log_probs = (rows @ weight.T).float().log_softmax(-1)  # [C, V]
-        if generator is None:
+    chunk = chunk or chunk_size(hidden)
+    for start in range(0, len(hidden), chunk):
+        log_probs = (hidden[start:start + chunk] @ weight.T).float().log_softmax(-1)  # [C, V]
+        if uniform is None:
             values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
         else:
-            tokens = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)
+            cumulative = log_probs.exp().cumsum(-1)  # [C, V]; each token has the part of [0, 1) that its p adds
+            heights = uniform[start:start + chunk] * cumulative[:, -1:]  # [C, k]
+            tokens = torch.searchsorted(cumulative, heights, right=True).clamp(max=len(weight) - 1)  # [C, k]
             same = tokens[:, :, None] == tokens[:, None, :]  # [C, k, k]
             values = same.float().mean(-1).log()  # [C, k]
         ids.append(tokens)

@@ -86,7 +86,7 @@ def tools_in(prompt):
     """Parse the tools of a prompt: one JSON object per line of its last <tools> block."""
     tool_blocks = blocks(prompt, "<tools>", "</tools>") or [""]
     tools = []
-    for line in tool_blocks[-1].splitlines():
+    for line in tool_blocks[-1].split("\n"):
         try:
             tools.append(json.loads(line))
         except (ValueError, RecursionError):  # calls to this tool then fail as "unknown tool"

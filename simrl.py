@@ -169,8 +169,13 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
-        groups, kept, seconds = sample_step(
-            sampler, prompts, progress["prompts"], score, accept, args)
+        sampled = sample_step(sampler, prompts, progress["prompts"], score, accept, args, steps.stop_requested)
+        if sampled is None:  # Ctrl-C: the model is as it was after the step before
+            steps.stopped = True
+            if step - 1 > start and (step - 1) % args.save_every:
+                runs.save_checkpoint(args.out, step - 1, model, optimisers, progress)
+            break
+        groups, kept, seconds = sampled
         progress["prompts"] += len(groups)
         for group in groups:
             values = advantages(group.rewards, args.advantage)
@@ -236,7 +241,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     for batch in optimiser_batches(groups, args.batch_size, args.seed, step):
         parts = micro_batches(batch, args.micro_batch_tokens)
         batches.append([])
-        for _, micro, counts in train.share_of_rank(parts):
+        for micro, counts in train.share_of_rank(parts):
             packed = pack(micro, device) | {"counts": counts}
             responses = [r for group in micro for r in group.responses]
             advantage = [r.advantage for r in responses]
@@ -358,6 +363,10 @@ def run_simrl(args):
         f"{len(prompts):,} prompts, {skipped} skipped as too long; "
         f"{args.prompts_per_step} x {args.n} responses a step; "
         f"{model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+    steps, updates = plan_steps(len(prompts), args)
+    if not args.steps and updates < 10:
+        train.note(f"That is only {steps} steps with {updates} updates. To train longer, use --steps or --episodes, "
+                   "or a smaller --prompts-per-step")
 
     # 3. Train.
     score = partial(training_reward, chat, args)

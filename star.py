@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 
+from apps.checks import check_call, is_first_rank
 from data import InputError, release
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
@@ -32,7 +33,6 @@ COMMANDS = {
     "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
     "plot": ("apps.plot", "curves of runs as a picture"),
 }
-ONE_PROCESS = set(COMMANDS) - {"ckd", "sft", "simrl", "rollout", "eval"}
 
 
 def parse(argv):
@@ -49,7 +49,7 @@ def parse(argv):
     run = getattr(module, f"run_{command}")
     usage = f"star.py {command} [flags]   (--help explains them)"
     parser = argparse.ArgumentParser(
-        prog=f"star.py {command}", usage=usage, description=run.__doc__)
+        prog=f"star.py {command}", usage=usage, description=run.__doc__, allow_abbrev=False)
     getattr(module, f"{command}_flags")(parser)
     for action in parser._actions:
         if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
@@ -61,11 +61,10 @@ def parse(argv):
 
 def main(argv=None):
     """Run one command. Returns the exit code: 2 for errors that the user can correct, with one line on stderr."""
-    args, run = parse(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, run = parse(argv)
     try:
-        if args.command in ONE_PROCESS and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise InputError("this command is one process: start it without torchrun, "
-                             "once for each part of the data")
+        check_call(argv, args)
         result = run(args)
         if isinstance(result, list):  # of command lines: curriculum and demo
             curriculum = importlib.import_module("apps.curriculum")
@@ -81,7 +80,8 @@ def main(argv=None):
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
     except KeyboardInterrupt:
         remedy = "; continue with the same command and --resume" if "resume" in args else ""
-        print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
+        if is_first_rank():
+            print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
         return 130
     finally:
         release()

@@ -6,7 +6,6 @@
 """
 import hashlib
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,30 +35,37 @@ class Teacher:
         self.seed = seed
         self.cache = cache
 
-    def __call__(self, packed, *draw):
-        """draw: numbers, (step, micro-batch), that seed the draws of rskd."""
+    def __call__(self, packed, groups=(), step=None):
+        """groups, step: what is packed, and when; they seed the draws of rskd."""
+        if self.cache is None:
+            return self.view(packed, groups, step)
         device = packed["targets"].device
-        if self.cache is not None:
-            rows = packed["rows"].cpu().numpy()
-            ids, log_p = (array[rows] for array in self.cache)  # [N, k] each
-            ids = torch.from_numpy(ids.astype(np.int64))
-            log_p = torch.from_numpy(log_p.astype(np.float32))
-            return ids.to(device), log_p.to(device)
-        return self.view(packed, self.generator(device, *draw))
+        rows = packed["rows"].cpu().numpy()
+        ids, log_p = (array[rows] for array in self.cache)  # [N, k] each
+        ids = torch.from_numpy(ids.astype(np.int64))
+        log_p = torch.from_numpy(log_p.astype(np.float32))
+        return ids.to(device), log_p.to(device)
 
     @torch.no_grad()
-    def view(self, packed, generator=None):
-        """The model's top-k, or the generator's draws, in the precision of its weights (no autocast)."""
+    def view(self, packed, groups=(), step=None):
+        """The model's top-k, or its draws, in the precision of its weights (no autocast)."""
         hidden = hidden_states(self.model, packed, torch.float32)  # [N, H]
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
-        return topk_log_probs(hidden, head, self.k, generator)
+        uniform = None if self.seed is None else self.uniform(groups, step).to(hidden.device)
+        return topk_log_probs(hidden, head, self.k, uniform)
 
-    def generator(self, device, *draw):
-        """A torch.Generator seeded by the seed and `draw`; None without a seed."""
-        if self.seed is None:
-            return None
-        digest = hashlib.sha256(repr((self.seed, *draw)).encode()).digest()
-        return torch.Generator(device).manual_seed(int.from_bytes(digest[:7]))
+    def uniform(self, groups, step):
+        """k random numbers [N, k] in [0, 1) for each counted position. Those of a response depend on its tokens, on the
+        seed and on the step, and not on the micro-batch or the rank."""
+        numbers = []
+        for group in groups:
+            for response in group.responses:
+                span = (len(group.prompt) + end for end in response.span)
+                tokens = np.array([*span, *group.prompt, *response.ids], dtype=np.int32)
+                digest = hashlib.sha256(repr((self.seed, step)).encode() + tokens.tobytes()).digest()
+                generator = torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+                numbers.append(torch.rand(response.counted_tokens, self.k, generator=generator))
+        return torch.cat(numbers)
 
 
 def check_pair(teacher_folder, student_folder):
@@ -128,7 +134,6 @@ def load_teacher(args, groups, vocab_size, key, device, shard=None):
         teacher = Teacher(model, args.k, vocab_size, seed)
         if not args.cache:
             return teacher
-        view = partial(teacher.view, generator=teacher.generator(device))
-        write_cache(args.cache, groups, key, view, device, args.micro_batch_tokens)
+        write_cache(args.cache, groups, key, teacher, device, args.micro_batch_tokens)
         cache = open_cache(args.cache, key)
     return Teacher(None, args.k, vocab_size, cache=cache)

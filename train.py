@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import InputError, non_negative, number, positive
-from data.runs import add_output_flags, prepare_folder
+from data.runs import add_output_flags, latest_checkpoint, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
@@ -144,8 +144,8 @@ def pick_device(args):
     name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device on this machine; use --device cpu")
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: no such device on this machine; use --device cpu")
     if getattr(args, "compile", False) and name != "cuda":
         raise InputError(f"--compile: the device is {name}, but only CUDA's flex_attention trains; leave it out")
     if name == "cpu":
@@ -189,11 +189,11 @@ def sharding(args, device):
 
 
 def share_of_rank(micro_batches):
-    """This rank's [(number, micro-batch, counts)] of a batch. All ranks make the same number of passes: where others
-    have one more, the list ends with the shortest micro-batch and counts 0 instead of 1."""
-    share = [(i, micro, 1) for i, micro in enumerate(micro_batches)][rank()::world_size()]
+    """This rank's [(micro-batch, counts)] of a batch. All ranks make the same number of passes: where others have one
+    more, the list ends with the shortest micro-batch and counts 0 instead of 1."""
+    share = [(micro, 1) for micro in micro_batches[rank()::world_size()]]
     if len(share) * world_size() < len(micro_batches):
-        share.append((len(micro_batches) - 1, micro_batches[-1], 0))
+        share.append((micro_batches[-1], 0))
     return share
 
 
@@ -297,13 +297,16 @@ def timed(seconds, name):
 def stopped_run(args):
     """Say how to continue a run that Ctrl-C stopped. Returns the exit code."""
     wait_for_ranks()
-    note(f"Stopped. Continue with the same command and --resume; checkpoints are in {args.out}/checkpoints")
+    if rank() == 0:
+        step = latest_checkpoint(args.out)
+        note(f"Stopped after step {step}. Continue with the same command and --resume" if step else
+             "Stopped before there was a checkpoint. The same command with --resume begins again")
     return 130
 
 
 class Steps:
     """The steps of a training run, `for step in steps`, with a progress bar. Ctrl-C ends the loop after the current
-    step; a second Ctrl-C stops at once.
+    step, or before its updates if it still samples; a second Ctrl-C stops at once.
 
     start: the step to resume after
     last: the number of the last step
@@ -330,7 +333,11 @@ class Steps:
     def request_stop(self, *_):
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nStopping after this step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
+        if rank() == 0:
+            print("\nStopping at the next optimiser step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
+
+    def stop_requested(self):
+        return self.requested
 
     def ends_at(self, step, device):
         """Whether this is the last step: of the run, or because a rank was asked to stop."""

@@ -6,10 +6,13 @@ stops at the first that fails; with --resume it skips the finished ones and cont
 import os
 import shlex
 import sys
+from collections import deque
 from pathlib import Path
 
 from data import InputError, fingerprints, one_line, print_table, read_json, refuse_changes, seconds_in
+from data.records import stream_records
 from data.rollouts import read_rows
+from model import Transformer
 
 # The paper's order on the embedded models (data/tiny): the teacher answers the prompts, CKD distils its answers into
 # the student, Sim-RL refines the student, and every model is scored on requests with unseen values.
@@ -47,7 +50,7 @@ def split_lines(text):
     ['sft --model m --data d', 'plot run']
     """
     lines = []
-    for line in text.replace("\\\n", " ").splitlines():
+    for line in text.replace("\r\n", "\n").replace("\\\n", " ").split("\n"):
         words = shlex.split(line, comments=True)
         if words[:2] == ["python", "star.py"]:
             del words[:2]
@@ -99,10 +102,12 @@ def run_all(lines, args, parse, main):
         except SystemExit:
             print(f"(in the line: {line})", file=sys.stderr)
             raise
-    for line, stage in zip(lines, stages):
+    outs = [Path(getattr(stage, "out", None) or os.devnull) for stage in stages]
+    finished = [args.resume and is_finished(out, stage) for out, stage in zip(outs, stages)]
+    check_inputs(lines, stages, outs, finished)
+    for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        out = Path(getattr(stage, "out", None) or os.devnull)
-        if args.resume and is_finished(out, stage):
+        if done:
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
         if args.overwrite and hasattr(stage, "overwrite"):
@@ -115,6 +120,29 @@ def run_all(lines, args, parse, main):
         if code:
             return code
     return 0
+
+
+def check_inputs(lines, stages, outs, finished):
+    """InputError if a model or file that a stage reads is missing or broken, unless an earlier stage writes it."""
+    checked = set()
+    for number, (line, stage) in enumerate(zip(lines, stages)):
+        for name in ("model", "teacher", "student", "data", "valid") if not finished[number] else ():
+            values = getattr(stage, name, None) or []
+            for path in map(Path, values if isinstance(values, list) else [values]):
+                made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
+                need_answer = stage.command != "rollout"
+                if made or (path, need_answer) in checked:
+                    continue
+                checked.add((path, need_answer))
+                try:
+                    if not path.exists():
+                        raise InputError(f"{path}: no such file, and no line before writes it")
+                    if name in ("model", "teacher", "student"):
+                        Transformer.from_pretrained(path, device="meta")
+                    elif stage.command not in ("prepare", "reward"):  # which take other records, too
+                        deque(stream_records(path, need_answer), maxlen=0)
+                except InputError as e:
+                    raise InputError(f"{e} (in the line: {line})") from e
 
 
 def is_finished(out, stage):

@@ -143,7 +143,7 @@ def answers(port):
 
 
 def result_lines(out):
-    return [line for path in out.glob(RESULTS) for line in path.read_bytes().splitlines()]
+    return [line for path in out.glob(RESULTS) for line in path.read_bytes().split(b"\n") if line]
 
 
 def run_tool(command, out, log, variables, total=None):

@@ -1,6 +1,9 @@
 """`star.py chat`: a conversation with a model in the terminal. You play the user and the tools."""
+import sys
+
 import torch
 
+from data import InputError
 from data.chat import Chat, add_prompt_flags
 from data.records import read_tools
 from model import Transformer
@@ -41,7 +44,9 @@ def run_chat(args):
 def read_input(prompt):
     """A line from the terminal; "" for Ctrl-D or Ctrl-C."""
     try:
-        return input(prompt)
+        return input(prompt).encode(errors="replace").decode()  # half a surrogate pair is no text
+    except UnicodeDecodeError as e:
+        raise InputError(f"the terminal's text is not {sys.stdin.encoding} ({e.reason}); set its encoding to UTF-8") from e
     except (EOFError, KeyboardInterrupt):
         return ""
 

@@ -59,7 +59,7 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
 
     groups: numbered by `number_rows`
     made_from: what `open_cache` compares; holds `positions` and `k`
-    teacher: function of a packed batch on `device` -> (ids [N, k], log_p [N, k])
+    teacher: function of a packed batch on `device`, and its groups -> (ids [N, k], log_p [N, k])
     micro_batch_tokens: padded tokens per forward pass
     """
     shape = (made_from["positions"], made_from["k"])
@@ -76,7 +76,7 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
         for micro in tqdm(batches, "teacher cache", unit="batch"):
             packed = pack(micro, device)
             rows = packed["rows"].cpu().numpy()
-            batch_ids, batch_log_p = teacher(packed)
+            batch_ids, batch_log_p = teacher(packed, micro)
             ids[rows] = batch_ids.cpu().numpy()
             log_p[rows] = batch_log_p.cpu().numpy()
         ids.flush()

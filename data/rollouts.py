@@ -91,10 +91,11 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False, s
             refuse_changes(f"{out}: was made with", saved, arguments, remedy)
         return read_rows(out, scored), {}
     out.parent.mkdir(parents=True, exist_ok=True)
+    begun = resume and part.exists()
     part.touch(exist_ok=resume or overwrite)
     hold(part)
     lines = []
-    for path in (part, *others) if resume else ():  # a kill may have left half a line, or half a character
+    for path in (part, *others) if begun else ():  # a kill may have left half a line, or half a character
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
             lines.append(parse_line(path, number, line, list if lines else (dict, type(None))))
     if lines:

@@ -13,7 +13,7 @@ import ckd
 from ckd import DIVERGENCES, ckd_loss, objective_loss, reverse_kl
 from conftest import settings
 from data import InputError
-from data.groups import Group, Response, attention_mask, pack
+from data.groups import Group, Response, attention_mask, pack, share_prefixes
 from head import head_loss, hidden_states, topk_log_probs
 from model import Transformer
 from teacher import Teacher, cache_key, load_teacher
@@ -276,7 +276,7 @@ def test_teacher_top_k_and_draws():
     for ids, log_p in (Teacher(model, K, V)(packed), topk_log_probs(hidden, model.head_weight, K, chunk=5)):
         assert ids.dtype == torch.int64 and log_p.dtype == torch.float32
         assert torch.equal(ids, top.indices) and torch.allclose(log_p.double(), top.values, atol=1e-6)
-    ids, log_p = Teacher(model, 500, V).view(packed, torch.Generator().manual_seed(0))
+    ids, log_p = Teacher(model, 500, V, seed=0)(packed, example_groups(), 1)
     shares = torch.stack([torch.bincount(row, minlength=V) for row in ids]) / 500
     assert torch.allclose(shares.gather(-1, ids), log_p.exp(), atol=1e-6)  # log of each token's share of the draws
     # A share of 500 draws has a standard deviation of at most 0.0224: one of about 2,000 shares is six of them off
@@ -326,6 +326,21 @@ def test_the_run_does_not_depend_on_micro_batches(objective, world, tmp_path):
     whole = run_cached(tmp_path / "whole", folder, objective, micro_batch_tokens=10_000)
     split = run_cached(tmp_path / "split", folder, objective, micro_batch_tokens=1)
     assert torch.allclose(whole, split, atol=1e-9)
+    whole, split = (run_live(tmp_path / f"live {tokens}", tiny(0), objective, micro_batch_tokens=tokens)
+                    for tokens in (10_000, 1))
+    assert torch.allclose(whole, split, atol=1e-9)
+
+
+def test_draws_depend_on_the_record_not_on_its_row():
+    """Also if records with the same tools share a row, which moves part of a prompt in front of its response."""
+    model = tiny(0)
+    teacher = Teacher(model, 50, V, seed=0)
+    groups = [Group({"tools": []}, [5, 6, 7, i], [Response([i + 2, i + 1, 3], (1, 3))]) for i in range(4)]
+    together = share_prefixes(groups, 4)
+    assert len(together) == 1
+    alone = [teacher(pack([group]), [group], 1)[0] for group in groups]
+    assert torch.equal(torch.cat(alone), teacher(pack(together), together, 1)[0])
+    assert not torch.equal(alone[0], teacher(pack(groups[:1]), groups[:1], 2)[0])
 
 
 def test_paddings_of_different_widths_are_cut_to_the_tokenizer(tmp_path):

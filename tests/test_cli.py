@@ -645,7 +645,7 @@ def test_interrupted_and_resumed(here):
     wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    assert process.returncode == 130 and "Stopping after this step" in error and "Traceback" not in error
+    assert process.returncode == 130 and "Stopping at the next" in error and "Traceback" not in error
     last = rows("run/metrics.jsonl")[-1]["step"]
     assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/weights.safetensors").exists()
     assert run(f"{command} run --resume") == 0

@@ -1,0 +1,55 @@
+"""What is checked about a call of star.py before its command runs: text, the variables of torchrun, idle flags."""
+import os
+import sys
+
+from data import InputError
+
+SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval")
+TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which it sets for each process
+
+# (commands, flags, when they have no effect): said if one of the flags is given.
+IDLE = (
+    ("sft ckd simrl", "valid_limit", "without --valid", lambda args: not args.valid),
+    ("simrl", "valid_every", "without --valid", lambda args: not args.valid),
+    ("sft ckd", "hold_out", "with --valid", lambda args: args.valid),
+    ("sft ckd", "valid_every valid_answers samples", "without held-out records",
+     lambda args: not args.valid and not args.hold_out),
+    ("sft ckd simrl", "epochs episodes", "with --steps", lambda args: args.steps),
+    ("ckd", "tail_weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
+    ("ckd", "kd_ratio", "with --objective ce", lambda args: args.objective == "ce"),
+    ("simrl", "max_draws", "with --filter none", lambda args: args.filter == "none"),
+    ("simrl", "clip", "with one update a step", lambda args: args.prompts_per_step * args.n <= args.batch_size),
+    ("rollout chat", "top_p seed", "with --temperature 0", lambda args: not args.temperature),
+    ("eval", "seed", "without --n", lambda args: not args.n),
+)
+
+
+def check_call(argv, args):
+    """InputError if a command cannot run as it was called. Says on stderr which of the given flags have no effect."""
+    text = " ".join(argv)
+    if text.encode(errors="replace").decode() != text:
+        raise InputError("a flag is not UTF-8 text; set the terminal's encoding to UTF-8, or rename the file")
+    values = [os.environ.get(name, "") for name in TORCHRUN]
+    if values[0] not in ("", "1"):
+        if not all(value.isdecimal() for value in values) or int(values[1]) >= int(values[0]):
+            raise InputError(f"the environment has WORLD_SIZE={values[0]}, but not all of {', '.join(TORCHRUN[1:])} as "
+                             "torchrun sets them; start with torchrun, or unset WORLD_SIZE")
+        if args.command not in SEVERAL_PROCESSES:
+            raise InputError("this command is one process: start it without torchrun, "
+                             "once for each part of the data")
+    for sentence in idle_flags(argv, args) if is_first_rank() else ():
+        print(f"note: {sentence}", file=sys.stderr)
+
+
+def is_first_rank():
+    """Whether this is the only process, or the first that torchrun started; known before the processes have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def idle_flags(argv, args):
+    """A sentence for each given flag that has no effect in this call."""
+    given = {word.partition("=")[0] for word in argv}
+    for commands, flags, when, idle in IDLE:
+        for flag in ("--" + name.replace("_", "-") for name in flags.split()):
+            if args.command in commands.split() and flag in given and idle(args):
+                yield f"{flag} has no effect {when}"
