@@ -94,14 +94,19 @@ def sample(model, prompts, n, max_new_tokens, stop_ids=(), seed=0, temperature=1
     return [request.responses for request in requests]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with teacher/ and student/ (random, hidden 32, 2 layers) and train.jsonl, 24 demo records; read only."""
-    folder = tmp_path_factory.mktemp("world")
+def make_world(folder):
+    """Write teacher/ and student/ (random, hidden 32, 2 layers) and train.jsonl, 24 demo records."""
     r = random.Random(0)
     lines = [json.dumps(make_record(r, number)) + "\n" for number in range(24)]
     (folder / "train.jsonl").write_text("".join(lines))
     tokenizer = make_tokenizer([*lines, TOOLS_INTRO, CALLS_INTRO] * 3, vocab_size=600)
     for seed, name in enumerate(("teacher", "student")):
         make_model(folder / name, tokenizer, seed, hidden=32, layers=2, heads=(2, 1))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with the files of `make_world`; read only."""
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
     return folder
