@@ -78,6 +78,13 @@ def main(argv=None):
         message = str(e)
         if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a failed write
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
+    except RuntimeError as e:  # of a rank that waits for one that is gone
+        if type(e).__name__ != "DistBackendError" and "gloo" not in str(e):
+            raise
+        if is_first_rank():
+            print(f"star.py {args.command}: another rank has ended; continue with the same command and --resume",
+                  file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         remedy = "; continue with the same command and --resume" if "resume" in args else ""
         if is_first_rank():

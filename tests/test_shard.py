@@ -259,6 +259,29 @@ def test_a_checkpoint_resumes_on_another_number_of_ranks(here, command, first, s
         torch.testing.assert_close(other[name], tensor, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("command, ranks", [("ckd", 2), *(pytest.param(*case, marks=LONG) for case in (
+    ("ckd", 3), ("simrl", 2), ("simrl", 3)))])
+def test_a_rank_that_dies_ends_the_others(here, command, ranks):  # noqa: F811
+    codes, errors = finish_ranks(start_ranks(ranks, PROGRAM, *f"{RUNS[command]} whole".split()))
+    assert not any(codes), errors
+    log = Path("run/metrics.jsonl")
+    for victim, step in ((ranks - 1, 3), (0, 6)):
+        processes = start_ranks(ranks, PROGRAM, *f"{RUNS[command]} run --resume".split())
+        while not (log.exists() and f'"step": {step},' in log.read_text()):
+            assert all(process.poll() is None for process in processes), finish_ranks(processes)
+            time.sleep(0.001)
+        start = time.monotonic()
+        processes[victim].kill()
+        codes, errors = finish_ranks(processes)
+        assert time.monotonic() - start < 10 and codes[victim] == -signal.SIGKILL
+        assert [code for rank, code in enumerate(codes) if rank != victim] == [1] * (ranks - 1), (codes, errors)
+        lines = [line for text in errors for line in text.splitlines() if line.startswith("star.py")]
+        assert len(lines) == (victim > 0) and "Traceback" not in str(errors), errors
+    codes, errors = finish_ranks(start_ranks(ranks, PROGRAM, *f"{RUNS[command]} run --resume".split()))
+    assert not any(codes), errors
+    assert Path("run/model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
+
+
 def texts(out):
     """What a run has sampled."""
     if Path(out, "samples.json").exists():
