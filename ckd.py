@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import non_negative, natural, number, positive, read_json, runs, write_json
+from data import checkpoints, non_negative, natural, number, positive, read_json, runs, write_json
 from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, read_groups
 from data.records import add_data_flags, has_answer
@@ -171,7 +171,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     batches = plan_batches(groups, args)
     optimisers = train.make_optimisers(student, args)
     if start:
-        runs.load_checkpoint(args.out, start, args.command, student, optimisers)
+        checkpoints.load_checkpoint(args.out, start, args.command, student, optimisers)
     elif valid:
         row = validate(student, teacher, valid, args, answer_valid)
         if train.rank() == 0:
@@ -185,7 +185,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
 
         # 2. Update.
         norm = train.clip_gradients(student)
-        runs.check_finite(args.out, step, "the gradient norm", norm)
+        checkpoints.check_finite(args.out, step, "the gradient norm", norm)
         rate = train.learning_rate(step, len(batches), args.lr)
         train.optimiser_step(optimisers, rate)
         row |= {"lr": rate, "grad_norm": norm}
@@ -195,7 +195,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
         # 3. Validate.
         if valid and (step % args.valid_every == 0 or step == len(batches)):
             row |= validate(student, teacher, valid, args, answer_valid)
-            runs.check_finite(args.out, step, "the validation nll", row["valid_nll"])
+            checkpoints.check_finite(args.out, step, "the validation nll", row["valid_nll"])
 
         # 4. Log and save. After Ctrl-C on any rank, this step ends the loop.
         ends = steps.ends_at(step, student.head_weight.device)
@@ -203,7 +203,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
             runs.log_step(args.out, {"step": step} | row)
         if ends or step % args.save_every == 0:
             progress = {"updates": step}
-            runs.save_checkpoint(args.out, step, student, optimisers, progress)
+            checkpoints.save_checkpoint(args.out, step, student, optimisers, progress)
         steps.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
     return not steps.stopped
 

@@ -24,8 +24,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
+from data.checkpoints import save_tensors
 from data.fields import CONFIG, ROPE, WEIGHT_INDEX, check_fields
-from data.runs import save_tensors
 from shard import gather, parameters, part_of, rank, whole
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

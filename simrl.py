@@ -32,7 +32,7 @@ from functools import partial
 import torch
 
 import train
-from data import non_negative, number, positive, runs
+from data import checkpoints, non_negative, number, positive, runs
 from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
@@ -154,7 +154,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     optimisers = train.make_optimisers(model, args)
     progress = {"prompts": 0, "updates": 0}
     if start:
-        progress = runs.load_checkpoint(args.out, start, args.command, model, optimisers)
+        progress = checkpoints.load_checkpoint(args.out, start, args.command, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
     for compiled in filter(None, (model, policy, reference) if args.compile else ()):
         compiled.model.compile_layers()
@@ -173,7 +173,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         if sampled is None:  # Ctrl-C: the model is as it was after the step before
             steps.stopped = True
             if step - 1 > start and (step - 1) % args.save_every:
-                runs.save_checkpoint(args.out, step - 1, model, optimisers, progress)
+                checkpoints.save_checkpoint(args.out, step - 1, model, optimisers, progress)
             break
         groups, kept, seconds = sampled
         progress["prompts"] += len(groups)
@@ -182,7 +182,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             for response, advantage in zip(group.responses, values):
                 response.advantage = advantage
         log_probs = sum(sum(r.log_probs) for g in groups for r in g.responses)
-        runs.check_finite(args.out, step, "a sampled log-prob", log_probs)
+        checkpoints.check_finite(args.out, step, "a sampled log-prob", log_probs)
         row = runs.describe_responses(groups) | {"signal": len(kept) / len(groups)}
         row |= {"groups_kept": len(kept), "tokens": counted_tokens(kept)}
 
@@ -195,7 +195,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             for batch in batches:
                 batch_sums += [accumulate_gradients(model, batch, chat.vocab_size, args)]
                 norm = train.clip_gradients(model)
-                runs.check_finite(args.out, step, "the gradient norm", norm)
+                checkpoints.check_finite(args.out, step, "the gradient norm", norm)
                 progress["updates"] += 1
                 rate = train.learning_rate(progress["updates"], num_updates, args.lr)
                 train.optimiser_step(optimisers, rate)
@@ -215,7 +215,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             runs.log_metrics(args.out, *lines, name="samples.jsonl")
             runs.log_step(args.out, {"step": step} | row)
         if ends or step % args.save_every == 0:
-            runs.save_checkpoint(args.out, step, model, optimisers, progress)
+            checkpoints.save_checkpoint(args.out, step, model, optimisers, progress)
         steps.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
     return not steps.stopped
 

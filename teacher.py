@@ -113,7 +113,7 @@ def cache_key(args, groups, vocab_size):
     digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
     key = {"teacher": fingerprint(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}
     key |= number_rows(groups) | {"view": view, "width": vocab_size, "k": min(args.k, vocab_size)}
-    if open_cache(args.cache, key) is None and train.world_size() > 1:
+    if open_cache(args.cache, key, verify=train.rank() == 0) is None and train.world_size() > 1:
         raise InputError(f"{args.cache}: no cache there yet; write it with one process first (without torchrun)")
     return key
 

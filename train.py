@@ -25,7 +25,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import InputError, non_negative, number, positive
-from data.runs import add_output_flags, latest_checkpoint, prepare_folder
+from data.checkpoints import latest_checkpoint
+from data.runs import add_output_flags, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 

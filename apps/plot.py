@@ -7,7 +7,7 @@ import numpy as np
 
 from data import InputError, seconds_in
 from data.rollouts import read_rows
-from data.runs import read_row
+from data.runs import read_metrics
 
 # A panel for each of these that any run has: its name in the rows of `read_run`, its title.
 PANELS = {
@@ -65,12 +65,9 @@ def run_plot(args):
 
 def read_run(folder):
     """The rows of a run's metrics.jsonl, in which a name means the same for every kind of training."""
-    try:
-        text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError) as e:
-        raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run") from e
-    lines = text.split("\n")[:-1]  # the last line may be incomplete
-    rows = [read_row(line, f"{folder}/metrics.jsonl:{number}") for number, line in enumerate(lines, start=1)]
+    if not (Path(folder) / "metrics.jsonl").exists():
+        raise InputError(f"{folder}: no metrics.jsonl; name the --out folder of a run")
+    rows = read_metrics(folder)
     for row in rows:
         # The KL of Sim-RL is to its starting model, and its loss is about 0 by construction.
         if "reward" in row:

@@ -1,6 +1,7 @@
 """The cache: a teacher's log-probs on disk, so that it need not be in memory while a student trains.
 
-    DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...
+    DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...; and
+                     the hashes of the other files
     DIR/ids.npy      [positions, k] int32      one row per counted position, group by group
     DIR/log_p.npy    [positions, k] float16
 
@@ -39,19 +40,19 @@ def number_rows(groups):
     return {"data": digest.hexdigest()[:16], "positions": position}
 
 
-def open_cache(folder, made_from):
-    """A cache as memory maps (ids, log_p), [positions, k] each; None if `folder` is empty or missing."""
+def open_cache(folder, made_from, verify=False):
+    """A cache as memory maps (ids, log_p), [positions, k] each; None if `folder` is empty or missing.
+    verify: read and hash the files first, a second a GB
+    """
     folder = Path(folder)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
     stored = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
     refuse_changes(f"{folder}: this cache was made from", stored, made_from, "remove the folder or name a new one")
-    try:
-        ids = np.load(folder / "ids.npy", mmap_mode="r")
-        log_p = np.load(folder / "log_p.npy", mmap_mode="r")
-    except ValueError as e:
-        raise InputError(f"{folder}: a file of this cache is cut short ({e}); remove the folder") from e
-    return ids, log_p
+    files = [folder / "ids.npy", folder / "log_p.npy"]
+    if verify and stored.get("files") != list(fingerprints(files).values()):
+        raise InputError(f"{folder}: a file of this cache was cut or changed; remove the folder")
+    return [np.load(file, mmap_mode="r") for file in files]
 
 
 def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
@@ -81,4 +82,5 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
             log_p[rows] = batch_log_p.cpu().numpy()
         ids.flush()
         log_p.flush()
-        write_json(new / "cache.json", made_from)
+        hashes = fingerprints([new / "ids.npy", new / "log_p.npy"])
+        write_json(new / "cache.json", made_from | {"files": list(hashes.values())})

@@ -7,28 +7,22 @@
     OUT/model, OUT/summary.json    when the run is finished
 """
 import json
-import math
 import mmap
 import os
-import re
 import shutil
 import statistics
 import sys
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, fingerprints, hold, one_line, print_table, read_json, refuse_changes
-from data import write_json
-from data.fields import PROGRESS, check_fields
+from data import InputError, fingerprints, hold, one_line, print_table, read_json, refuse_changes, write_json
+from data.checkpoints import checkpoints, latest_checkpoint, open_checkpoint
 from data.groups import counted_tokens
 from data.records import read_lines
-from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
+from shard import rank, wait_for_ranks
 
 # A resumed run may change these: they affect memory, speed, what is shown, or the filters at the end of a rollout.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples", "save_dtype",
@@ -99,6 +93,8 @@ def prepare_folder(args, inputs, others=(), shapes=None):
     write_json(saved, now)
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, step)
+    if (out / "metrics.jsonl").exists():
+        read_metrics(out, whole=True)
     return step
 
 
@@ -109,17 +105,6 @@ def clear_folder(out):
         paths += [*out.glob(f"{name}.tmp"), *out.glob(name)]
     for path in paths:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def checkpoints(out, ending=""):
-    """[(step, folder)] of a run's checkpoints, in their order. Other files beside them are not looked at."""
-    names = [(re.fullmatch(rf"step-(\d{{6,}}){ending}", path.name), path) for path in Path(out).glob("checkpoints/*")]
-    return sorted((int(name[1]), path) for name, path in names if name and path.is_dir())
-
-
-def latest_checkpoint(out):
-    """The step of the last checkpoint of a run, 0 if it has none."""
-    return max(checkpoints(out), default=(0,))[0]
 
 
 def lines_from_end(path):
@@ -151,10 +136,27 @@ def log_metrics(out, *rows, name="metrics.jsonl"):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_metrics(out):
-    """The rows of metrics.jsonl."""
+# What a row of metrics.jsonl has, if it has the first of them.
+TRAINED = ("packed_tokens", "loss", "sequences", "seconds", "tokens")
+REFINED = ("reward", "updates", "groups_drawn", "groups_kept", "seconds_sampling", "seconds_scoring", "seconds_training")
+
+
+def read_metrics(out, whole=False):
+    """The rows of metrics.jsonl; half a line at its end is left out. InputError if a value is no number.
+    whole: also if a figure of TRAINED or REFINED is missing
+    """
     path = Path(out) / "metrics.jsonl"
-    return [read_row(line, f"{path}:{number}") for number, line in read_lines(path)]
+    rows = []
+    for number, line in read_lines(path):
+        if not line.endswith(b"\n"):
+            break
+        row = read_row(line, f"{path}:{number}")
+        needed = [name for names in (TRAINED, REFINED) if whole and names[0] in row for name in names]
+        for name in [*needed, *row]:
+            if type(row.get(name)) not in (int, float):
+                raise InputError(f"{path}:{number}: {name} is not a number; remove the line")
+        rows.append(row)
+    return rows
 
 
 def read_row(line, where):
@@ -170,15 +172,23 @@ def read_row(line, where):
 
 def summarise_training(out):
     """The figures of a whole run of `ckd` or `sft`."""
-    rows = read_metrics(out)
-    trained = [row for row in rows if "loss" in row]
+    rows = read_metrics(out, whole=True)
+    trained = rows_with(rows, "packed_tokens", out)
     summary = {"steps": len(trained)}
     for name in ("sequences", "packed_tokens", "seconds", "tokens"):
         summary[name] = round(sum(row[name] for row in trained), 1)
     summary["response_tokens"] = summary.pop("tokens")
     seconds = sum(row["seconds"] for row in trained)
-    summary["tokens_per_s"] = round(summary["packed_tokens"] / seconds, 1)
+    summary["tokens_per_s"] = round(summary["packed_tokens"] / max(seconds, 1e-9), 1)
     return summary | first_and_last_validation(rows)
+
+
+def rows_with(rows, name, out):
+    """The rows of steps, which the validation before the first step is not."""
+    rows = [row for row in rows if name in row]
+    if not rows:
+        raise InputError(f"{out}/metrics.jsonl: no step of this run is left in it; start again with --overwrite")
+    return rows
 
 
 def first_and_last_validation(rows):
@@ -194,9 +204,9 @@ def valid_metrics(row):
 
 def summarise_refinement(out):
     """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
-    rows = read_metrics(out)
+    rows = read_metrics(out, whole=True)
     validation = first_and_last_validation(rows)
-    rows = [row for row in rows if "reward" in row]  # the validation before the first step has none
+    rows = rows_with(rows, "reward", out)
     fifth = max(1, len(rows) // 5)
     sampled = sum(row["groups_drawn"] for row in rows)
     kept = sum(row["groups_kept"] for row in rows)
@@ -205,13 +215,30 @@ def summarise_refinement(out):
         "steps": len(rows),
         "updates": rows[-1]["updates"],
         "prompts_drawn": sampled,
-        "share_kept": round(kept / sampled, 4),
+        "share_kept": round(kept / max(1, sampled), 4),
         "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
         "reward_last": round(statistics.fmean(rewards[-fifth:]), 4),
     }
     for name in ("seconds_sampling", "seconds_scoring", "seconds_training"):
         summary[name] = round(sum(row[name] for row in rows), 1)
     return summary | validation
+
+
+def finish_run(args, model, summarise, memory):
+    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite.
+
+    summarise: `summarise_training` or `summarise_refinement`
+    memory: figures to add
+
+    Returns the summary; None on the other ranks, which only take part in gathering the weights.
+    """
+    model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
+    wait_for_ranks()  # as in `save_checkpoint`
+    if rank() > 0:
+        return None
+    summary = summarise(args.out) | memory
+    write_json(Path(args.out) / "summary.json", summary)
+    return summary
 
 
 def describe_batch(batch, seconds):
@@ -245,8 +272,9 @@ def show_summary(out, summary):
     figures = dict(summary)
     before = figures.pop("valid_before") or {}
     after = figures.pop("valid_after")
-    for name, value in before.items():
-        figures[f"held-out {name[6:]}"] = f"{value:.4f} -> {after[name]:.4f}"
+    for name in before:
+        if name in after:
+            figures[f"held-out {name[6:]}"] = f"{before[name]:.4f} -> {after[name]:.4f}"
     print()
     print_table(figures.items())
     print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
@@ -297,121 +325,3 @@ def show_refinement(out, summary):
             print(f"{sample['reward']:<8.2f} {one_line(sample['text'])}")
     print(f"\nEvery sample is in {path}")
     show_summary(out, summary)
-
-
-# ---- Checkpoints
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
-
-
-def finish_run(args, model, summarise, memory):
-    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite.
-
-    summarise: `summarise_training` or `summarise_refinement`
-    memory: figures to add
-
-    Returns the summary; None on the other ranks, which only take part in gathering the weights.
-    """
-    model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
-    wait_for_ranks()  # as in `save_checkpoint`
-    if rank() > 0:
-        return None
-    summary = summarise(args.out) | memory
-    write_json(Path(args.out) / "summary.json", summary)
-    return summary
-
-
-def check_finite(out, step, name, value):
-    """Stop a run whose training has diverged, before anything is saved: InputError if `value` is not finite."""
-    if math.isfinite(value):
-        return
-    state = "there is no checkpoint yet"
-    good = latest_checkpoint(out)
-    if good:
-        state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}"
-    raise InputError(
-        f"{out}: step {step}: {name} is {value}, training has diverged; {state}; "
-        "start again with --overwrite and a lower --lr, or with --dtype float32")
-
-
-def save_tensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
-    Path(path).touch()
-    mode = os.stat(path).st_mode  # safetensors would make the file its owner's only
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.chmod(path, mode)
-    except SafetensorError as e:  # raised when the disk is full
-        raise OSError(f"{path}: could not be written ({e})") from e
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def save_checkpoint(out, step, model, optimisers, progress, keep=2):
-    """Write checkpoints/step-... atomically and keep the last `keep`. progress["updates"] counts optimiser steps.
-
-    Every rank must call this. Rank 0 writes whole tensors, so any number of ranks can resume.
-    """
-    weights = parameters(model)
-    total = sum(whole(p.detach().sum(dtype=torch.float64)).item() for p in weights.values())
-    check_finite(out, step, "a weight", total)
-    folder = Path(out) / "checkpoints"
-    state = {}  # of each parameter; empty before the first update
-    for optimiser in optimisers:
-        state |= optimiser.state
-    files = {"weights": weights}  # a file each: writing one takes a copy in memory
-    for moment in MOMENTS:
-        files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
-    with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
-        for name, tensors in files.items():
-            tensors = gather(tensors)
-            if rank() == 0:
-                save_tensors(tensors, new / f"{name}.safetensors")
-            wait_for_ranks()  # not in the next `gather`: the groups of --shard-ranks have a shorter time limit
-        if rank() == 0:
-            write_json(new / "progress.json", progress)
-    if rank() == 0:
-        for _, old in checkpoints(out, r"\.tmp") + checkpoints(out)[:-keep]:  # a killed run may leave half of one
-            shutil.rmtree(old)
-
-
-def open_checkpoint(out, step, command, shapes=None):
-    """(progress, {"weights" and moments: open file}) of the checkpoint after `step`. InputError if it is not whole.
-
-    command: of the run; Sim-RL's progress also counts prompts
-    shapes: {name: shape} of the weights that train, or None
-    """
-    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
-    remedy = "remove that folder to resume from the one before"
-    progress = read_json(folder / "progress.json", remedy)
-    check_fields(progress, PROGRESS[command], folder / "progress.json", remedy, needed=True)
-    files = {}
-    for part in ("weights", *MOMENTS):
-        path = folder / f"{part}.safetensors"
-        try:
-            files[part] = safe_open(path, "pt")
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path}: cannot be read ({e}); {remedy}") from e
-        found = {name: files[part].get_slice(name).get_shape() for name in files[part].keys()}
-        if shapes and any(shapes.get(name) != shape for name, shape in found.items()) or (
-                shapes and part == "weights" and found.keys() != shapes.keys()):
-            raise InputError(f"{path}: is not of the model that this run trains; {remedy}")
-    return progress, files
-
-
-@torch.no_grad()
-def load_checkpoint(out, step, command, model, optimisers):
-    """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
-    progress, files = open_checkpoint(out, step, command)
-    state = {}  # of each parameter, in its optimiser
-    for optimiser in optimisers:
-        for group in optimiser.param_groups:
-            state |= {p: optimiser.state[p] for p in group["params"]}
-    for name, p in parameters(model).items():
-        p.copy_(part_of(files["weights"].get_tensor(name), p))
-        for moment in MOMENTS:
-            if name in files[moment].keys():
-                state[p][moment] = part_of(files[moment].get_tensor(name).to(p.device, copy=True), p)
-        if "exp_avg" in state[p]:
-            state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
-    return progress

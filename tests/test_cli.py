@@ -262,7 +262,7 @@ def test_refused(here, capsys, name):
     capsys.readouterr()
     before = files(here)
     assert run(command) == 2
-    error = capsys.readouterr().err
+    error = re.sub("^note: .*\n", "", capsys.readouterr().err)
     assert error.count("\n") == 1 and re.match(f"star.py {command.split()[0]}: .*{message}", error), error
     assert files(here) == before  # nothing written, nothing deleted
 
@@ -430,7 +430,7 @@ def test_the_files_of_sim_rl(here, capsys, command):
     assert ("kl" in logged[0]) == ("--kl-weight 0" not in command)
     assert [group["step"] for group in groups] == [1] * 4 + [2] * 4 + [3] * 4
     assert {"text", "reward", "answer_score", "case", "advantage", "finish_reason"} <= groups[0]["samples"][0].keys()
-    assert all(group["gold"] and group["record"].startswith("train:") and group["request"] for group in groups)
+    assert all(group["gold"] and group["record"] and group["request"] for group in groups)
     assert {Path(name).suffix for name in files("run")} <= {".json", ".jsonl", ".safetensors"}  # no pickle
     assert run(f"{command} --resume") == 0 and rows("run/metrics.jsonl") == logged
 

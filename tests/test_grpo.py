@@ -22,7 +22,8 @@ import star
 import train
 from data import InputError
 from data.groups import Group, micro_batches, next_prompts, pack
-from data.runs import load_checkpoint, summarise_refinement
+from data.checkpoints import load_checkpoint
+from data.runs import summarise_refinement
 from head import head_loss, hidden_states
 from model import Transformer
 from sampler import Sampler

@@ -30,9 +30,9 @@ import shard
 import simrl
 import train
 from ckd import distill
-from data import InputError, print_table, runs
+from data import InputError, checkpoints, print_table
 from data.groups import Group, Response
-from data.runs import latest_checkpoint
+from data.checkpoints import latest_checkpoint
 from experience import sample_step
 from model import Transformer
 from teacher import Teacher
@@ -346,8 +346,8 @@ def train_and_watch(folder, dtype):
                     gradient_checkpointing=True, save_every=2)
     model = Transformer.from_pretrained(folder, shard=train.sharding(args, torch.device("cpu")))
     model.model.gradient_checkpointing = args.gradient_checkpointing
-    save = runs.save_checkpoint
-    runs.save_checkpoint = lambda *call: peaks.append(0.0) or save(*call)
+    save = checkpoints.save_checkpoint
+    checkpoints.save_checkpoint = lambda *call: peaks.append(0.0) or save(*call)
     Path(args.out).mkdir(exist_ok=True)
     distill(model, None, random_groups(0, 4), [], args)
     return [round(peak - start, 2) for peak in (peaks[0], max(peaks))]

@@ -1,0 +1,130 @@
+"""Checkpoints: weights, optimiser moments and progress of a run, in safetensors and JSON, whole tensors for any ranks.
+
+    OUT/checkpoints/step-000100/    weights, exp_avg, exp_avg_sq, momentum_buffer .safetensors; progress.json
+"""
+import math
+import os
+import re
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from data import InputError, atomic_folder, read_json, write_json
+from data.fields import PROGRESS, check_fields
+from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
+
+
+def checkpoints(out, ending=""):
+    """[(step, folder)] of a run's checkpoints, in their order. Other files beside them are not looked at."""
+    names = [(re.fullmatch(rf"step-(\d{{6,}}){ending}", path.name), path) for path in Path(out).glob("checkpoints/*")]
+    return sorted((int(name[1]), path) for name, path in names if name and path.is_dir())
+
+
+def latest_checkpoint(out):
+    """The step of the last checkpoint of a run, 0 if it has none."""
+    return max(checkpoints(out), default=(0,))[0]
+
+
+def check_finite(out, step, name, value):
+    """Stop a run whose training has diverged, before anything is saved: InputError if `value` is not finite."""
+    if math.isfinite(value):
+        return
+    state = "there is no checkpoint yet"
+    good = latest_checkpoint(out)
+    if good:
+        state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}"
+    raise InputError(
+        f"{out}: step {step}: {name} is {value}, training has diverged; {state}; "
+        "start again with --overwrite and a lower --lr, or with --dtype float32")
+
+
+def save_tensors(tensors, path):
+    """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
+    Path(path).touch()
+    mode = os.stat(path).st_mode  # safetensors would make the file its owner's only
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+        os.chmod(path, mode)
+    except SafetensorError as e:  # raised when the disk is full
+        raise OSError(f"{path}: could not be written ({e})") from e
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def save_checkpoint(out, step, model, optimisers, progress, keep=2):
+    """Write checkpoints/step-... atomically and keep the last `keep`. progress["updates"] counts optimiser steps.
+
+    Every rank must call this. Rank 0 writes whole tensors, so any number of ranks can resume.
+    """
+    weights = parameters(model)
+    total = sum(whole(p.detach().sum(dtype=torch.float64)).item() for p in weights.values())
+    check_finite(out, step, "a weight", total)
+    folder = Path(out) / "checkpoints"
+    state = {}  # of each parameter; empty before the first update
+    for optimiser in optimisers:
+        state |= optimiser.state
+    files = {"weights": weights}  # a file each: writing one takes a copy in memory
+    for moment in MOMENTS:
+        files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
+    with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
+        for name, tensors in files.items():
+            tensors = gather(tensors)
+            if rank() == 0:
+                save_tensors(tensors, new / f"{name}.safetensors")
+            wait_for_ranks()  # not in the next `gather`: the groups of --shard-ranks have a shorter time limit
+        if rank() == 0:
+            write_json(new / "progress.json", progress)
+    if rank() == 0:
+        for _, old in checkpoints(out, r"\.tmp") + checkpoints(out)[:-keep]:  # a killed run may leave half of one
+            shutil.rmtree(old)
+
+
+def open_checkpoint(out, step, command, shapes=None):
+    """(progress, {"weights" and moments: open file}) of the checkpoint after `step`. InputError if it is not whole.
+
+    command: of the run; Sim-RL's progress also counts prompts
+    shapes: {name: shape} of the weights that train, or None
+    """
+    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    remedy = "remove that folder to resume from the one before"
+    progress = read_json(folder / "progress.json", remedy)
+    check_fields(progress, PROGRESS[command], folder / "progress.json", remedy, needed=True)
+    files = {}
+    for part in ("weights", *MOMENTS):
+        path = folder / f"{part}.safetensors"
+        try:
+            files[part] = safe_open(path, "pt")
+        except (SafetensorError, OSError) as e:
+            raise InputError(f"{path}: cannot be read ({e}); {remedy}") from e
+        slices = {name: files[part].get_slice(name) for name in files[part].keys()}
+        wrong = [name for name, tensor in slices.items() if tensor.get_dtype() not in ("F32", "F64", "BF16")]
+        if shapes is not None:
+            wrong += [name for name, tensor in slices.items() if shapes.get(name) != tensor.get_shape()]
+            wrong += [name for name in shapes if part == "weights" and name not in slices]
+        if wrong:
+            raise InputError(f"{path}: {wrong[0]} is not as in the model that this run trains; {remedy}")
+    return progress, files
+
+
+@torch.no_grad()
+def load_checkpoint(out, step, command, model, optimisers):
+    """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
+    progress, files = open_checkpoint(out, step, command)
+    state = {}  # of each parameter, in its optimiser
+    for optimiser in optimisers:
+        for group in optimiser.param_groups:
+            state |= {p: optimiser.state[p] for p in group["params"]}
+    for name, p in parameters(model).items():
+        p.copy_(part_of(files["weights"].get_tensor(name), p))
+        for moment in MOMENTS:
+            if name in files[moment].keys():
+                state[p][moment] = part_of(files[moment].get_tensor(name).to(p.device, copy=True), p)
+        if "exp_avg" in state[p]:
+            state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
+    return progress
