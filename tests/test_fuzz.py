@@ -1,13 +1,18 @@
 """Files with wrong values, cut or garbled, end in one line that names them, or are read: never in a traceback.
 
-    python tests/test_fuzz.py [N]     N mutations of every kind of file, by default 2,000; the test makes 60
+    python tests/test_fuzz.py [N]     N mutations of every kind of file that is read before a run, by default 2,000, and
+                                      N / 20 of every file that runs leave for later ones; the tests make 60 and 1
 """
+import contextlib
 import copy
+import io
 import json
+import os
 import random
 import shutil
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 import star  # noqa: E402
 from apps.make_tiny import make_model  # noqa: E402
-from conftest import make_record, make_tokenizer  # noqa: E402
+from conftest import make_record, make_tokenizer, make_world  # noqa: E402
 from data import InputError  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.groups import make_groups  # noqa: E402
@@ -23,6 +28,7 @@ from data.records import read_records, read_tools  # noqa: E402
 from data.rollouts import open_rollouts, read_prompts, score_response  # noqa: E402
 from data.runs import read_metrics  # noqa: E402
 from model import Transformer  # noqa: E402
+from test_cli import CKD, EVAL, ROLLOUT, SFT, SIMRL, files  # noqa: E402
 
 VALUES = [None, True, 0, -1, 1.5, 1e400, "", "x", "list[int]", "list[...", "a\u2028b", [], [None], ["x"], [{}], {}, {"a": 1},
           {"type": ""}, 10 ** 30]
@@ -150,6 +156,106 @@ def fuzz(folder, count, seed=0):
             yield attempt(read, folder / name, garble(r, (folder / name).read_bytes()))
 
 
+TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
+# A command that finds the files of others: what made them, itself, its --out, and the files that are mutated.
+PAIRS = "".join(json.dumps({"prompt": "<|im_start|>user\nx", "generation": "<think>\n</think>x", "label": "<think>\n</think>x"})
+                + "\n" for _ in range(3))
+READERS = {
+    "sft": ([f"{SFT} --save-every 1"], f"{SFT} --save-every 1 --resume", "run"),
+    "simrl": ([SIMRL], f"{SIMRL} --resume", "run"),
+    "ckd": ([f"{CKD} --cache cache --out old"], f"{CKD} --cache cache", "run"),
+    "rollout": ([ROLLOUT], f"{ROLLOUT} --resume", "out.jsonl"),
+    "eval": ([EVAL], f"{EVAL} --resume", "scores"),
+    "compare": ([f"{EVAL} --out old"], f"{EVAL} --compare old", "scores"),
+    "table": ([EVAL, f"{EVAL} --model teacher --out other"], "table scores other", "none"),
+    "plot": ([f"{SFT} --out old"], "plot old --out x.png", "x.png"),
+    "reward": ([], "reward --data pairs.jsonl", "none"),
+    "chain": ([SFT], "curriculum chain.txt --resume", "run"),
+    "chat template": ([], f"eval --model student --data train.jsonl --limit 2 --max-new-tokens 2 --out scores", "scores"),
+}
+
+
+def targets(name):
+    """The files that `fuzz_commands` mutates for a reader."""
+    if name == "chain":
+        return [Path("chain.txt"), Path("run/arguments.json"), Path("run/summary.json")]
+    if name == "chat template":
+        return [Path("student/chat_template.jinja")]
+    roots = [Path(root) for root in ("old", "run", "cache", "out.jsonl", "out.jsonl.arguments.json", "scores", "pairs.jsonl")]
+    return [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*"))) if file.is_file()]
+
+
+def mutate_file(r, path):
+    """Write a mutation of a file: of one JSON value in it, or of its bytes."""
+    data = path.read_bytes()
+    lines = data.splitlines(keepends=True)
+    if path.suffix in (".json", ".jsonl") and r.random() < 0.7:
+        if path.suffix == ".json":
+            return path.write_text(json.dumps(mutate(r, json.loads(data))))
+        i = r.randrange(len(lines))
+        lines[i] = json.dumps(mutate(r, json.loads(lines[i]))).encode() + b"\n"
+        return path.write_bytes(b"".join(lines))
+    path.write_bytes(garble(r, data))
+
+
+def fuzz_commands(world, count, seed=0):
+    """Yield what went wrong in `count` mutations of every file that commands leave for others."""
+    r = random.Random(seed)
+    here = os.getcwd()
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, (before, command, out) in READERS.items():
+            folder = Path(temporary) / name
+            shutil.copytree(world, folder)
+            os.chdir(folder)
+            if name == "chat template":
+                (folder / "student/chat_template.jinja").write_text(TEMPLATE)
+            (folder / "pairs.jsonl").write_text(PAIRS)
+            (folder / "chain.txt").write_text(f"{SFT}\n")
+            for line in before:
+                assert call(line)[0] == 0, line
+            for stage in ("sft", "simrl"):  # a run that was killed after its last step but one
+                if name == stage:
+                    shutil.rmtree("run/model")
+                    os.remove("run/summary.json")
+                    shutil.rmtree(sorted(Path("run/checkpoints").iterdir())[-1])
+            state = files(folder)
+            for path in targets(name) * count:
+                mutate_file(r, path)
+                changed = files(folder)
+                code, error = call(command)
+                now = files(folder)
+                outside = [file for file in now | changed if now.get(file) != changed.get(file)
+                           and not file.startswith((out, "old/plot"))]
+                lines = [line for line in error.splitlines() if line.startswith("star.py")]
+                if code not in (0, 2) or code == 2 and len(lines) != 1 or outside:
+                    yield f"{name}: {path}: code {code}, changed {outside}: {error[-700:]}; content {changed[str(path)][:300]!r}"
+                for file in now.keys() - state.keys():
+                    os.remove(file)
+                for file, content in state.items():
+                    if now.get(file) != content:
+                        Path(file).parent.mkdir(parents=True, exist_ok=True)
+                        Path(file).write_bytes(content)
+            os.chdir(here)
+
+
+def call(command):
+    """Run a command in this process. Returns (exit code, or the name of an exception; what it wrote to stderr)."""
+    with contextlib.redirect_stderr(io.StringIO()) as error, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = star.main(command.split())
+        except SystemExit as e:
+            code = e.code
+        except Exception as e:  # what this test is about
+            code = type(e).__name__
+            traceback.print_exc()
+    return code, error.getvalue()
+
+
+def test_no_file_of_a_run_ends_in_a_traceback(world, monkeypatch):
+    faults = list(fuzz_commands(world, 1))
+    assert not faults, "\n".join(faults)
+
+
 def test_no_file_ends_in_a_traceback(tmp_path):
     """960 mutations in about five seconds."""
     faults = [fault for fault in fuzz(tmp_path, 60) if fault]
@@ -173,6 +279,10 @@ def test_the_line_names_file_and_field(world, tmp_path, capsys, name, value, mes
 if __name__ == "__main__":
     number = int(sys.argv[1]) if sys.argv[1:] else 2000
     with tempfile.TemporaryDirectory() as temporary:
-        seen = {fault.split("; content")[0]: fault for fault in fuzz(Path(temporary), number, seed=1) if fault}
-    print("\n".join(seen.values()) or f"no traceback in {number} mutations of every kind of file")
+        (world := Path(temporary) / "world").mkdir()
+        make_world(world)
+        (records := Path(temporary) / "records").mkdir()
+        faults = [*fuzz(records, number, seed=1), *fuzz_commands(world, number // 20, seed=1)]
+    seen = {fault.split("; content")[0]: fault for fault in faults if fault}
+    print("\n".join(seen.values()) or f"no traceback in {len(faults)} mutations")
     sys.exit(bool(seen))
