@@ -1,0 +1,244 @@
+"""What a run deletes, trusts and refuses in its folder, and what a call is told before it starts."""
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from apps.checks import IDLE
+from data import hold
+from data.checkpoints import checkpoints, latest_checkpoint
+from data.runs import cut_log, log_metrics, read_metrics
+from test_cli import CKD, EVAL, PROGRAM, ROLLOUT, SFT, SIMRL, files, here, run, start, wait_for  # noqa: F401
+
+STEPS = f"{SFT} --save-every 1"
+
+
+def refused(capsys, command):
+    """The one line of a command that must end in exit code 2."""
+    capsys.readouterr()
+    assert run(command) == 2
+    line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("star.py")]
+    return line
+
+
+# ---- Whose files these are
+
+def test_only_own_checkpoints_are_looked_at(here):
+    assert run(STEPS) == 0
+    folder = Path("run/checkpoints")
+    (folder / ".DS_Store").write_text("x")
+    (folder / "step-best").mkdir()
+    (folder / "step-000009x").mkdir()
+    shutil.copytree(folder / "step-000002", folder / "best")
+    (folder / "step-000007.tmp").mkdir()
+    before = files("run")
+    assert latest_checkpoint("run") == 2
+    (folder / "step-1000000").mkdir()
+    assert [step for step, _ in checkpoints("run")] == [1, 2, 1_000_000]
+    (folder / "step-1000000").rmdir()
+    shutil.rmtree(folder / "step-000002")
+    assert run(f"{STEPS} --resume") == 0
+    assert before.keys() == files("run").keys() and not (folder / "step-000007.tmp").exists()
+    assert (folder / "step-best").is_dir() and (folder / "step-000009x").is_dir()
+
+
+def test_overwrite_deletes_what_a_run_wrote(here):
+    command = f"{CKD} --cache run/cache"
+    assert run(command) == 0
+    Path("run/notes.txt").write_text("mine")
+    Path("run/checkpoints/notes.txt").write_text("mine")
+    cache = files("run/cache")
+    assert run(f"{command} --overwrite --steps 1") == 0
+    assert Path("run/notes.txt").read_text() == Path("run/checkpoints/notes.txt").read_text() == "mine"
+    assert files("run/cache") == cache and latest_checkpoint("run") == 1
+
+
+def test_a_start_that_was_killed_can_be_repeated(here):
+    Path("run").mkdir()
+    Path("run/arguments.json.tmp").write_text('{"comm')
+    assert run(STEPS) == 0 and not Path("run/arguments.json.tmp").exists()
+
+
+# ---- What must not change
+
+CHANGES = {"data": ("train.jsonl", lambda path: path.write_text(path.read_text() + "\n")),
+           "weights": ("student/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"\x01")),
+           "template": ("student/tokenizer_config.json", lambda path: path.write_text(path.read_text() + " ")),
+           "a new file": ("student/extra.json", lambda path: path.write_text("{}"))}
+
+
+@pytest.mark.parametrize("command, change", [
+    *((STEPS, change) for change in CHANGES), (SIMRL, "data"), (EVAL, "weights"),
+    (ROLLOUT.replace("teacher", "student"), "template")])
+def test_resume_refuses_changed_inputs(here, capsys, command, change):
+    assert run(command) == 0
+    path, edit = CHANGES[change]
+    edit(Path(path))
+    before = files(".")
+    assert f"another {path}; bring back what it was" in refused(capsys, f"{command} --resume")
+    assert files(".") == before
+
+
+def test_resume_with_other_speed_and_reports(here):
+    assert run(STEPS) == 0
+    shutil.rmtree(Path("run/checkpoints/step-000002"))
+    assert run(f"{STEPS} --resume --micro-batch-tokens 100 --save-every 5 --samples 2 --save-dtype bfloat16") == 0
+
+
+@pytest.mark.parametrize("command", [f"{SIMRL} --steps 400", f"{ROLLOUT} --n 40 --max-new-tokens 400", f"{EVAL} --n 400"])
+def test_two_processes_on_one_out(here, capsys, command):
+    process = start(command)
+    part = {"simrl": "run/metrics.jsonl", "rollout": "out.jsonl.part", "eval": "scores/generations.jsonl.part"}
+    try:
+        wait_for(process, lambda: Path(part[command.split()[0]]).exists())
+        assert "another process writes there" in refused(capsys, f"{command} --resume")
+        assert "another process writes there" in refused(capsys, f"{command} --overwrite")
+    finally:
+        process.kill()
+        process.communicate()
+    Path("folder").mkdir()
+    hold("folder")
+    hold("folder")  # this process may take it again
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_log_is_cut_behind_a_step(tmp_path, seed):
+    """As if every line were read, whatever the lengths; half a line at the end goes."""
+    r = random.Random(seed)
+    path = tmp_path / "metrics.jsonl"
+    steps = sorted(r.choices(range(1, 9), k=r.randrange(30)))
+    log_metrics(tmp_path, *({"step": step, "text": "ü\u2028" * r.randrange(300)} for step in steps))
+    whole = path.read_bytes().splitlines(keepends=True) if steps else []
+    with open(path, "ab") as file:
+        file.write('{"step": 1, "text": "ü'.encode()[:r.randrange(24)])
+    last = r.randrange(10)
+    cut_log(path, last)
+    assert path.read_bytes() == b"".join(line for line in whole if json.loads(line)["step"] <= last)
+
+
+def test_metrics_while_a_run_writes_them(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
+def test_ctrl_c_in_a_rollout_says_what_was_kept(here):
+    process = start(f"{ROLLOUT} --n 20 --max-new-tokens 300 --max-concurrent 20")
+    part = Path("out.jsonl.part")
+    wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 3)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    kept = part.read_bytes().count(b"\n") - 1
+    assert process.returncode == 130 and f"{kept} of 24 records are done, and kept in out.jsonl.part" in error
+    assert error.endswith("star.py rollout: interrupted; continue with the same command and --resume\n")
+
+
+def test_ctrl_c_while_sim_rl_samples(here):
+    """The step is given up, and the checkpoint is that of the step before."""
+    command = f"{SIMRL.replace('--save-every 1', '--save-every 90')} --steps 6 --n 40 --max-new-tokens 300 --batch-size 20"
+    process = start(command)
+    log = Path("run/metrics.jsonl")
+    wait_for(process, lambda: log.exists() and '"step": 2,' in log.read_text())
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    step = latest_checkpoint("run")
+    assert process.returncode == 130 and step >= 2 and f"Stopped after step {step}." in error, error
+    assert read_metrics("run")[-1]["step"] == step
+
+
+# ---- What a call is told
+
+IDLE_CALLS = [f"{SFT} --valid-limit 3", f"{SIMRL} --valid-every 3", f"{SFT} --valid train.jsonl",
+              f"{SFT} --hold-out 0 --valid-answers 2", f"{SFT} --epochs 2", f"{CKD} --objective ce --tail-weight 2",
+              f"{CKD} --objective ce --kd-ratio 0.5", f"{SIMRL} --max-draws 2", f"{SIMRL} --clip 0.1 0.1 --batch-size 8",
+              f"{ROLLOUT} --temperature 0 --top-p 0.5", f"{EVAL} --seed 3"]
+IDLE_FLAGS = ["valid-limit", "valid-every", "hold-out", "valid-answers", "epochs", "tail-weight", "kd-ratio", "max-draws",
+              "clip", "top-p", "seed"]
+
+
+@pytest.mark.parametrize("number", range(len(IDLE)))
+def test_a_flag_without_effect_is_said(here, capsys, number):
+    run(IDLE_CALLS[number])
+    assert f"note: --{IDLE_FLAGS[number]} has no effect {IDLE[number][2]}\n" in capsys.readouterr().err
+
+
+def test_no_flag_of_these_calls_is_idle(here, capsys):
+    for command in (f"{CKD} --tail-weight 2 --kd-ratio 0.5", f"{SIMRL} --valid train.jsonl --valid-every 2 --out other"):
+        assert run(command) == 0
+        assert "no effect" not in capsys.readouterr().err
+
+
+def test_filters_on_a_finished_rollout(here, capsys):
+    assert run(ROLLOUT) == 0
+    before = files(".")
+    assert run(f"{ROLLOUT} --resume") == 0
+    assert "its filters stay as they were" in capsys.readouterr().err and files(".") == before
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2"}, {
+    "WORLD_SIZE": "2", "RANK": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1234"}])
+def test_variables_of_torchrun(here, capsys, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert "start with torchrun, or unset WORLD_SIZE" in refused(capsys, STEPS)
+
+
+def test_a_flag_in_another_encoding(here):
+    result = subprocess.run([sys.executable, PROGRAM, *STEPS.split(), "--out", b"r\xfcn"], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "not UTF-8 text" in result.stderr
+
+
+def test_a_device_that_is_not_there(here, capsys):
+    assert "--device mps: no such device" in refused(capsys, STEPS.replace("--device cpu", "--device mps"))
+
+
+def test_few_steps_of_sim_rl_are_said(here, capsys):
+    assert run(SIMRL.replace("--steps 3", "--episodes 1 --prompts-per-step 24 --batch-size 48")) == 0
+    assert "only 1 steps with 1 updates" in capsys.readouterr().err
+
+
+# ---- Chains
+
+CHAIN = f"{STEPS} --out a\n{CKD} --student a/model --out b\n"
+
+
+def test_a_chain_checks_all_inputs_first(here, capsys):
+    for line, message in ((f"{SFT} --data nowhere.jsonl", "nowhere.jsonl: no such file, and no line before writes it"),
+                          (f"{SFT} --model c/model", "c/model: no such file, and"),
+                          ("eval --model student --data bad.jsonl --out e", "bad.jsonl:1: not JSON")):
+        Path("bad.jsonl").write_text("{")
+        Path("chain.txt").write_text(f"{CHAIN}{line}\n")
+        assert message in refused(capsys, "curriculum chain.txt") and not Path("a").exists()
+
+
+def test_a_chain_goes_on_after_a_stage_was_mended(here, capsys):
+    Path("chain.txt").write_text(CHAIN.replace("--student a/model", "--student a/model --lr 1e30"))
+    assert run("curriculum chain.txt") == 2  # it diverged
+    Path("chain.txt").write_text(CHAIN)
+    assert "another lr" in refused(capsys, "curriculum chain.txt --resume")
+    shutil.rmtree("b")
+    before = files("a")
+    assert run("curriculum chain.txt --resume") == 0
+    assert files("a") == before and Path("b/summary.json").exists()
+
+
+def test_a_chain_goes_on_after_a_stage_was_finished_by_hand(here):
+    Path("chain.txt").write_text(CHAIN)
+    assert run(CHAIN.splitlines()[0]) == 0
+    assert run(f"{CHAIN.splitlines()[1]} --micro-batch-tokens 100") == 0
+    before = files(".")
+    assert run("curriculum chain.txt --resume") == 0 and files(".") == before
+
+
+def test_a_stage_whose_input_was_made_anew_is_not_finished(here, capsys):
+    Path("chain.txt").write_text(CHAIN)
+    assert run("curriculum chain.txt") == 0
+    assert run(f"{CHAIN.splitlines()[0]} --seed 7 --overwrite") == 0
+    Path("chain.txt").write_text(CHAIN.replace("--out a", "--seed 7 --out a", 1))
+    assert "b: was made with another a/model/model.safetensors" in refused(capsys, "curriculum chain.txt --resume")
