@@ -43,7 +43,8 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
     add("--max-concurrent", type=positive, default=64, metavar="N",
-        help="sequences generated concurrently")
+        help="sequences generated concurrently; changes memory and speed, and, by rounding, some samples: with "
+        "bfloat16 up to half of them, with float32 one in a few dozen")
     add_length_flag(parser)
 
 

@@ -54,7 +54,7 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         help="responses per optimiser step, in whole groups")
     add("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
     add("--micro-batch-tokens", type=positive, default=4096, metavar="N",
-        help="padded tokens per forward pass; changes memory and speed, not the gradient "
+        help="padded tokens per forward pass; changes memory and speed, and the gradient by rounding only "
         "(except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations: less memory")

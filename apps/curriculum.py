@@ -10,6 +10,7 @@ from collections import deque
 from pathlib import Path
 
 from data import InputError, fingerprints, one_line, print_table, read_json, refuse_changes, seconds_in
+from data.fields import EVALUATION, check_fields
 from data.records import stream_records
 from data.rollouts import read_rows
 from model import Transformer
@@ -207,9 +208,7 @@ def read_scores(folder):
     """{measure: mean} of an evaluation, and the seconds of the run that made its model; as text."""
     remedy = "give the --out folder of a finished eval"
     summary = read_json(folder / "summary.json", remedy)
-    if "metrics" not in summary:
-        raise InputError(f"{folder}: is not the --out of an eval; {remedy}")
-    metrics = summary["metrics"]
+    metrics = check_fields(summary, EVALUATION, folder / "summary.json", remedy, needed=True)["metrics"]
     scores = {}
     names = [name for name in metrics if name.startswith("pass@")]
     for name in (*COLUMNS, *names):
@@ -217,7 +216,9 @@ def read_scores(folder):
             scores[name] = f"{metrics[name]['mean']:.3f}"
     run = Path(summary["model"]).parent / "summary.json"
     if run.exists():
-        scores["seconds"] = f"{seconds_in(read_json(run)):.0f}"
+        summary = read_json(run)
+        seconds = {name: "a number" for name in summary if name.startswith("seconds")}
+        scores["seconds"] = f"{seconds_in(check_fields(summary, seconds, run, remedy)):.0f}"
     return scores
 
 

@@ -31,6 +31,8 @@ KINDS = {
     "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
     "a template, or a list of templates with names": is_template,
+    "an object of metrics with a mean": lambda value: isinstance(value, dict) and all(
+        isinstance(metric, dict) and KINDS["a number"](metric.get("mean")) for metric in value.values()),
     "an object of safetensors files": lambda value: isinstance(value, dict) and all(
         isinstance(name, str) and name.endswith(".safetensors") for name in value.values()),
 }
@@ -50,6 +52,7 @@ PROGRESS = dict.fromkeys(("sft", "ckd"), {"updates": "a whole number"}) | {
     "simrl": {"updates": "a whole number", "prompts": "a whole number"}}
 RECORD = {"source": "text", "rendered": "an object"}
 ANSWER = {"reasoning": "text"}
+EVALUATION = {"model": "text", "metrics": "an object of metrics with a mean"}
 SAMPLED = {"text": "text", "ids": "a list of ids", "finish_reason": "text", "logprob": "a number"}
 SCORED = SAMPLED | {"reward": "a number", "case": "text", "exact": "true or false"}
 

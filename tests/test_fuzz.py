@@ -171,7 +171,7 @@ READERS = {
     "plot": ([f"{SFT} --out old"], "plot old --out x.png", "x.png"),
     "reward": ([], "reward --data pairs.jsonl", "none"),
     "chain": ([SFT], "curriculum chain.txt --resume", "run"),
-    "chat template": ([], f"eval --model student --data train.jsonl --limit 2 --max-new-tokens 2 --out scores", "scores"),
+    "chat template": ([], "eval --model student --data train.jsonl --limit 2 --max-new-tokens 2 --out scores", "scores"),
 }
 
 
