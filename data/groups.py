@@ -50,8 +50,8 @@ class Response:
 @dataclass(slots=True)
 class Group:
     """A record, its prompt as token ids, and the responses to it."""
-    stored: dict  # the record; `make_groups` stores its JSON, a fifth of the memory
-    prompt: list  # of `make_groups`, an array("i")
+    stored: dict  # the record; from a file its JSON, a fifth of the memory
+    prompt: list  # from a file, an array("i")
     responses: list
 
     @property

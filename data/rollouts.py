@@ -19,6 +19,7 @@ Departures from the released code, as far as paper.md describes it:
 """
 import json
 import re
+from array import array
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -32,32 +33,42 @@ from data.records import has_answer, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
-def read_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
-    """Read the first `limit` records of a file and encode their prompts for the model of `chat`.
+def stream_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
+    """Yield the first `limit` records of a file, each with its prompt encoded for the model of `chat`: (record, ids),
+    ids None for a prompt over the cap. The record notes how it is `rendered`.
 
-    Returns (records, prompts): records that note how they are `rendered`, and the ids of their prompts, None for one
-    over the cap. InputError if need_gold is set and a record has no gold answer.
+    InputError if need_gold is set and a record has no gold answer, and if no prompt is left.
     """
     rendered = {"think": chat.think, "tools": chat.tools}
-    records = list(islice(stream_records(path, need_gold), limit))
-    prompts = []
-    for record in records:
+    left = 0
+    for record in islice(stream_records(path, need_gold), limit):
         if need_gold and not has_answer(record):
             raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
                              "add one, or remove the record")
         record["rendered"] = rendered
         ids = chat.encode(chat.prompt(record))
-        prompts.append(ids if len(ids) <= max_prompt_tokens else None)
-    if prompts.count(None) == len(prompts):
+        ids = ids if len(ids) <= max_prompt_tokens else None
+        left += ids is not None
+        yield record, ids
+    if not left:
         raise InputError(f"{path}: no prompt is left to answer; raise --max-prompt-tokens")
-    return records, prompts
 
 
-def prompt_groups(path, chat, max_prompt_tokens, limit):
-    """Groups without responses of the records of `read_prompts`. Returns (groups, number of records skipped)."""
-    records, prompts = read_prompts(path, chat, max_prompt_tokens, limit)
-    groups = [Group(record, ids, []) for record, ids in zip(records, prompts) if ids is not None]
-    return groups, len(records) - len(groups)
+def read_prompts(*options):
+    """The lists of records and of prompts that `stream_prompts` yields, which see for the options."""
+    return map(list, zip(*stream_prompts(*options)))
+
+
+def prompt_groups(*options):
+    """Groups without responses. Returns (groups, number of records skipped). Options as `stream_prompts`."""
+    groups = []
+    skipped = 0
+    for record, ids in stream_prompts(*options):
+        if ids is None:
+            skipped += 1
+        else:
+            groups.append(Group(json.dumps(record).encode(), array("i", ids), []))
+    return groups, skipped
 
 
 def score_response(chat, record, text, **options):
