@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 import train
-from data import checkpoints, non_negative, natural, number, positive, read_json, runs, write_json
+from data import checkpoints, non_negative, natural, number, positive, runs, write_json
 from data.chat import Chat, add_prompt_flags
 from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, read_groups
 from data.records import add_data_flags, has_answer
@@ -305,8 +305,7 @@ def add_supervised_flags(parser, lr, weight_decay):
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps; overrides --epochs")
     add("--share-prefix", type=positive, default=1, metavar="N",
-        help="pack up to N consecutive records with the same tools "
-        "into one shared-prefix row")
+        help="pack up to N consecutive records with the same tools into one shared-prefix row")
     add("--samples", type=natural, default=3, metavar="N",
         help="held-out prompts to answer before and after")
     valid_help = "records or rollouts to validate on; default: hold out some of --data"
@@ -361,6 +360,8 @@ def run_training(args, student_folder, teacher_folder=None):
     path = Path(args.out) / "samples.json"
     shown = valid[:args.samples]
     dtype = getattr(torch, args.dtype)
+    with train.fail_together(device):
+        before = runs.read_samples(path, start)
     if not start:  # every rank answers, as the weights are gathered from all
         before = greedy_answers(student, chat, shown, dtype, "before")
         if train.rank() == 0:
@@ -375,7 +376,7 @@ def run_training(args, student_folder, teacher_folder=None):
     summary = runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device))
     after = greedy_answers(student, chat, shown, dtype, "after")
     if train.rank() == 0:
-        samples = [before | new for before, new in zip(read_json(path, kind=list), after)]
+        samples = [old | new for old, new in zip(before, after)]
         write_json(path, samples)
     train.wait_for_ranks()
     if train.rank() == 0:

@@ -32,7 +32,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
 
     score: function (record, text) -> {"reward", "answer_score", ...}
     has_signal: function (rewards, answer scores) -> whether a group is trained on
-    stop: function -> whether to stop, asked at every token; one rank that wants to is enough
+    stop: function -> whether to stop, asked at every token, with several ranks at every exchange; one is enough
 
     Returns the accepted groups, those of them with a signal, and {name: seconds}; None if it was stopped.
     """

@@ -130,14 +130,27 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):
         if uniform is None:
             values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
         else:
-            cumulative = log_probs.exp().cumsum(-1)  # [C, V]; each token has the part of [0, 1) that its p adds
-            heights = uniform[start:start + chunk] * cumulative[:, -1:]  # [C, k]
-            tokens = torch.searchsorted(cumulative, heights, right=True).clamp(max=len(weight) - 1)  # [C, k]
+            tokens, _ = inverse_transform(log_probs.exp(), uniform[start:start + chunk])  # [C, k]
             same = tokens[:, :, None] == tokens[:, None, :]  # [C, k, k]
             values = same.float().mean(-1).log()  # [C, k]
         ids.append(tokens)
         log_p.append(values)
     return torch.cat(ids), torch.cat(log_p)
+
+
+def inverse_transform(probs, uniform):
+    """Draw the first token whose cumulative mass exceeds each uniform number times the whole mass.
+
+    probs: [R, V], not below 0
+    uniform: [R, n], in [0, 1)
+
+    Returns ids [R, n] and the whole mass [R, 1].
+    """
+    high = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
+    mass = probs.cumsum(-1, dtype=high)  # [R, V]
+    total = mass[:, -1:]  # [R, 1]
+    ids = torch.searchsorted(mass, uniform.to(high) * total, right=True)  # [R, n]
+    return ids.clamp(max=probs.shape[-1] - 1), total  # in float32 the product may round up to the whole mass
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ frees its slot at once: the last slot in use moves into the hole, and the next r
     next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
 
 A response depends on its request and the model only, because the uniform numbers belong to the request. Other requests
-change the rounding of logits: in float32 this hardly ever changes a text, in bfloat16 it changes many.
+change the rounding of logits: in float32 this changes few texts, in bfloat16 up to half of long ones.
 
 Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
 
@@ -31,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import non_negative, number, positive
 from data.groups import Response
+from head import inverse_transform
 from kv_cache import KVCache, lay_out
 
 PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
@@ -43,8 +44,8 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
     add("--max-concurrent", type=positive, default=64, metavar="N",
-        help="sequences generated concurrently; changes memory and speed, and, by rounding, some samples: with "
-        "bfloat16 up to half of them, with float32 one in a few dozen")
+        help="sequences generated concurrently; changes memory and speed and, by rounding, samples: up to half of "
+        "them with bfloat16, few with float32")
     add_length_flag(parser)
 
 
@@ -339,12 +340,7 @@ def next_token(logits, uniform, temperature=None, top_p=None):
         excluded = (mass_before >= top_p) & (top_p < 1)  # [R, V], in that order
         excluded = excluded.scatter(-1, order, excluded)  # [R, V]
         probs = probs.masked_fill(excluded, 0.0)
-    # Inverse transform: the first token whose cumulative mass exceeds the uniform number.
-    high = torch.float32 if logits.device.type == "mps" else torch.float64  # mps has no float64
-    mass = probs.cumsum(-1, dtype=high)  # [R, V]
-    total = mass[:, -1:]  # [R, 1]
-    ids = torch.searchsorted(mass, uniform[:, None].to(high) * total, right=True)  # [R, 1]
-    ids = ids.clamp(max=logits.shape[-1] - 1)  # in float32 the product may round up to the whole mass
+    ids, total = inverse_transform(probs, uniform[:, None])  # [R, 1] each
     ids = torch.where(greedy, most_likely, ids)
     log_probs = (probs.gather(-1, ids) / total).log()  # [R, 1]
     return ids.squeeze(-1), log_probs.squeeze(-1).float()

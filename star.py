@@ -11,7 +11,7 @@ import os
 import sys
 
 from apps.checks import check_call, is_first_rank
-from data import InputError, release
+from data import InputError, unlock_all
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
 COMMANDS = {
@@ -82,8 +82,8 @@ def main(argv=None):
         if type(e).__name__ != "DistBackendError" and "gloo" not in str(e):
             raise
         if is_first_rank():
-            print(f"star.py {args.command}: another rank has ended; continue with the same command and --resume",
-                  file=sys.stderr)
+            print(f"star.py {args.command}: another rank has ended, or cannot be reached "
+                  f"({str(e).splitlines()[0]}); continue with the same command and --resume", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         remedy = "; continue with the same command and --resume" if "resume" in args else ""
@@ -91,7 +91,7 @@ def main(argv=None):
             print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
         return 130
     finally:
-        release()
+        unlock_all()
     # Here, where progress bars have ended their line.
     print(f"star.py {args.command}: {message}", file=sys.stderr)
     return 2

@@ -13,7 +13,7 @@ import torch
 
 import train
 from data import MODEL_FOLDER, InputError, read_json
-from data.cache import fingerprint, number_rows, open_cache, write_cache
+from data.cache import model_hash, number_rows, open_cache, write_cache
 from data.chat import read_tokenizer
 from head import hidden_states, topk_log_probs
 from model import Transformer
@@ -35,19 +35,21 @@ class Teacher:
         self.seed = seed
         self.cache = cache
 
-    def __call__(self, packed, groups=(), step=None):
-        """groups, step: what is packed, and when; they seed the draws of rskd."""
+    def __call__(self, packed, groups=None, step=None):
+        """groups, step: what is packed, and when; they seed draws, and are not used otherwise."""
         if self.cache is None:
             return self.view(packed, groups, step)
         device = packed["targets"].device
         rows = packed["rows"].cpu().numpy()
         ids, log_p = (array[rows] for array in self.cache)  # [N, k] each
+        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocab_size:
+            raise InputError("--cache: holds ids beyond the vocabulary, so it was changed; remove it")
         ids = torch.from_numpy(ids.astype(np.int64))
         log_p = torch.from_numpy(log_p.astype(np.float32))
         return ids.to(device), log_p.to(device)
 
     @torch.no_grad()
-    def view(self, packed, groups=(), step=None):
+    def view(self, packed, groups=None, step=None):
         """The model's top-k, or its draws, in the precision of its weights (no autocast)."""
         hidden = hidden_states(self.model, packed, torch.float32)  # [N, H]
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
@@ -111,9 +113,9 @@ def cache_key(args, groups, vocab_size):
         raise InputError(f"{args.out}: lies in --cache {args.cache}; use another --out")
     view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
     digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
-    key = {"teacher": fingerprint(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}
+    key = {"teacher": model_hash(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}
     key |= number_rows(groups) | {"view": view, "width": vocab_size, "k": min(args.k, vocab_size)}
-    if open_cache(args.cache, key, verify=train.rank() == 0) is None and train.world_size() > 1:
+    if open_cache(args.cache, key) is None and train.world_size() > 1:
         raise InputError(f"{args.cache}: no cache there yet; write it with one process first (without torchrun)")
     return key
 

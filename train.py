@@ -151,7 +151,7 @@ def pick_device(args):
         raise InputError(f"--compile: the device is {name}, but only CUDA's flex_attention trains; leave it out")
     if name == "cpu":
         keep_pages()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         if name == "cuda":
             number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
             if number >= count:
@@ -298,10 +298,9 @@ def timed(seconds, name):
 def stopped_run(args):
     """Say how to continue a run that Ctrl-C stopped. Returns the exit code."""
     wait_for_ranks()
-    if rank() == 0:
-        step = latest_checkpoint(args.out)
-        note(f"Stopped after step {step}. Continue with the same command and --resume" if step else
-             "Stopped before there was a checkpoint. The same command with --resume begins again")
+    step = latest_checkpoint(args.out)
+    note(f"Stopped after step {step}. Continue with the same command and --resume" if step else
+         "Stopped before there was a checkpoint. The same command with --resume begins again")
     return 130
 
 
@@ -335,7 +334,7 @@ class Steps:
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if rank() == 0:
-            print("\nStopping at the next optimiser step, with a checkpoint (Ctrl-C again: at once).", file=sys.stderr)
+            print("\nStopping as soon as the weights can be saved (Ctrl-C again: at once).", file=sys.stderr)
 
     def stop_requested(self):
         return self.requested

@@ -31,9 +31,10 @@ def check_call(argv, args):
         raise InputError("a flag is not UTF-8 text; set the terminal's encoding to UTF-8, or rename the file")
     values = [os.environ.get(name, "") for name in TORCHRUN]
     if values[0] not in ("", "1"):
-        if not all(value.isdecimal() for value in values) or int(values[1]) >= int(values[0]):
-            raise InputError(f"the environment has WORLD_SIZE={values[0]}, but not all of {', '.join(TORCHRUN[1:])} as "
-                             "torchrun sets them; start with torchrun, or unset WORLD_SIZE")
+        numbers = all(value.isdecimal() for value in values)
+        if not numbers or int(values[1]) >= int(values[0]) or not os.environ.get("MASTER_ADDR"):
+            raise InputError(f"the environment has WORLD_SIZE={values[0]}, but not MASTER_ADDR and numbers in all of "
+                             f"{', '.join(TORCHRUN[1:])}; start with torchrun, or unset WORLD_SIZE")
         if args.command not in SEVERAL_PROCESSES:
             raise InputError("this command is one process: start it without torchrun, "
                              "once for each part of the data")
@@ -43,7 +44,7 @@ def check_call(argv, args):
 
 def is_first_rank():
     """Whether this is the only process, or the first that torchrun started; known before the processes have met."""
-    return os.environ.get("RANK", "0") == "0"
+    return os.environ.get("WORLD_SIZE", "") in ("", "1") or os.environ.get("RANK") == "0"
 
 
 def idle_flags(argv, args):

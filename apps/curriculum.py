@@ -7,9 +7,10 @@ import os
 import shlex
 import sys
 from collections import deque
+from itertools import islice
 from pathlib import Path
 
-from data import InputError, fingerprints, one_line, print_table, read_json, refuse_changes, seconds_in
+from data import InputError, hash_files, one_line, print_table, read_json, refuse_changes, seconds_in
 from data.fields import EVALUATION, check_fields
 from data.records import stream_records
 from data.rollouts import read_rows
@@ -106,9 +107,10 @@ def run_all(lines, args, parse, main):
     outs = [Path(getattr(stage, "out", None) or os.devnull) for stage in stages]
     finished = [args.resume and is_finished(out, stage) for out, stage in zip(outs, stages)]
     check_inputs(lines, stages, outs, finished)
+    ran = False
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        if done:
+        if done and (not ran or is_finished(out, stage)):  # what ran may have made the input of this one anew
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
         if args.overwrite and hasattr(stage, "overwrite"):
@@ -116,6 +118,7 @@ def run_all(lines, args, parse, main):
         if args.resume and hasattr(stage, "resume"):
             if stage.command == "curriculum" or out.exists() or Path(f"{out}.part").exists():
                 words.append("--resume")
+        ran = True
         print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
         code = main(words)
         if code:
@@ -127,23 +130,31 @@ def check_inputs(lines, stages, outs, finished):
     """InputError if a model or file that a stage reads is missing or broken, unless an earlier stage writes it."""
     checked = set()
     for number, (line, stage) in enumerate(zip(lines, stages)):
+        if stage.command == "curriculum":  # what its lines write is not known here
+            return
         for name in ("model", "teacher", "student", "data", "valid") if not finished[number] else ():
             values = getattr(stage, name, None) or []
+            limit = getattr(stage, {"data": "limit", "valid": "valid_limit"}.get(name, ""), None)
             for path in map(Path, values if isinstance(values, list) else [values]):
                 made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
-                need_answer = stage.command != "rollout"
-                if made or (path, need_answer) in checked:
+                check = (path, stage.command in ("prepare", "reward", "estimate"), stage.command != "rollout", limit)
+                if made or check in checked:
                     continue
-                checked.add((path, need_answer))
+                checked.add(check)
                 try:
-                    if not path.exists():
-                        raise InputError(f"{path}: no such file, and no line before writes it")
-                    if name in ("model", "teacher", "student"):
-                        Transformer.from_pretrained(path, device="meta")
-                    elif stage.command not in ("prepare", "reward"):  # which take other records, too
-                        deque(stream_records(path, need_answer), maxlen=0)
+                    check_input(path, *check[1:])
                 except InputError as e:
                     raise InputError(f"{e} (in the line: {line})") from e
+
+
+def check_input(path, exists_only, need_answer, limit):
+    """InputError if a model folder or a file of records is missing, or is broken."""
+    if not path.exists():
+        raise InputError(f"{path}: no such file, and no line before writes it")
+    if path.is_dir() and not exists_only:
+        Transformer.from_pretrained(path, device="meta")
+    elif path.is_file() and not exists_only:  # a pipe can be read only once
+        deque(islice(stream_records(path, need_answer), limit), maxlen=0)
 
 
 def is_finished(out, stage):
@@ -154,7 +165,7 @@ def is_finished(out, stage):
     before = read_json(saved) if saved.exists() else {}
     now = {name: value for name, value in vars(stage).items() if name in before}
     if isinstance(inputs := before.get("inputs"), dict):
-        now["inputs"] = inputs | fingerprints(inputs)  # a file that was deleted since counts as unchanged
+        now["inputs"] = inputs | hash_files(inputs)  # a file that was deleted since counts as unchanged
     refuse_changes(f"{out}: was made with", before, now, "use its flags, or start again with --overwrite")
     return True
 
@@ -218,7 +229,8 @@ def read_scores(folder):
     if run.exists():
         summary = read_json(run)
         seconds = {name: "a number" for name in summary if name.startswith("seconds")}
-        scores["seconds"] = f"{seconds_in(check_fields(summary, seconds, run, remedy)):.0f}"
+        check_fields(summary, seconds, run, "make that run anew")
+        scores["seconds"] = f"{seconds_in(summary):.0f}"
     return scores
 
 

@@ -30,7 +30,7 @@ from data.chat import Chat, add_prompt_flags
 from data.prepare import turns
 from data.records import add_data_flags, read_lines
 from data.rollouts import finish_rollouts, read_prompts, read_rows, score_response
-from data.runs import add_output_flags, prepare_folder
+from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from sampler import add_count_flags
 from train import add_machine_flags, fail_together, pick_device, rank
@@ -62,7 +62,7 @@ def run_eval(args):
     results = []
     with fail_together(device):  # refuse bad input before anything is written
         if args.compare and (Path(args.compare) / "config.json").exists():
-            flags = vars(args) | {"model": args.compare, "out": f"{args.out}-compared"}
+            flags = vars(args) | {"model": args.compare, "out": f"{Path(args.out)}-compared"}
             runs.insert(0, Namespace(**flags))
         elif args.compare:
             results.append(read_evaluation(Path(args.compare)))
@@ -71,8 +71,11 @@ def run_eval(args):
             chat = Chat.from_pretrained(run.model, run.think, run.tools)
             inputs.append((chat, *read_prompts(run.data, chat, run.max_prompt_tokens, run.limit)))
             Transformer.from_pretrained(run.model, device="meta")
+        uses = [*filter(None, (args.model, args.compare))]
+        for run in runs if rank() == 0 else ():  # refuse both before one of them is cleared
+            check_folder(run, [run.data, *uses])
         for run in runs if rank() == 0 else ():
-            prepare_folder(run, [run.model, run.data], filter(None, [args.model, args.compare]))
+            prepare_folder(run, [run.model, run.data], uses)
     for run, (chat, records, prompts) in zip(runs, inputs):
         results.append((run.model, answer_records(run, chat, records, prompts, device)))
     with fail_together(device):
@@ -115,7 +118,7 @@ def record_metrics(row):
     else:
         metrics["correct refusals"] = greedy["case"] == "text and text"
     if samples:
-        tokens = sum(len(r["ids"]) for r in samples)
+        tokens = max(1, sum(len(r["ids"]) for r in samples))
         metrics["reward at T = 1"] = np.mean([r["reward"] for r in samples])
         metrics["entropy"] = -sum(r["logprob"] for r in samples) / tokens
     if samples and calls:

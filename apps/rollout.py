@@ -3,7 +3,6 @@
 The file format and the filters are in data/rollouts.py, the sampler in sampler.py. Under `torchrun` each rank samples a
 share of the records into a part file of its own, and rank 0 joins them; a run may resume with any number of ranks.
 """
-import sys
 import time
 from pathlib import Path
 
@@ -45,6 +44,9 @@ def run_rollout(args):
     with fail_together(device):
         if out.resolve() == Path(args.data).resolve():
             raise InputError(f"{out}: would be written over --data; use another --out")
+        made = (Path(f"{out}.arguments.json"), Path(f"{out}.part"))
+        if args.overwrite and out.exists() and not any(path.exists() for path in made):
+            raise InputError(f"{out}: is no rollout of this program; remove it or use another --out")
         chat = Chat.from_pretrained(args.model, args.think, args.tools)
         records, prompts = read_prompts(
             args.data, chat, args.max_prompt_tokens, args.limit, args.min_reward is not None)
@@ -140,5 +142,6 @@ def sample_share(args, out, chat, records, prompts, draws, device, share, total)
                     append_rollouts(out, {i: row}, rank())
                     bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
         except KeyboardInterrupt:
-            bar.write(f"{bar.n} of {total} records are done, and kept in {out}.part", file=sys.stderr)
+            count = f"{bar.n} of these {total}" if world_size() == 1 else "finished"
+            note(f"\n{count} records are done, and kept in {out}.part")
             raise

@@ -46,7 +46,8 @@ def read_input(prompt):
     try:
         return input(prompt).encode(errors="replace").decode()  # half a surrogate pair is no text
     except UnicodeDecodeError as e:
-        raise InputError(f"the terminal's text is not {sys.stdin.encoding} ({e.reason}); set its encoding to UTF-8") from e
+        name = sys.stdin.encoding
+        raise InputError(f"the terminal's text is not {name} ({e.reason}); set its encoding to UTF-8") from e
     except (EOFError, KeyboardInterrupt):
         return ""
 

@@ -31,8 +31,8 @@ def read_json(path, remedy="download or copy it again", kind=dict):
         raise InputError(f"{path}: no such file; {remedy}") from e
     except json.JSONDecodeError as e:
         raise InputError(f"{path}:{e.lineno}: is not JSON ({e.msg}); {remedy}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: is not UTF-8 text ({e.reason}); {remedy}") from e
+    except (UnicodeDecodeError, RecursionError) as e:
+        raise InputError(f"{path}: is not UTF-8 text, or nested too deep ({e}); {remedy}") from e
     if not isinstance(value, kind):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, not what belongs here; {remedy}")
     return value
@@ -72,21 +72,28 @@ def atomic_folder(folder):
         shutil.rmtree(new, ignore_errors=True)
 
 
-def fingerprints(paths):
+hashes = {}  # {(file, size, time of change): hash}, of this process
+
+
+def hash_files(paths):
     """{file: hash} of files, and of the files in model folders. Pipes are left out: they can be read only once."""
     files = []
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files += [file for file in inside if file.suffix in (".json", ".jinja", ".safetensors")] or [path]
-    hashes = {}
+    found = {}
     for file in tqdm(filter(Path.is_file, files), "check inputs", unit="file", delay=2, leave=False):
-        with open(file, "rb") as stream:
-            hashes[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-    return hashes
+        status = file.stat()
+        key = (file.resolve(), status.st_size, status.st_mtime_ns)
+        if key not in hashes:
+            with open(file, "rb") as stream:
+                hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
+        found[str(file)] = hashes[key]
+    return found
 
 
 def refuse_changes(where, before, now, remedy):
-    """InputError that names each setting of `now` whose value in `before` differs, or the input file that has changed."""
+    """InputError that names each setting of `now` whose value in `before` differs, or the input files that do."""
     before, now = dict(before), dict(now)
     if unknown := [name for name in now if name not in before]:
         raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
@@ -95,19 +102,22 @@ def refuse_changes(where, before, now, remedy):
         raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
     old_inputs = old_inputs if isinstance(old_inputs, dict) else {}
     if changed := sorted(path for path in old_inputs | inputs if old_inputs.get(path) != inputs.get(path)):
-        raise InputError(f"{where} another {' and another '.join(changed)}; bring back what it was, or start again")
+        raise InputError(f"{where} another {' and another '.join(changed)}; restore that (remove it if it is new), "
+                         "or start again")
 
 
-held = {}  # {path: file descriptor} of the locks of this process
+locks = {}  # {path: file descriptor}, of this process
 
 
-def hold(path):
-    """Lock a file or folder until `release`, or the end of this process. InputError if another one has locked it."""
+def lock(path):
+    """Lock a file or folder until `unlock_all`, or the end of this process. InputError if another one has locked it."""
     path = Path(path).resolve()
-    if path in held:
-        os.close(held.pop(path))
-    file = os.open(path, os.O_RDONLY)
-    held[path] = file
+    if path in locks and os.path.samestat(os.fstat(locks[path]), os.stat(path)):
+        return
+    if path in locks:  # of a file that this process has replaced
+        os.close(locks.pop(path))
+    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    locks[path] = file
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
@@ -116,10 +126,16 @@ def hold(path):
         pass
 
 
-def release():
-    """Unlock all."""
-    while held:
-        os.close(held.popitem()[1])
+def unlock_all():
+    """Unlock what `lock` has locked."""
+    while locks:
+        os.close(locks.popitem()[1])
+
+
+def remove(path):
+    """Delete a file, or a folder with all that is in it; of a link, the link only."""
+    path = Path(path)
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def number(kind, low, high=math.inf):

@@ -1,7 +1,6 @@
 """The cache: a teacher's log-probs on disk, so that it need not be in memory while a student trains.
 
-    DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...; and
-                     the hashes of the other files
+    DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...
     DIR/ids.npy      [positions, k] int32      one row per counted position, group by group
     DIR/log_p.npy    [positions, k] float16
 
@@ -15,13 +14,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, fingerprints, read_json, refuse_changes, write_json
+from data import InputError, atomic_folder, hash_files, lock, read_json, refuse_changes, write_json
 from data.groups import micro_batches, pack
 
 
-def fingerprint(folder):
+def model_hash(folder):
     """A short hash of a model folder: its config.json and its weights."""
-    hashes = {Path(file).name: value for file, value in fingerprints([folder]).items()}
+    hashes = {Path(file).name: value for file, value in hash_files([folder]).items()}
     names = [name for name in hashes if name == "config.json" or name.endswith(".safetensors")]
     return hashlib.sha256(repr([(name, hashes[name]) for name in names]).encode()).hexdigest()[:16]
 
@@ -40,19 +39,23 @@ def number_rows(groups):
     return {"data": digest.hexdigest()[:16], "positions": position}
 
 
-def open_cache(folder, made_from, verify=False):
-    """A cache as memory maps (ids, log_p), [positions, k] each; None if `folder` is empty or missing.
-    verify: read and hash the files first, a second a GB
-    """
+def open_cache(folder, made_from):
+    """A cache as memory maps [ids, log_p], [positions, k] each; None if `folder` is empty or missing."""
     folder = Path(folder)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
     stored = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
     refuse_changes(f"{folder}: this cache was made from", stored, made_from, "remove the folder or name a new one")
-    files = [folder / "ids.npy", folder / "log_p.npy"]
-    if verify and stored.get("files") != list(fingerprints(files).values()):
-        raise InputError(f"{folder}: a file of this cache was cut or changed; remove the folder")
-    return [np.load(file, mmap_mode="r") for file in files]
+    arrays = []
+    for name, dtype in (("ids", np.int32), ("log_p", np.float16)):
+        path = folder / f"{name}.npy"
+        try:
+            arrays.append(np.load(path, mmap_mode="r"))
+        except (ValueError, OSError) as e:
+            raise InputError(f"{path}: was cut or changed ({e}); remove the folder") from e
+        if arrays[-1].shape != (made_from["positions"], made_from["k"]) or arrays[-1].dtype != dtype:
+            raise InputError(f"{path}: is not what {folder}/cache.json describes; remove the folder")
+    return arrays
 
 
 def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
@@ -67,6 +70,8 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
     size = shape[0] * shape[1] * 6
     print(f"Teacher cache: {shape[0]:,} positions x {shape[1]} x 6 bytes, "
           f"{size / 1e9:.2f} GB in {folder}", file=sys.stderr)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    lock(folder)
     with atomic_folder(folder) as new:
         if shutil.disk_usage(new).free < size:
             raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; "
@@ -82,5 +87,4 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
             log_p[rows] = batch_log_p.cpu().numpy()
         ids.flush()
         log_p.flush()
-        hashes = fingerprints([new / "ids.npy", new / "log_p.npy"])
-        write_json(new / "cache.json", made_from | {"files": list(hashes.values())})
+        write_json(new / "cache.json", made_from)

@@ -5,7 +5,6 @@
 import math
 import os
 import re
-import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -13,14 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from data import InputError, atomic_folder, read_json, write_json
+from data import InputError, atomic_folder, read_json, remove, write_json
 from data.fields import PROGRESS, check_fields
 from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
 
 
-def checkpoints(out, ending=""):
+def list_checkpoints(out, ending=""):
     """[(step, folder)] of a run's checkpoints, in their order. Other files beside them are not looked at."""
     names = [(re.fullmatch(rf"step-(\d{{6,}}){ending}", path.name), path) for path in Path(out).glob("checkpoints/*")]
     return sorted((int(name[1]), path) for name, path in names if name and path.is_dir())
@@ -28,7 +27,15 @@ def checkpoints(out, ending=""):
 
 def latest_checkpoint(out):
     """The step of the last checkpoint of a run, 0 if it has none."""
-    return max(checkpoints(out), default=(0,))[0]
+    return max(list_checkpoints(out), default=(0,))[0]
+
+
+def delete_checkpoints(out, keep=2):
+    """Delete all checkpoints but the last `keep`, and what killed runs have left of others."""
+    for _, old in list_checkpoints(out)[:-keep]:
+        os.replace(old, f"{old}.tmp")  # it is no longer a checkpoint, even if this is killed half-way
+    for _, old in list_checkpoints(out, r"\.tmp"):
+        remove(old)
 
 
 def check_finite(out, step, name, value):
@@ -81,8 +88,7 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
         if rank() == 0:
             write_json(new / "progress.json", progress)
     if rank() == 0:
-        for _, old in checkpoints(out, r"\.tmp") + checkpoints(out)[:-keep]:  # a killed run may leave half of one
-            shutil.rmtree(old)
+        delete_checkpoints(out, keep)
 
 
 def open_checkpoint(out, step, command, shapes=None):

@@ -27,12 +27,15 @@ KINDS = {
     "a whole number": lambda value: type(value) is int and value >= 0,
     "a whole number above 0": lambda value: is_id(value) and value > 0,
     "a number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    "a number": lambda value: type(value) in (int, float) and math.isfinite(value),
+    "a number": lambda value: type(value) in (int, float) and abs(value) < 1e300,
     "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
     "a template, or a list of templates with names": is_template,
     "an object of metrics with a mean": lambda value: isinstance(value, dict) and all(
         isinstance(metric, dict) and KINDS["a number"](metric.get("mean")) for metric in value.values()),
+    "a list of samples with text and reward": lambda value: isinstance(value, list) and value != [] and all(
+        isinstance(sample, dict) and isinstance(sample.get("text"), str) and KINDS["a number"](sample.get("reward"))
+        for sample in value),
     "an object of safetensors files": lambda value: isinstance(value, dict) and all(
         isinstance(name, str) and name.endswith(".safetensors") for name in value.values()),
 }
@@ -52,6 +55,7 @@ PROGRESS = dict.fromkeys(("sft", "ckd"), {"updates": "a whole number"}) | {
     "simrl": {"updates": "a whole number", "prompts": "a whole number"}}
 RECORD = {"source": "text", "rendered": "an object"}
 ANSWER = {"reasoning": "text"}
+GROUP = {"gold": "text", "samples": "a list of samples with text and reward"}
 EVALUATION = {"model": "text", "metrics": "an object of metrics with a mean"}
 SAMPLED = {"text": "text", "ids": "a list of ids", "finish_reason": "text", "logprob": "a number"}
 SCORED = SAMPLED | {"reward": "a number", "case": "text", "exact": "true or false"}

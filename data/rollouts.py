@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, hold, read_json, refuse_changes, write_json, write_lines
+from data import InputError, lock, read_json, refuse_changes, write_json, write_lines
 from data.fields import SAMPLED, SCORED, check_fields
 from data.groups import Group
 from data.records import has_answer, stream_records
@@ -104,7 +104,7 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False, s
     out.parent.mkdir(parents=True, exist_ok=True)
     begun = resume and part.exists()
     part.touch(exist_ok=resume or overwrite)
-    hold(part)
+    lock(part)
     lines = []
     for path in (part, *others) if begun else ():  # a kill may have left half a line, or half a character
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
@@ -120,7 +120,7 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False, s
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
         others.pop().unlink()
     write_lines(part, map(json_line, [arguments, *rows.items()]))
-    hold(part)  # the new one
+    lock(part)  # the new one
     for path in others:
         path.unlink()
     return None, rows
@@ -141,7 +141,7 @@ def parse_line(path, number, line, kind):
     """The value in a line of OUT.part: settings, or [index, record]."""
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = ()  # of no kind
     pair = isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], dict)
     if not isinstance(value, kind) or kind is list and not pair:

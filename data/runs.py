@@ -9,7 +9,6 @@
 import json
 import mmap
 import os
-import shutil
 import statistics
 import sys
 from itertools import islice
@@ -18,21 +17,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, fingerprints, hold, one_line, print_table, read_json, refuse_changes, write_json
-from data.checkpoints import checkpoints, latest_checkpoint, open_checkpoint
+from data import InputError, hash_files, lock, one_line, print_table, read_json, refuse_changes, remove, write_json
+from data.checkpoints import delete_checkpoints, latest_checkpoint, list_checkpoints, open_checkpoint
+from data.fields import GROUP, check_fields
 from data.groups import counted_tokens
 from data.records import read_lines
 from shard import rank, wait_for_ranks
 
 # A resumed run may change these: they affect memory, speed, what is shown, or the filters at the end of a rollout.
-FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples", "save_dtype",
+FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples",
               "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks"}
 
-# What runs write under --out, and all that --overwrite deletes; the last two lines are of bfcl and acebench.
-OWN = ("checkpoints", "model", "metrics.jsonl", "samples.jsonl", "samples.json", "summary.json",
-       "generations.jsonl", "generations.jsonl.part", "generations.jsonl.part.[0-9]*",
-       "items.json", "stats.json", "test_case_ids_to_generate.json", "generate.log", "evaluate.log",
-       "result_star", "score_star", "result_all", "score_all", "data_all", "arguments.json")
+# What a run writes under --out, checkpoints apart, and all that --overwrite deletes. The summary, by which a run counts
+# as finished, goes first.
+OWN = ("summary.json", "model", "metrics.jsonl", "samples.jsonl", "samples.json",
+       "generations.jsonl", "generations.jsonl.part", "generations.jsonl.part.[0-9]*")
+OWN_SCORES = ("summary.json", "items.json", "stats.json", "test_case_ids_to_generate.json", "generate.log",
+              "evaluate.log", "result_star", "score_star", "result_all", "score_all", "data_all")  # bfcl and acebench
 
 
 def add_output_flags(parser, what):
@@ -46,8 +47,36 @@ def add_output_flags(parser, what):
 
 def settings(args, inputs):
     """What a resumed run must not change: {flag: value}, and under "inputs" the hashes of files and model folders."""
-    flags = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
-    return flags | {"inputs": fingerprints(inputs)}
+    free = FREE_FLAGS - {"micro_batch_tokens"} if getattr(args, "loss_mean", "") == "micro-batch" else FREE_FLAGS
+    flags = {name: value for name, value in vars(args).items() if name not in free}
+    return flags | {"inputs": hash_files(inputs)}
+
+
+def check_folder(args, paths):
+    """InputError if --out is no folder for this run, or if the run would write over one of the paths that it uses."""
+    out = Path(args.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; --out names a folder")
+    for path in map(Path, paths):
+        around = [path.resolve(), *path.resolve().parents]
+        own = [out / name for name in ("checkpoints", "arguments.json", *OWN, *OWN_SCORES)]
+        if same(out, path) or any(same(mine, place) for mine in own for place in around):
+            raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
+    if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
+        if not (args.resume or args.overwrite):
+            raise InputError(f"{out}: exists already; use --resume to continue it "
+                             "or --overwrite to start again")
+        if not (out / "arguments.json").exists():
+            raise InputError(f"{out}: has no arguments.json, so it is not a run; "
+                             "remove it or use another --out")
+        command = read_json(out / "arguments.json", "remove the folder").get("command")
+        if args.overwrite and command != args.command:
+            raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
+
+
+def same(path, other):
+    """Whether two paths name one place, also where capitals do not count."""
+    return path.resolve() == other.resolve() or path.exists() and other.exists() and path.samefile(other)
 
 
 def prepare_folder(args, inputs, others=(), shapes=None):
@@ -57,40 +86,25 @@ def prepare_folder(args, inputs, others=(), shapes=None):
     others: more paths that the run uses
     shapes: {name: shape} of the weights that train, which a checkpoint must have
 
-    The folder stays locked. InputError if the run would write over what it uses, and if the
-    folder holds something else, a broken checkpoint, or a run with other settings or inputs.
+    The folder stays locked. InputError as `check_folder`, and for a broken checkpoint, another process's run, or one
+    with other settings or inputs.
     """
     out = Path(args.out)
     saved = out / "arguments.json"
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; --out names a folder")
-    for path in (*inputs, *others):
-        if Path(path).resolve().is_relative_to(out.resolve()):
-            inside = Path(path).resolve().relative_to(out.resolve()).parts[:1]
-            if not inside or inside[0] in OWN:
-                raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
-    if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
-        if not (args.resume or args.overwrite):
-            raise InputError(f"{out}: exists already; use --resume to continue it "
-                             "or --overwrite to start again")
-        if not saved.exists():
-            raise InputError(f"{out}: has no arguments.json, so it is not a run; "
-                             "remove it or use another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    hold(out)
-    if args.overwrite:
-        command = read_json(saved, "remove the folder").get("command") if saved.exists() else args.command
-        if command != args.command:
-            raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
-        clear_folder(out)
+    check_folder(args, (*inputs, *others))
     now = settings(args, inputs)
-    if saved.exists():
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    if args.overwrite:
+        clear_folder(out, OWN_SCORES if args.command in ("bfcl", "acebench") else OWN)
+    elif saved.exists():
         remedy = "resume with those of its arguments.json, or start again with --overwrite"
         refuse_changes(f"{out}: was started with", read_json(saved, remedy), now, remedy)
     step = latest_checkpoint(out)
     if step:
         open_checkpoint(out, step, args.command, shapes)
     write_json(saved, now)
+    delete_checkpoints(out)
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, step)
     if (out / "metrics.jsonl").exists():
@@ -98,17 +112,17 @@ def prepare_folder(args, inputs, others=(), shapes=None):
     return step
 
 
-def clear_folder(out):
-    """Delete what a run has written, arguments.json last. Other files stay."""
-    paths = [folder for _, folder in checkpoints(out, r"(\.tmp)?")]
-    for name in OWN[1:]:
-        paths += [*out.glob(f"{name}.tmp"), *out.glob(name)]
-    for path in paths:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+def clear_folder(out, own):
+    """Delete what a run has written, all in its model and checkpoints included. arguments.json and other files stay."""
+    for name in own:
+        for path in (*out.glob(f"{name}.tmp"), *out.glob(name)):
+            remove(path)
+    for _, folder in list_checkpoints(out, r"(\.tmp)?"):
+        remove(folder)
 
 
 def lines_from_end(path):
-    """Yield (its first byte, the line) for the whole lines of a file, the last one first. Reads no more than is used."""
+    """Yield (its first byte, the line) for the whole lines of a file, the last first. Reads no more than is used."""
     if not path.exists() or not path.stat().st_size:
         return
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -120,7 +134,7 @@ def lines_from_end(path):
 
 
 def cut_log(path, step):
-    """Cut a log behind its last line of at most `step`."""
+    """Cut a log after the last line whose step is at most `step`."""
     keep = 0
     for start, line in lines_from_end(path) if step else ():
         if read_row(line, f"{path}: the line at byte {start}")["step"] <= step:
@@ -138,7 +152,8 @@ def log_metrics(out, *rows, name="metrics.jsonl"):
 
 # What a row of metrics.jsonl has, if it has the first of them.
 TRAINED = ("packed_tokens", "loss", "sequences", "seconds", "tokens")
-REFINED = ("reward", "updates", "groups_drawn", "groups_kept", "seconds_sampling", "seconds_scoring", "seconds_training")
+REFINED = ("reward", "updates", "groups_drawn", "groups_kept",
+           "seconds_sampling", "seconds_scoring", "seconds_training")
 
 
 def read_metrics(out, whole=False):
@@ -163,11 +178,21 @@ def read_row(line, where):
     """A line of metrics.jsonl or samples.jsonl. InputError if it is no JSON object with a step."""
     try:
         row = json.loads(line)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{where}: is not JSON ({e}); remove the line") from e
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise InputError(f"{where}: is no line of a run's log; remove it")
     return row
+
+
+def read_samples(path, step):
+    """The answers in samples.json, a list of {name: text}; none before the first step."""
+    if not step:
+        return []
+    samples = read_json(path, "start again with --overwrite", kind=list)
+    if not all(isinstance(sample, dict) and all(isinstance(text, str) for text in sample.values()) for sample in samples):
+        raise InputError(f"{path}: is not what a run has written; start again with --overwrite")
+    return samples
 
 
 def summarise_training(out):
@@ -184,7 +209,7 @@ def summarise_training(out):
 
 
 def rows_with(rows, name, out):
-    """The rows of steps, which the validation before the first step is not."""
+    """The rows that have this figure; the validation before the first step has none of training."""
     rows = [row for row in rows if name in row]
     if not rows:
         raise InputError(f"{out}/metrics.jsonl: no step of this run is left in it; start again with --overwrite")
@@ -318,7 +343,7 @@ def show_refinement(out, summary):
     """Print the best and the worst sample of the last three groups, the last one first, and the figures of a run."""
     path = Path(out) / "samples.jsonl"
     for _, line in islice(lines_from_end(path), 3):
-        group = json.loads(line)
+        group = check_fields(read_row(line, path), GROUP, path, "the samples above are whole", needed=True)
         print(f"\ngold     {one_line(group['gold'])}")
         ranked = sorted(group["samples"], key=lambda sample: -sample["reward"])
         for sample in (ranked[0], ranked[-1]):

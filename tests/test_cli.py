@@ -192,7 +192,7 @@ REFUSED = {
                                "run: would write over run/model, which this run reads; "),
     "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: cut(
         str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors"))),
-        "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from the one b"),
+        "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from"),
     "a cache in place of the model": (f"{CKD} --cache run/model", None, "run: would write over run/model, which this"),
     "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache/run: lies in --cache cache; use another"),
     "a run that is its cache": (f"{CKD} --cache run", None, "run: lies in --cache run; use another --out"),
@@ -546,7 +546,8 @@ def test_help_does_not_import_torch():
 PREPARE = "prepare --data train.jsonl --out mix.jsonl"
 RESULTS = {"sft": SFT, "ckd": f"{CKD} --cache cache", "simrl": SIMRL, "eval": EVAL, "rollout": ROLLOUT,
            "prepare": PREPARE}
-TIMES = {"seconds", "tokens_per_s", "peak_memory_gb", "memory_gb", "seconds_sampling", "seconds_scoring", "seconds_training"}
+TIMES = {"seconds", "tokens_per_s", "peak_memory_gb", "memory_gb",
+         "seconds_sampling", "seconds_scoring", "seconds_training"}
 
 
 def results(folder):
@@ -645,7 +646,7 @@ def test_interrupted_and_resumed(here):
     wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    assert process.returncode == 130 and "Stopping at the next" in error and "Traceback" not in error
+    assert process.returncode == 130 and "Stopping as soon as" in error and "Traceback" not in error
     last = rows("run/metrics.jsonl")[-1]["step"]
     assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/weights.safetensors").exists()
     assert run(f"{command} run --resume") == 0

@@ -263,4 +263,5 @@ def test_a_table_of_something_else_is_refused(here, capsys):
     assert star.main(["sft", "--model", "student", "--data", "train.jsonl", "--out", "run", *CKD.split()]) == 0
     capsys.readouterr()
     assert star.main(["table", "run"]) == 2
-    assert capsys.readouterr().err == "star.py table: run/summary.json: model is null, not text; give the --out folder of a finished eval\n"
+    assert capsys.readouterr().err == (
+        "star.py table: run/summary.json: model is null, not text; give the --out folder of a finished eval\n")

@@ -158,8 +158,7 @@ def fuzz(folder, count, seed=0):
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>{% endfor %}"
 # A command that finds the files of others: what made them, itself, its --out, and the files that are mutated.
-PAIRS = "".join(json.dumps({"prompt": "<|im_start|>user\nx", "generation": "<think>\n</think>x", "label": "<think>\n</think>x"})
-                + "\n" for _ in range(3))
+PAIR = {"prompt": "<|im_start|>user\nx", "generation": "<think>\n</think>x", "label": "<think>\n</think>x"}
 READERS = {
     "sft": ([f"{SFT} --save-every 1"], f"{SFT} --save-every 1 --resume", "run"),
     "simrl": ([SIMRL], f"{SIMRL} --resume", "run"),
@@ -181,8 +180,9 @@ def targets(name):
         return [Path("chain.txt"), Path("run/arguments.json"), Path("run/summary.json")]
     if name == "chat template":
         return [Path("student/chat_template.jinja")]
-    roots = [Path(root) for root in ("old", "run", "cache", "out.jsonl", "out.jsonl.arguments.json", "scores", "pairs.jsonl")]
-    return [file for root in roots for file in ([root] if root.is_file() else sorted(root.rglob("*"))) if file.is_file()]
+    names = ("old", "run", "cache", "out.jsonl", "out.jsonl.arguments.json", "scores", "pairs.jsonl")
+    files = [file for name in names for file in (Path(name), *sorted(Path(name).rglob("*")))]
+    return [file for file in files if file.is_file()]
 
 
 def mutate_file(r, path):
@@ -201,15 +201,14 @@ def mutate_file(r, path):
 def fuzz_commands(world, count, seed=0):
     """Yield what went wrong in `count` mutations of every file that commands leave for others."""
     r = random.Random(seed)
-    here = os.getcwd()
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as monkeypatch:
         for name, (before, command, out) in READERS.items():
             folder = Path(temporary) / name
             shutil.copytree(world, folder)
-            os.chdir(folder)
+            monkeypatch.chdir(folder)
             if name == "chat template":
                 (folder / "student/chat_template.jinja").write_text(TEMPLATE)
-            (folder / "pairs.jsonl").write_text(PAIRS)
+            (folder / "pairs.jsonl").write_text(3 * (json.dumps(PAIR) + "\n"))
             (folder / "chain.txt").write_text(f"{SFT}\n")
             for line in before:
                 assert call(line)[0] == 0, line
@@ -227,15 +226,15 @@ def fuzz_commands(world, count, seed=0):
                 outside = [file for file in now | changed if now.get(file) != changed.get(file)
                            and not file.startswith((out, "old/plot"))]
                 lines = [line for line in error.splitlines() if line.startswith("star.py")]
-                if code not in (0, 2) or code == 2 and len(lines) != 1 or outside:
-                    yield f"{name}: {path}: code {code}, changed {outside}: {error[-700:]}; content {changed[str(path)][:300]!r}"
+                wrong = code not in (0, 2) or code == 2 and len(lines) != 1 or outside
+                yield f"{name}: {path}: code {code}, changed {outside}: {error[-700:]}; content " \
+                    f"{changed[str(path)][:300]!r}" if wrong else None
                 for file in now.keys() - state.keys():
                     os.remove(file)
                 for file, content in state.items():
                     if now.get(file) != content:
                         Path(file).parent.mkdir(parents=True, exist_ok=True)
                         Path(file).write_bytes(content)
-            os.chdir(here)
 
 
 def call(command):
@@ -251,8 +250,8 @@ def call(command):
     return code, error.getvalue()
 
 
-def test_no_file_of_a_run_ends_in_a_traceback(world, monkeypatch):
-    faults = list(fuzz_commands(world, 1))
+def test_no_file_of_a_run_ends_in_a_traceback(world):
+    faults = [fault for fault in fuzz_commands(world, 1) if fault]
     assert not faults, "\n".join(faults)
 
 

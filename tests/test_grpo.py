@@ -862,7 +862,7 @@ def test_interrupted_and_resumed(tmp_path, whole):
     wait_until(process, lambda: has_logged(out, 3))
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    assert process.returncode == 130 and "Stopping at the next" in error and "Traceback" not in error
+    assert process.returncode == 130 and "Stopping as soon as" in error and "Traceback" not in error
     last = metrics(out)[-1]["step"]
     assert 3 <= last < 10 and (out / f"checkpoints/step-{last:06d}/progress.json").exists()
     assert main(out, "--resume") == 0
