@@ -32,7 +32,7 @@ class KVCache:
         """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
         self.row = row
         self.known = known
-        self.attend = self.attend_in_prompts
+        self.in_step = False  # not the method itself: a cycle would keep these tensors until Python looks for cycles
 
     def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.
@@ -48,11 +48,12 @@ class KVCache:
         after_prompt = torch.arange(prompt_keys, device=grid.device) >= prompt_lengths[:, None]  # [B, S]
         after_own = torch.arange(response_keys, device=grid.device) > self.lengths[:, None]  # [B, S]
         self.hidden = [hidden[:, None, None] for hidden in (after_prompt, after_own)]  # [B, 1, 1, S] each
-        self.attend = self.attend_in_step
+        self.in_step = True
 
     def attention(self, layer):
         """The function (q, k, v) -> attention of a layer."""
-        return partial(self.attend, self.prompts[layer], self.responses[layer])
+        attend = self.attend_in_step if self.in_step else self.attend_in_prompts
+        return partial(attend, self.prompts[layer], self.responses[layer])
 
     @torch.compiler.disable  # its shapes change at every step
     def attend_in_prompts(self, prompts, responses, q, k, v):

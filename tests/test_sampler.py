@@ -1,5 +1,7 @@
 """The sampler: against itself in every arrangement, against transformers, and against the exact distribution."""
+import gc
 import os
+import weakref
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -377,3 +379,19 @@ def test_greedy_equals_transformers_on_real_weights():
         row = reference.generate(torch.tensor([prompt]), max_new_tokens=32, do_sample=False, repetition_penalty=1.0,
                                  eos_token_id=chat.stop_ids, pad_token_id=chat.stop_ids[0])
         assert row[0, len(prompt):].tolist() == response.ids
+
+
+def test_a_sampler_that_is_gone_leaves_no_cache(model):
+    """Without a search for reference cycles, which Python makes now and then only: a validation makes a sampler."""
+    gc.collect()
+    gc.disable()
+    try:
+        sampler = Sampler(model, SimpleNamespace(stop_ids=(), vocab_size=None), 2, 2, 8, 4)
+        sampler.add(Request([1, 2, 3], 2, 0, 1.0, 4))
+        while sampler.busy:
+            sampler.step()
+        cache = weakref.ref(sampler.cache)
+        del sampler
+        assert cache() is None
+    finally:
+        gc.enable()
