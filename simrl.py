@@ -169,7 +169,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
-        sampled = sample_step(sampler, prompts, progress["prompts"], score, accept, args, steps.stop_requested)
+        sampled = sample_step(
+            sampler, prompts, progress["prompts"], score, accept, args, lambda: steps.requested)
         if sampled is None:  # Ctrl-C: the model is as it was after the step before
             steps.stopped = True
             if step - 1 > start and (step - 1) % args.save_every:

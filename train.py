@@ -336,9 +336,6 @@ class Steps:
         if rank() == 0:
             print("\nStopping as soon as the weights can be saved (Ctrl-C again: at once).", file=sys.stderr)
 
-    def stop_requested(self):
-        return self.requested
-
     def ends_at(self, step, device):
         """Whether this is the last step: of the run, or because a rank was asked to stop."""
         requests = sum_over_ranks({"stop": self.requested}, device)["stop"]

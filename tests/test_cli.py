@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,8 @@ def start(command, launcher=(), stdout=subprocess.DEVNULL, **environment):
     """Start a command as a process of its own, with stderr as a pipe."""
     words = [sys.executable, *launcher, PROGRAM, *command.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores Ctrl-C
+    return subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=listen)
 
 
 def files(folder):

@@ -140,7 +140,7 @@ def test_metrics_while_a_run_writes_them(tmp_path):
 
 
 def test_ctrl_c_in_a_rollout_says_what_was_kept(here):
-    process = start(f"{ROLLOUT} --n 20 --max-new-tokens 300 --max-concurrent 20")
+    process = start(f"{ROLLOUT} --n 20 --max-new-tokens 100 --max-concurrent 20")
     part = Path("out.jsonl.part")
     wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 3)
     process.send_signal(signal.SIGINT)
@@ -153,7 +153,7 @@ def test_ctrl_c_in_a_rollout_says_what_was_kept(here):
 def test_ctrl_c_while_sim_rl_samples(here):
     """The step is given up, and the checkpoint is that of the step before."""
     command = SIMRL.replace("--save-every 1", "--save-every 90")
-    command += " --steps 6 --n 40 --max-new-tokens 300 --batch-size 20"
+    command += " --steps 6 --n 30 --max-new-tokens 90 --batch-size 30"
     process = start(command)
     log = Path("run/metrics.jsonl")
     wait_for(process, lambda: log.exists() and '"step": 2,' in log.read_text())

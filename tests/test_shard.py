@@ -265,7 +265,7 @@ def test_a_rank_that_dies_ends_the_others(here, command, ranks):  # noqa: F811
     codes, errors = finish_ranks(start_ranks(ranks, PROGRAM, *f"{RUNS[command]} whole".split()))
     assert not any(codes), errors
     log = Path("run/metrics.jsonl")
-    for victim, step in ((ranks - 1, 3), (0, 6)):
+    for victim, step in ((ranks - 1, 3), (0, 6)) if "STAR_LONG" in os.environ else ((ranks - 1, 3),):
         processes = start_ranks(ranks, PROGRAM, *f"{RUNS[command]} run --resume".split())
         while not (log.exists() and f'"step": {step},' in log.read_text()):
             assert all(process.poll() is None for process in processes), finish_ranks(processes)
