@@ -372,12 +372,12 @@ def run_training(args, student_folder, teacher_folder=None):
     if not distill(student, teacher, groups, valid, args, start, answer_valid):
         return train.stopped_run(args)
 
-    # 4. Write all results before anything is printed.
-    summary = runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device))
+    # 4. Write all results before anything is printed; the summary last, as a run with a summary is finished.
     after = greedy_answers(student, chat, shown, dtype, "after")
+    samples = [old | new for old, new in zip(before, after)]
     if train.rank() == 0:
-        samples = [old | new for old, new in zip(before, after)]
         write_json(path, samples)
+    summary = runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device))
     train.wait_for_ranks()
     if train.rank() == 0:
         runs.show_training(args.out, samples, summary)

@@ -159,7 +159,7 @@ def check_input(path, exists_only, need_answer, limit):
 
 def is_finished(out, stage):
     """Whether a command has written its result; InputError if it did so with other flags."""
-    if not (out.is_file() or (out / "summary.json").exists()):
+    if Path(f"{out}.part").exists() or not (out.is_file() or (out / "summary.json").exists()):
         return False
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
     before = read_json(saved) if saved.exists() else {}

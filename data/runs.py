@@ -2,7 +2,7 @@
 
     OUT/arguments.json    the settings, and hashes of the files read; a resumed run must have the same
     OUT/metrics.jsonl     a line per step
-    OUT/samples.jsonl     a line per group of Sim-RL
+    OUT/samples.jsonl     a line per group of Sim-RL: each response with 0.2 kB around it, but not the prompt
     OUT/checkpoints/      step-000100, ...: weights, optimiser moments, progress.json; safetensors and JSON, no pickle
     OUT/model, OUT/summary.json    when the run is finished
 """
