@@ -1,4 +1,4 @@
-"""Files in and out: JSON, JSON lines and folders, written atomically; the one error a user can cause; text tables.
+"""Files in and out: JSON, lines and folders, written atomically; hashes; locks; the one error a user can cause; tables.
 
 Everything between a file on disk and the tensors a model sees is in this folder. Nothing here needs a model.
 """
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from contextlib import contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -122,8 +123,8 @@ def lock(path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise InputError(f"{path}: another process writes there; wait for its end or use another --out") from e
-    except OSError:  # some network file systems cannot lock a folder
-        pass
+    except OSError as e:  # on some network file systems
+        print(f"note: {path} cannot be locked ({e.strerror}); start no second process there", file=sys.stderr)
 
 
 def unlock_all():
