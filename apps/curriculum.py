@@ -132,17 +132,21 @@ def check_inputs(lines, stages, outs, finished):
     for number, (line, stage) in enumerate(zip(lines, stages)):
         if stage.command == "curriculum":  # what its lines write is not known here
             return
-        for name in ("model", "teacher", "student", "data", "valid") if not finished[number] else ():
-            values = getattr(stage, name, None) or []
+        if finished[number]:
+            continue
+        exists_only = stage.command in ("prepare", "reward", "estimate")
+        need_answer = stage.command != "rollout"
+        for name in ("model", "teacher", "student", "data", "valid"):
             limit = getattr(stage, {"data": "limit", "valid": "valid_limit"}.get(name, ""), None)
+            values = getattr(stage, name, None) or []
             for path in map(Path, values if isinstance(values, list) else [values]):
                 made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
-                check = (path, stage.command in ("prepare", "reward", "estimate"), stage.command != "rollout", limit)
+                check = (path, exists_only, need_answer, limit)
                 if made or check in checked:
                     continue
                 checked.add(check)
                 try:
-                    check_input(path, *check[1:])
+                    check_input(*check)
                 except InputError as e:
                     raise InputError(f"{e} (in the line: {line})") from e
 

@@ -54,9 +54,8 @@ def eval_flags(parser):
 
 
 def run_eval(args):
-    """Score a model's answers to records with gold answers, with intervals; compare two models. Under `torchrun`
-    the ranks share the records, and its files are those of one process, but
-    for rounding."""
+    """Score a model's answers to records with gold answers, with intervals; compare two models. Under `torchrun` the
+    ranks share the records, and the files are those of one process, but for rounding."""
     device = pick_device(args)
     runs = [args]
     results = []
@@ -88,7 +87,8 @@ def answer_records(args, chat, records, prompts, device):
     out = Path(args.out) / "generations.jsonl"
     draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
     draws = [draw for draw in draws if draw[0] > 0]
-    finished, rows = sample_responses(args, out, chat, records, prompts, draws, device, None, True, False, True)
+    finished, rows = sample_responses(
+        args, out, chat, records, prompts, draws, device, resume=True, scored=True)
     with fail_together(device):
         for row in tqdm(rows, "score", unit="record", delay=2):
             for response in row["responses"]:

@@ -54,7 +54,8 @@ def run_rollout(args):
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
     finished, rows = sample_responses(
-        args, out, chat, records, prompts, draws, device, arguments, args.resume, args.overwrite)
+        args, out, chat, records, prompts, draws, device,
+        arguments=arguments, resume=args.resume, overwrite=args.overwrite)
     dropped = {}
     if finished:
         note(f"{out}: was finished before; nothing is sampled, and its filters stay as they were")
@@ -92,7 +93,7 @@ def print_examples(rows):
             print(f"{label:8s} {one_line(r['text'])}")
 
 
-def sample_responses(args, out, chat, records, prompts, draws, device, *options):
+def sample_responses(args, out, chat, records, prompts, draws, device, **options):
     """Sample responses to records, or continue to, on all ranks. Returns the records of a finished file or None, and
     those with new `responses`; on ranks other than 0, None and [].
 
@@ -104,7 +105,7 @@ def sample_responses(args, out, chat, records, prompts, draws, device, *options)
     finished, rows = None, {}
     with fail_together(device):
         if rank() == 0:
-            finished, rows = open_rollouts(out, records, *options)
+            finished, rows = open_rollouts(out, records, **options)
     if None in prompts and finished is None:
         note(f"{args.data}: skipped {prompts.count(None)} prompts longer than "
              f"{args.max_prompt_tokens} tokens")
@@ -116,7 +117,7 @@ def sample_responses(args, out, chat, records, prompts, draws, device, *options)
             sample_share(args, out, chat, records, prompts, draws, device, share, len(missing))
     with fail_together(device):
         if missing and rank() == 0:
-            _, rows = open_rollouts(out, records, options[0], True)
+            _, rows = open_rollouts(out, records, options.get("arguments"), resume=True)
             if lost := set(missing) - rows.keys():
                 raise InputError(f"{out}: {len(lost)} records are in no part file; all ranks must share its folder")
     return finished, [rows[i] for i in sorted(rows)]

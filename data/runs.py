@@ -57,9 +57,9 @@ def check_folder(args, paths):
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
+    own = [out / name for name in ("checkpoints", "arguments.json", *OWN, *OWN_SCORES)]
     for path in map(Path, paths):
         around = [path.resolve(), *path.resolve().parents]
-        own = [out / name for name in ("checkpoints", "arguments.json", *OWN, *OWN_SCORES)]
         if same(out, path) or any(same(mine, place) for mine in own for place in around):
             raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
     if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
@@ -190,8 +190,9 @@ def read_samples(path, step):
     if not step:
         return []
     samples = read_json(path, "start again with --overwrite", kind=list)
-    if not all(isinstance(sample, dict) and all(isinstance(text, str) for text in sample.values()) for sample in samples):
-        raise InputError(f"{path}: is not what a run has written; start again with --overwrite")
+    for sample in samples:
+        if not isinstance(sample, dict) or not all(isinstance(text, str) for text in sample.values()):
+            raise InputError(f"{path}: is not what a run has written; start again with --overwrite")
     return samples
 
 
