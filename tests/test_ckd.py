@@ -17,7 +17,7 @@ from data.groups import Group, Response, attention_mask, pack, share_prefixes
 from head import head_loss, hidden_states, topk_log_probs
 from model import Transformer
 from teacher import Teacher, cache_key, load_teacher
-from train import clip_gradients, make_optimisers, optimiser_step
+from train import Muon, clip_gradients, make_optimisers, optimiser_step
 
 OBJECTIVES = ["ckd", "fkl", "rkl", "akl", "rskd", "ce"]
 V, K, M, N, H = 40, 6, 9, 11, 8
@@ -411,6 +411,21 @@ def test_muon_takes_the_matrices_of_the_layers():
     clip_gradients(model)
     optimiser_step(optimisers, lr=0.1)
     assert [group["lr"] for o in optimisers for group in o.param_groups] == [0.5, 0.1, 0.1]
+
+
+def test_muon_is_that_of_torch(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # so that torch's iteration is in float64
+    results = []
+    for optimiser in (torch.optim.Muon, Muon):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in [(6, 6), (9, 4), (4, 9)] * 2]
+        muon = optimiser(weights, lr=0.3, weight_decay=0.1, momentum=0.9)
+        for _ in range(4):
+            for p in weights:
+                p.grad = torch.randn_like(p)
+            muon.step()
+        results.append([*weights, *(muon.state[p]["momentum_buffer"] for p in weights)])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_defaults_are_the_released_settings():
