@@ -100,4 +100,10 @@ def main(argv=None):
 if __name__ == "__main__":
     # A terminal that cannot print a character costs nothing.
     sys.stdout.reconfigure(errors="backslashreplace")
-    sys.exit(main())
+    code = main()
+    if code and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+        # Where another rank has died, a thread of torch may abort this process while Python ends.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
