@@ -6,7 +6,6 @@ not change what is trained on.
 
 Departure from the released code: it samples whole batches of prompts; here a step stops as soon as it has its groups.
 """
-from collections import deque
 from dataclasses import asdict
 
 import torch
@@ -32,40 +31,45 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
 
     score: function (record, text) -> {"reward", "answer_score", ...}
     has_signal: function (rewards, answer scores) -> whether a group is trained on
-    stop: function -> whether to stop, asked at every token, with several ranks at every exchange; one is enough
+    stop: function -> whether to stop, asked after every token, with several ranks at every exchange; one is enough
 
     Returns the accepted groups, those of them with a signal, and {name: seconds}; None if it was stopped.
     """
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
-    ranks = train.world_size()
     groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
-    numbers = deque(range(train.rank(), len(groups), ranks))  # of the groups that this rank samples
     started = 0
     accepted = []
     kept = []
-    device = sampler.model.head_weight.device
+    free = [sampler.num_free] * train.world_size()  # slots of each rank
+    stopped = False
     while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
-        if train.sum_over_ranks({"stop": stop()}, device)["stop"]:
+        if stopped:
             return None
         with train.timed(seconds, "seconds_sampling"):
-            # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is.
+            # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is. Each goes to
+            # the rank that has most free slots: long responses keep theirs.
             share = (1 + len(kept)) / (1 + len(accepted))
             missing = args.prompts_per_step - len(kept)
-            while numbers and sampler.num_free > 0 and (started - len(accepted)) * share < missing:
-                number = numbers.popleft()
-                seed = args.seed * 1_000_003 + first + number
-                sampler.add(Request(groups[number].prompt, args.n, seed, args.temperature,
-                                    args.max_new_tokens, number=number))
-                started += ranks
+            while started < len(groups) and max(free) > 0 and (started - len(accepted)) * share < missing:
+                owner = free.index(max(free))
+                free[owner] -= args.n
+                if owner == train.rank():
+                    seed = args.seed * 1_000_003 + first + started
+                    sampler.add(Request(groups[started].prompt, args.n, seed, args.temperature,
+                                        args.max_new_tokens, number=started))
+                started += 1
             # 2. Draw a token in every slot.
             finished = []
-            for _ in range(STEPS_PER_EXCHANGE if ranks > 1 else 1):
+            for _ in range(STEPS_PER_EXCHANGE if train.world_size() > 1 else 1):
                 finished += sampler.step()
         with train.timed(seconds, "seconds_scoring"):
             # 3. Score finished groups, and give them to all ranks.
             for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
-            for number, responses in share_responses(finished, device):
+            states = share_states(sampler, finished, stop())
+            free = [state["free"] for state in states]
+            stopped = any(state["stop"] for state in states)
+            for number, responses in (pair for state in states for pair in state["groups"]):
                 groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
         while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
@@ -89,13 +93,17 @@ def score_responses(responses, record, score, chat):
         response.details = details
 
 
-def share_responses(requests, device):
-    """[number, responses] of the requests that were done on any rank."""
-    if train.world_size() == 1:
-        return [[request.number, request.responses] for request in requests]
-    rows = [[request.number, [asdict(r) for r in request.responses]] for request in requests]
-    rows = train.gather_over_ranks(rows, device)
-    return [[number, [Response(**fields) for fields in responses]] for number, responses in rows]
+def share_states(sampler, finished, stop):
+    """What every rank tells the others: its free slots, whether it should stop, the groups that it has finished."""
+    groups = [[request.number, request.responses] for request in finished]
+    states = [{"free": sampler.num_free, "stop": stop, "groups": groups}]
+    if train.world_size() > 1:
+        for pair in groups:
+            pair[1] = [asdict(response) for response in pair[1]]
+        states = train.gather_over_ranks(states, sampler.model.head_weight.device)
+        for pair in (pair for state in states for pair in state["groups"]):
+            pair[1] = [Response(**fields) for fields in pair[1]]
+    return states
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):

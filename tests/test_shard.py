@@ -17,7 +17,9 @@ import tempfile
 import threading
 import time
 from functools import cache
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,7 +35,7 @@ from ckd import distill
 from data import InputError, checkpoints, print_table
 from data.groups import Group, Response
 from data.checkpoints import latest_checkpoint
-from experience import sample_step
+from experience import STEPS_PER_EXCHANGE, sample_step
 from model import Transformer
 from teacher import Teacher
 
@@ -76,12 +78,13 @@ def random_groups(seed, count):
             ids = [r.randrange(1, V) for _ in range(r.randint(1, 8))]
             response = Response(ids, (0, len(ids)), log_probs=[r.uniform(-4, -3) for _ in ids])
             response.reward = response.answer_score = r.random()
+            response.details = {}
             group.responses.append(response)
         groups.append(group)
     return groups
 
 
-def stored_step(sampler, prompts, first, score, accept, args):
+def stored_step(sampler, prompts, first, score, accept, args, stop):
     """In place of `sample_step`: groups that depend on the number of the first prompt only."""
     groups = random_groups(first, 8)
     return groups, groups, {"seconds_training": 0.0}
@@ -210,7 +213,8 @@ def assert_equal(*arguments):
 
 def test_two_ranks_train_as_one(models):
     """Float64 to rounding. In bfloat16, a validation before the checkpoint gathers bfloat16 weights: not saved."""
-    float64 = ["ckd, gradient checkpointing", "sft, idle ranks", "ckd, whole copies", "simrl, sampling"]
+    float64 = ["ckd, gradient checkpointing", "sft, idle ranks", "ckd, whole copies", "simrl, mean of tokens",
+               "simrl, sampling"]
     assert_equal(2, [*((name, "float64") for name in float64), ("sft", "bfloat16")], models, None, 6)
     weights = load_file(models / "sft, bfloat16, 2 ranks, None/checkpoints/step-000006/weights.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
@@ -220,6 +224,38 @@ def test_two_ranks_train_as_one(models):
 @pytest.mark.parametrize("ranks, shard_ranks", [(2, None), (3, None), (4, None), (2, 1), (4, 2)])
 def test_any_number_of_ranks_trains_as_one(models, ranks, shard_ranks):
     assert_equal(ranks, ALL_CASES, models, shard_ranks)
+
+
+# ---- Work of the ranks
+
+def test_long_responses_keep_their_rank_from_further_prompts(monkeypatch):
+    """As rank 0 of two, whose two prompts end last: rank 1 samples all others."""
+    row = {"ids": [1], "span": [0, 1], "log_probs": [0.0], "finish_reason": "stop", "text": "1", "reward": 1.0,
+           "answer_score": 1.0}
+    of_rank_1 = iter([[1, 3], [4, 5], []])
+    added = []
+
+    def gather(states, device):
+        groups = [[number, [row, row]] for number in next(of_rank_1)]
+        return [*states, {"free": 4, "stop": False, "groups": groups}]
+
+    def step():
+        sampler.num_free = 0
+        last = next(passes) == 3 * STEPS_PER_EXCHANGE - 1
+        for request in added if last else ():
+            request.responses = [Response(**row), Response(**row)]
+        return added if last else []
+
+    passes = count()
+    model = SimpleNamespace(head_weight=torch.zeros(1))
+    sampler = SimpleNamespace(num_free=4, add=added.append, step=step, clear=int, model=model, chat=StubChat())
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "gather_over_ranks", gather)
+    args = settings("simrl", n=2, prompts_per_step=6, max_draws=1)
+    prompts = [Group(stub_record(number), [1, 2], []) for number in range(6)]
+    accepted, kept, _ = sample_step(sampler, prompts, 0, even_ids, lambda *_: True, args)
+    assert [request.number for request in added] == [0, 2]
+    assert len(accepted) == len(kept) == 6
 
 
 # ---- Checkpoints
