@@ -22,23 +22,23 @@ DEMO = """
 eval --model data/tiny/teacher {eval} --out {out}/eval/teacher
 eval --model data/tiny/student {eval} --out {out}/eval/student
 rollout --model data/tiny/teacher --data data/tiny/train.jsonl.gz {machine}
-    --n 1 --limit {rollout} --max-concurrent 512 --max-new-tokens 128
+    --n 1 --limit {rollout} --max-concurrent 512 --max-new-tokens 64
     --out {out}/rollouts.jsonl
 ckd --teacher data/tiny/teacher --student data/tiny/student {machine}
     --data {out}/rollouts.jsonl --k 4 --m 4 --steps {ckd} --lr 1e-3 --optimiser muon
     --share-prefix 8 --batch-size 64 --micro-batch-tokens 2048
     --valid data/tiny/values.jsonl.gz --valid-limit {valid} --valid-answers {valid}
-    --valid-every 15 --out {out}/ckd
+    --valid-every 15 --max-response-tokens 64 --out {out}/ckd
 eval --model {out}/ckd/model {eval} --out {out}/eval/after-CKD
 simrl --model {out}/ckd/model --data data/tiny/train.jsonl.gz {machine}
-    --steps {simrl} --lr 1.5e-4 --optimiser muon --prompts-per-step 32 --batch-size 64
-    --max-concurrent 256 --max-new-tokens 128 --micro-batch-tokens 2048
+    --steps {simrl} --lr 2.2e-4 --optimiser muon --prompts-per-step 32 --batch-size 64
+    --max-concurrent 512 --max-new-tokens 64 --micro-batch-tokens 2048
     --valid data/tiny/values.jsonl.gz --valid-limit {valid} --valid-every 10 --out {out}/star
 eval --model {out}/star/model {eval} --out {out}/eval/after-STAR
 table {out}/eval/teacher {out}/eval/student {out}/eval/after-CKD {out}/eval/after-STAR
 """
-EVAL = "--data data/tiny/values.jsonl.gz --n 8 --max-concurrent 512 --max-new-tokens 128"
-FULL = {"rollout": 3200, "ckd": 45, "simrl": 80, "valid": 320, "limit": 1280}
+EVAL = "--data data/tiny/values.jsonl.gz --n 8 --max-concurrent 512 --max-new-tokens 64"
+FULL = {"rollout": 3200, "ckd": 45, "simrl": 60, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
 # of the table; also pass@n, seconds
