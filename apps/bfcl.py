@@ -7,12 +7,15 @@ is in apps/official.py):
     --env DIR           a virtual environment with bfcl-eval; made if it is missing (4 minutes, 700 MB, needs pip)
     OUT/result_star     what the model answered, by category        OUT/score_star    the tool's scores
 
+Releases: v3 is the paper's, and scores whole categories only. v4 has the same checker, takes a subset of items, and
+has mended some: half of the multi-turn ones and a dozen others.
 A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted.
 
 Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them in a sandbox.
 """
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from apps.official import add_flags, category_columns, choose_items, make_environment, mean_of, open_inputs
@@ -21,7 +24,8 @@ from data import InputError, write_json
 from data.records import read_lines
 from train import open_run
 
-VERSION = "2026.3.23"  # of bfcl-eval: BFCL v4, whose single-turn items are those of v3 but for a few
+RELEASES = {"v4": "2026.3.23", "v3": "2025.8.6.2"}  # versions of bfcl-eval; the second is v3's last one
+V3_NAMES = {"simple_python": "simple", "simple_java": "java", "simple_javascript": "javascript"}
 HANDLER = "Qwen/Qwen3-0.6B-FC"  # it renders Qwen3's template, whatever the model
 SIMPLE = ("simple_python", "simple_java", "simple_javascript")
 NON_LIVE = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance")
@@ -34,53 +38,67 @@ FAILED = b"Error during inference"  # what the tool records as an answer if a re
 
 def bfcl_flags(parser):
     add_flags(parser, GROUPS, ["non_live", "live"], "bfcl-env")
+    parser.add_argument("--release", choices=RELEASES, default="v4", help="v3: the paper's, without --items")
 
 
 def run_bfcl(args):
     """Score a model on BFCL with the official tool, offline."""
     # 1. Before anything is written, refuse bad input; make the tool's environment if it is missing.
+    v3 = args.release == "v3"
+    if v3 and args.items:
+        raise InputError("--items: v3 scores whole categories only; leave it out, or use --release v4")
     chat, room, other = open_inputs(args)
-    tool = make_environment(args.env, [f"bfcl-eval=={VERSION}"], install) / "bfcl"
+    package = f"bfcl-eval=={RELEASES[args.release]}"
+    tool = make_environment(args.env, [package], partial(install, package)) / "bfcl"
     data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
     if data is None:
         raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")
-    open_run(args, "cpu", [args.model], others=[args.compare])
-    out = Path(args.out).resolve()
+    tool_names = V3_NAMES if v3 else {}
 
-    # 2. Choose the items, and let the tool generate and score. It skips items that have an answer.
     def read(name):
-        entries = [json.loads(line) for _, line in read_lines(data / f"BFCL_v4_{name}.json")]
+        path = data / f"BFCL_{args.release}_{tool_names.get(name, name)}.json"
+        entries = [json.loads(line) for _, line in read_lines(path)]
         return {entry["id"]: entry for entry in entries}
 
     def tokens(name, entry):
         return min(LONGEST[name], room) if name in MULTI_TURN else prompt_tokens(chat, entry)
 
     chosen, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
-    write_json(out / "test_case_ids_to_generate.json", chosen)
-    variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1"}
+    if v3 and too_long:
+        raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
+                         "categories only; use --release v4, or other --categories")
+    open_run(args, "cpu", [args.model], others=[args.compare])
+
+    # 2. Let the tool generate and score. It skips items that have an answer.
+    out = Path(args.out).resolve()
+    write_json(out / "test_case_ids_to_generate.json",
+               {tool_names.get(name, name): ids for name, ids in chosen.items()})
+    variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1", "VLLM_ENDPOINT": "127.0.0.1"}
     flags = ["--model", HANDLER, "--result-dir", "result_star"]
     with serve_model(args, longest) as port:
         command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path", Path(args.model).resolve(),
                    "--run-ids", "--num-threads", 2 * args.max_concurrent]
         total = sum(map(len, chosen.values()))
-        run_tool(command, out, "generate.log", variables | {"LOCAL_SERVER_PORT": str(port)}, total)
-    run_tool([tool, "evaluate", *flags, "--partial-eval", "--score-dir", "score_star"], out, "evaluate.log", variables)
+        ports = {"LOCAL_SERVER_PORT": str(port), "VLLM_PORT": str(port)}
+        run_tool(command, out, "generate.log", variables | ports, total)
+    command = [tool, "evaluate", *flags, "--score-dir", "score_star", *([] if v3 else ["--partial-eval"])]
+    run_tool(command, out, "evaluate.log", variables)
 
     # 3. Read, check, report.
-    items = read_items(out, chosen)
+    items = read_items(out, chosen, {name: f"{args.release}_{tool_names.get(name, name)}" for name in chosen})
     report(args, items, other, columns, {
-        "left_out": too_long, "think": chat.think, "bfcl_eval": VERSION, "handler": HANDLER,
+        "left_out": too_long, "think": chat.think, "bfcl_eval": RELEASES[args.release], "handler": HANDLER,
         "failed_conversations": sum(FAILED in line for line in result_lines(out))})
     subset = "a subset of " if args.items or too_long else ""
-    print(f"\nThese are {subset}v4's items. The paper's columns are v3 and all items; "
-          "over half of the multi-turn items differ.")
+    print(f"\nThese are {subset}{args.release}'s items." + (
+        "" if v3 else " The paper's columns are v3 and all items: --release v3."))
 
 
-def install(pip):
+def install(package, pip):
     """Install bfcl-eval without packages that only online categories need, but with two that it does not declare."""
     list_needs = ("from importlib.metadata import requires; print(*(r.replace(' ', '') for r in requires('bfcl-eval') "
                   "if 'extra' not in r and not r.startswith(('sentence-transformers', 'faiss'))))")
-    subprocess.run([*pip, "--no-deps", f"bfcl-eval=={VERSION}"], check=True)
+    subprocess.run([*pip, "--no-deps", package], check=True)
     needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
     subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
 
@@ -92,13 +110,17 @@ def prompt_tokens(chat, entry):
     return len(chat.encode(text)) + len(note) * len(entry["function"]) + 32
 
 
-def read_items(out, chosen):
-    """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure."""
+def read_items(out, chosen, files):
+    """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure.
+
+    chosen: {category: ids}
+    files: {category: the tool's name of it, such as v3_java}
+    """
     failures = sum(FAILED in line and b'"id": "multi_turn' not in line for line in result_lines(out))
     if failures:
         raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
                          "lines from result_star and continue with --resume")
-    return {name: read_score(out, f"score_star/**/BFCL_v4_{name}_score.json", ids) for name, ids in chosen.items()}
+    return {name: read_score(out, f"score_star/**/BFCL_{files[name]}_score.json", ids) for name, ids in chosen.items()}
 
 
 def columns(items):

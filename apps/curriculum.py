@@ -37,7 +37,7 @@ simrl --model {out}/ckd/model --data data/tiny/train.jsonl.gz {machine}
 eval --model {out}/star/model {eval} --out {out}/eval/after-STAR
 table {out}/eval/teacher {out}/eval/student {out}/eval/after-CKD {out}/eval/after-STAR
 """
-EVAL = "--data data/tiny/values.jsonl.gz --n 8 --max-concurrent 512 --max-new-tokens 64"
+EVAL = "--data data/tiny/values.jsonl.gz --n 4 --max-concurrent 512 --max-new-tokens 64"
 FULL = {"rollout": 3200, "ckd": 45, "simrl": 60, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 

@@ -487,7 +487,7 @@ def describe_demos(out, seeds):
     folders = {seed: out / f"demo-{seed}" for seed in seeds}
     rows = {seed: {stage: [json.loads(line) for line in texts(folder / "eval" / stage / "generations.jsonl")]
                    for stage in STAGES} for seed, folder in folders.items()}
-    metrics = ("exact calls", "reward", "valid calls", "correct refusals", "pass@1", "pass@8", "reward at T = 1", "entropy")
+    metrics = ("exact calls", "reward", "valid calls", "correct refusals", "pass@1", "pass@4", "reward at T = 1", "entropy")
     lines = ["# The demo, several seeds", "", "Mean over the seeds (range).", "",
              f"| | {' | '.join(metrics)} |", "|---" * (len(metrics) + 1) + "|"]
     for stage in STAGES:

@@ -2,6 +2,7 @@
 tools themselves (three minutes) where the environment has
 
     STAR_BFCL_ENV    an environment with bfcl-eval: --env of `star.py bfcl`
+    STAR_BFCL_V3_ENV    the same of `star.py bfcl --release v3`
     STAR_ACEBENCH    a clone of ACEBench; with STAR_ACEBENCH_ENV, --env of `star.py acebench`, else it is made anew
 """
 import json
@@ -28,14 +29,15 @@ TOOL = '''#!{python}
 import json, os, sys, urllib.request
 from pathlib import Path
 root = Path(os.environ["BFCL_PROJECT_ROOT"])
+release = (Path(sys.argv[0]).parent / "release").read_text()
 ids = json.loads((root / "test_case_ids_to_generate.json").read_text())
 for name, items in ids.items():
-    result = root / "result_star/model" / f"BFCL_v4_{{name}}_result.json"
-    score = root / "score_star/model" / f"BFCL_v4_{{name}}_score.json"
+    result = root / "result_star/model" / f"BFCL_{{release}}_{{name}}_result.json"
+    score = root / "score_star/model" / f"BFCL_{{release}}_{{name}}_score.json"
     for path in (result, score):
         path.parent.mkdir(parents=True, exist_ok=True)
     if sys.argv[1] == "generate":
-        url = f"http://127.0.0.1:{{os.environ['LOCAL_SERVER_PORT']}}/v1/completions"
+        url = f"http://127.0.0.1:{{os.environ['LOCAL_SERVER_PORT' if release == 'v4' else 'VLLM_PORT']}}/v1/completions"
         with open(result, "w") as file:
             for item in items:
                 body = json.dumps({{"prompt": "<|im_start|>assistant\\n", "max_tokens": 4096, "temperature": 0.001}})
@@ -60,6 +62,7 @@ def env(tmp_path):
         path.mkdir(parents=True)
     tool.write_text(TOOL.format(python=sys.executable))
     tool.chmod(0o755)
+    (tool.parent / "release").write_text("v4")
     (folder / "complete").touch()
     for name in ("multiple", "irrelevance"):
         lines = []
@@ -93,6 +96,26 @@ def test_a_whole_run(env, tmp_path, capsys):
     chosen = json.loads((tmp_path / "two/items.json").read_text())
     assert run(env, tmp_path / "three", "--items", "3") == 0  # the same subset again
     assert json.loads((tmp_path / "three/items.json").read_text()) == chosen
+
+
+def test_v3_scores_whole_categories(env, tmp_path, capsys):
+    (env / "bin/release").write_text("v3")
+    data = env / "lib/python3/site-packages/bfcl_eval/data"
+    for path in data.iterdir():
+        path.rename(data / path.name.replace("v4", "v3"))
+    lines = (data / "BFCL_v3_multiple.json").read_text().splitlines(keepends=True)[:2]
+    (data / "BFCL_v3_java.json").write_text("".join(lines).replace("multiple", "java"))
+    out = tmp_path / "out"
+    for flags, message in ((["--items", "3"], "--items: v3 scores whole"), ([], "2 prompts do not fit its context")):
+        assert run(env, out, "--release", "v3", *flags) == 2
+        assert message in capsys.readouterr().err and not out.exists()
+    assert run(env, out, "--release", "v3", "--categories", "simple_java") == 0
+    assert "These are v3's items.\n" in capsys.readouterr().out
+    assert json.loads((out / "items.json").read_text()) == {"simple_java": {"java_0": 1, "java_1": 0}}
+    assert json.loads((out / "summary.json").read_text())["bfcl_eval"] == bfcl.RELEASES["v3"]
+    (env / "complete").write_text("bfcl-eval==1.0")
+    assert run(env, tmp_path / "two") == 2
+    assert "has bfcl-eval==1.0, not bfcl-eval==2026.3.23; give another --env" in capsys.readouterr().err
 
 
 def test_recorded_failures_are_never_scored(env, tmp_path, monkeypatch, capsys):
@@ -133,7 +156,7 @@ def test_a_score_that_does_not_add_up_is_an_error(tmp_path):
     path.parent.mkdir()
     path.write_text('{"correct_count": 2, "total_count": 3}\n')
     with pytest.raises(InputError, match="counts 2 of 3, not 1 of 1"):
-        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]})
+        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]}, {"multiple": "v4_multiple"})
 
 
 # ---- ACEBench
@@ -244,6 +267,7 @@ def test_another_acebench_is_refused(checkout, tmp_path, capsys):
 # ---- The tools themselves. A stub server answers gold; the embedded teacher, with a longer context, answers as it can.
 
 has_bfcl = pytest.mark.skipif("STAR_BFCL_ENV" not in os.environ, reason="STAR_BFCL_ENV names no environment of BFCL")
+has_bfcl_v3 = pytest.mark.skipif("STAR_BFCL_V3_ENV" not in os.environ, reason="STAR_BFCL_V3_ENV names no BFCL v3")
 has_acebench = pytest.mark.skipif("STAR_ACEBENCH" not in os.environ, reason="STAR_ACEBENCH names no clone of ACEBench")
 
 
@@ -306,14 +330,16 @@ def tool_key(tool):
     return tool["name"], description, *tool["parameters"].get("properties", ())
 
 
-def bfcl_gold(env):
+def bfcl_gold(env, release="v4"):
     """The function body -> gold answer, for every single-turn item."""
+    tool_names = bfcl.V3_NAMES if release == "v3" else {}
     data = next(Path(env).glob("lib/python*/site-packages/bfcl_eval/data"))
     items = {}  # {its tools: [(messages, answer)]}
     for category in (*bfcl.NON_LIVE, *bfcl.LIVE):
-        path = data / f"possible_answer/BFCL_v4_{category}.json"
+        file = f"BFCL_{release}_{tool_names.get(category, category)}.json"
+        path = data / "possible_answer" / file
         gold = {line["id"]: line["ground_truth"] for line in map(json.loads, open(path))} if path.exists() else {}
-        for entry in map(json.loads, open(data / f"BFCL_v4_{category}.json")):
+        for entry in map(json.loads, open(data / file)):
             calls = []
             required = {tool["name"]: tool["parameters"].get("required", ()) for tool in entry["function"]}
             any_call = [{entry["function"][0]["name"]: {}}] if category == "live_relevance" else []
@@ -336,12 +362,13 @@ def bfcl_gold(env):
     return answer
 
 
-@has_bfcl
-def test_gold_answers_are_right_by_bfcl(long_teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("release", [pytest.param("v4", marks=has_bfcl), pytest.param("v3", marks=has_bfcl_v3)])
+def test_gold_answers_are_right_by_bfcl(long_teacher, tmp_path, monkeypatch, release):
     """The tool finds its own gold answers right, but for a few, and many of Java's, which should be Java's literals."""
-    env = os.environ["STAR_BFCL_ENV"]
-    monkeypatch.setattr(bfcl, "serve_model", stub_server(bfcl_gold(env)))
-    assert run(env, tmp_path / "out", "--model", str(long_teacher), "--categories", "non_live", "live") == 0
+    env = os.environ[{"v4": "STAR_BFCL_ENV", "v3": "STAR_BFCL_V3_ENV"}[release]]
+    monkeypatch.setattr(bfcl, "serve_model", stub_server(bfcl_gold(env, release)))
+    flags = ("--model", str(long_teacher), "--categories", "non_live", "live", "--release", release)
+    assert run(env, tmp_path / "out", *flags) == 0
     scores = read_means(tmp_path / "out")
     assert all(scores[name] >= 99 for name in (*bfcl.NON_LIVE, *bfcl.LIVE) if name != "simple_java")
 

@@ -318,6 +318,35 @@ def test_a_rank_that_dies_ends_the_others(here, command, ranks):  # noqa: F811
     assert Path("run/model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
 
 
+SLOW_SAVE = """
+import runpy, sys, time
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+from data import checkpoints
+start, save = dist.init_process_group, checkpoints.save_tensors
+dist.init_process_group = lambda backend, timeout: start(backend, timeout=timedelta(seconds=4))
+checkpoints.save_tensors = lambda *call: (time.sleep(4), save(*call))
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+@LONG
+@pytest.mark.parametrize("command", RUNS)
+def test_a_save_longer_than_the_time_limit_of_a_collective(here, command):  # noqa: F811
+    """Rank 1 gives up waiting; rank 0 completes the checkpoint, says one line, and both resume from it."""
+    Path("slow.py").write_text(SLOW_SAVE.format(root=str(Path(PROGRAM).parent), program=PROGRAM))
+    codes, errors = finish_ranks(start_ranks(2, PROGRAM, *f"{RUNS[command]} whole".split()))
+    assert not any(codes), errors
+    codes, errors = finish_ranks(start_ranks(2, "slow.py", *f"{RUNS[command]} run".split()))
+    lines = [line for text in errors for line in text.splitlines() if line.startswith("star.py")]
+    assert codes == [1, 1] and len(lines) == 1 and "Traceback" not in str(errors), errors
+    assert latest_checkpoint("run") == 2
+    codes, errors = finish_ranks(start_ranks(2, PROGRAM, *f"{RUNS[command]} run --resume".split()))
+    assert not any(codes), errors
+    assert Path("run/model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
+
+
 def texts(out):
     """What a run has sampled."""
     if Path(out, "samples.json").exists():
