@@ -41,10 +41,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     accepted = []
     kept = []
     free = [sampler.num_free] * train.world_size()  # slots of each rank
-    stopped = False
     while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
-        if stopped:
-            return None
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is. Each goes to
             # the rank that has most free slots: long responses keep theirs.
@@ -67,8 +64,9 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
             states = share_states(sampler, finished, stop())
+            if any(state["stop"] for state in states):
+                return None
             free = [state["free"] for state in states]
-            stopped = any(state["stop"] for state in states)
             for number, responses in (pair for state in states for pair in state["groups"]):
                 groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.

@@ -104,6 +104,5 @@ if __name__ == "__main__":
     if code and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
         # Where another rank has died, a thread of torch may abort this process while Python ends.
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

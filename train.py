@@ -93,9 +93,7 @@ def adamw(parameters, lr, weight_decay):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with its iteration in float32 instead of bfloat16, which many CPUs lack, and for all matrices of
-    one shape at once: 2 to 25 times as fast on a CPU for the embedded models.
-    """
+    """torch's Muon, with its iteration in float32, as many CPUs lack bfloat16, and for all matrices of a shape at once."""
 
     @torch.no_grad()
     def step(self):
