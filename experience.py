@@ -31,7 +31,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
 
     score: function (record, text) -> {"reward", "answer_score", ...}
     has_signal: function (rewards, answer scores) -> whether a group is trained on
-    stop: function -> whether to stop, asked after every token, with several ranks at every exchange; one is enough
+    stop: function -> whether to stop; checked after every token (with several ranks: at every exchange, for all)
 
     Returns the accepted groups, those of them with a signal, and {name: seconds}; None if it was stopped.
     """
@@ -40,11 +40,11 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     started = 0
     accepted = []
     kept = []
-    free = [sampler.num_free] * train.world_size()  # slots of each rank
+    free = [sampler.num_free] * train.world_size()  # free slots of each rank
     while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is. Each goes to
-            # the rank that has most free slots: long responses keep theirs.
+            # the rank with the most free slots, so ranks that are busy with long responses get fewer.
             share = (1 + len(kept)) / (1 + len(accepted))
             missing = args.prompts_per_step - len(kept)
             while started < len(groups) and max(free) > 0 and (started - len(accepted)) * share < missing:

@@ -100,9 +100,12 @@ def main(argv=None):
 if __name__ == "__main__":
     # A terminal that cannot print a character costs nothing.
     sys.stdout.reconfigure(errors="backslashreplace")
-    code = main()
+    try:
+        code = main()
+    except SystemExit as e:  # of argparse, or of a rank that leaves the message to another one
+        code = e.code
     if code and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
-        # Where another rank has died, a thread of torch may abort this process while Python ends.
+        # Where another rank has gone, a thread of torch may abort this process during interpreter shutdown.
         sys.stdout.flush()
         os._exit(code)
     sys.exit(code)

@@ -93,7 +93,7 @@ def adamw(parameters, lr, weight_decay):
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, with its iteration in float32, as many CPUs lack bfloat16, and for all matrices of a shape at once."""
+    """torch's Muon, but it iterates in float32, as many CPUs lack bfloat16, and on all matrices of a shape at once."""
 
     @torch.no_grad()
     def step(self):
@@ -102,7 +102,7 @@ class Muon(torch.optim.Muon):
             for p in group["params"]:
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - group["momentum"])
-                updates[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))  # Nesterov's look ahead
+                updates[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))  # Nesterov look-ahead
             for (rows, columns), pairs in updates.items():
                 directions = orthogonalise(torch.stack([update for _, update in pairs]))
                 for (p, _), direction in zip(pairs, directions):
@@ -111,7 +111,7 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalise(x):
-    """Matrices [N, rows, columns] with their singular values moved near 1, by five steps of a Newton-Schulz iteration."""
+    """Matrices [N, rows, columns] with their singular values pushed towards 1, by five Newton-Schulz iterations."""
     wide = x if x.shape[1] <= x.shape[2] else x.mT  # its products are smaller
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):

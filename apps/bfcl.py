@@ -7,9 +7,11 @@ is in apps/official.py):
     --env DIR           a virtual environment with bfcl-eval; made if it is missing (4 minutes, 700 MB, needs pip)
     OUT/result_star     what the model answered, by category        OUT/score_star    the tool's scores
 
-Releases: v3 is the paper's, and scores whole categories only. v4 has the same checker, takes a subset of items, and
-has mended some: half of the multi-turn ones and a dozen others.
-A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted.
+Releases: v3 is the paper's. It scores whole categories only, sends up to 100 requests at once, and wants an --env of
+its own. v4 can score a subset. It changed half of the multi-turn items and a dozen others, some of the simulated tools,
+and the value of an answer with one unparsable call: in v3 it is void, in v4 the other calls remain.
+A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted. In v3, so is
+one with an unparsable call before its last turn.
 
 Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them in a sandbox.
 """
@@ -20,7 +22,7 @@ from pathlib import Path
 
 from apps.official import add_flags, category_columns, choose_items, make_environment, mean_of, open_inputs
 from apps.official import read_score, report, result_lines, run_tool, serve_model
-from data import InputError, write_json
+from data import InputError, read_json, write_json
 from data.records import read_lines
 from train import open_run
 
@@ -38,7 +40,8 @@ FAILED = b"Error during inference"  # what the tool records as an answer if a re
 
 def bfcl_flags(parser):
     add_flags(parser, GROUPS, ["non_live", "live"], "bfcl-env")
-    parser.add_argument("--release", choices=RELEASES, default="v4", help="v3: the paper's, without --items")
+    parser.add_argument("--release", choices=RELEASES, default="v4",
+                        help="v3 is the paper's; it takes no --items, and an --env of its own")
 
 
 def run_bfcl(args):
@@ -50,18 +53,23 @@ def run_bfcl(args):
     chat, room, other = open_inputs(args)
     package = f"bfcl-eval=={RELEASES[args.release]}"
     tool = make_environment(args.env, [package], partial(install, package)) / "bfcl"
-    data = next(tool.parents[1].glob("lib/python*/site-packages/bfcl_eval/data"), None)
+    release = f"BFCL_{args.release}"
+    data = next(tool.parents[1].glob(f"lib/python*/site-packages/bfcl_eval/data/{release}_irrelevance.json"), None)
     if data is None:
-        raise InputError(f"{args.env}: has no bfcl_eval; delete the folder, it is made anew")
+        raise InputError(f"{args.env}: has no {release}; give another --env, or delete the folder: it is made anew")
+    if args.compare:
+        version = read_json(Path(args.compare) / "summary.json").get("bfcl_eval")
+        if version != RELEASES[args.release]:
+            raise InputError(f"{args.compare}: is of bfcl-eval {version}, whose items differ; use that --release")
     tool_names = V3_NAMES if v3 else {}
 
     def read(name):
-        path = data / f"BFCL_{args.release}_{tool_names.get(name, name)}.json"
+        path = data.with_name(f"{release}_{tool_names.get(name, name)}.json")
         entries = [json.loads(line) for _, line in read_lines(path)]
         return {entry["id"]: entry for entry in entries}
 
     def tokens(name, entry):
-        return min(LONGEST[name], room) if name in MULTI_TURN else prompt_tokens(chat, entry)
+        return min(LONGEST[name], room) if name in MULTI_TURN else prompt_tokens(chat, name, entry)
 
     chosen, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
     if v3 and too_long:
@@ -85,7 +93,7 @@ def run_bfcl(args):
     run_tool(command, out, "evaluate.log", variables)
 
     # 3. Read, check, report.
-    items = read_items(out, chosen, {name: f"{args.release}_{tool_names.get(name, name)}" for name in chosen})
+    items = read_items(out, chosen, {name: f"{release}_{tool_names.get(name, name)}" for name in chosen})
     report(args, items, other, columns, {
         "left_out": too_long, "think": chat.think, "bfcl_eval": RELEASES[args.release], "handler": HANDLER,
         "failed_conversations": sum(FAILED in line for line in result_lines(out))})
@@ -103,24 +111,30 @@ def install(package, pip):
     subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
 
 
-def prompt_tokens(chat, entry):
-    """Tokens of a single-turn item's prompt, a few too many: the tool adds a note to each function's description."""
-    text = chat.render(entry["question"][0], entry["function"], generation_prompt=True)
+def prompt_tokens(chat, name, entry):
+    """Tokens of a single-turn item's prompt, a few too many. The tool adds a note to each function's description and,
+    in Java and JavaScript, to each parameter's; it writes tools in ASCII."""
+    tools = entry["function"]
+    text = chat.render(entry["question"][0], tools, generation_prompt=True)
+    escaped, plain = (len(chat.encode(json.dumps(tools, ensure_ascii=ascii))) for ascii in (True, False))
+    notes = len(tools)
+    if name in SIMPLE[1:]:
+        notes += sum(len(tool["parameters"]["properties"]) for tool in tools)
     note = chat.encode(" Note that the provided function is in JavaScript syntax.")
-    return len(chat.encode(text)) + len(note) * len(entry["function"]) + 32
+    return len(chat.encode(text)) + max(0, escaped - plain) + len(note) * notes + 32
 
 
 def read_items(out, chosen, files):
     """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure.
 
     chosen: {category: ids}
-    files: {category: the tool's name of it, such as v3_java}
+    files: {category: the tool's name of it, such as BFCL_v3_java}
     """
     failures = sum(FAILED in line and b'"id": "multi_turn' not in line for line in result_lines(out))
     if failures:
         raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
                          "lines from result_star and continue with --resume")
-    return {name: read_score(out, f"score_star/**/BFCL_{files[name]}_score.json", ids) for name, ids in chosen.items()}
+    return {name: read_score(out, f"score_star/**/{files[name]}_score.json", ids) for name, ids in chosen.items()}
 
 
 def columns(items):

@@ -414,9 +414,12 @@ def test_muon_takes_the_matrices_of_the_layers():
 
 
 def test_muon_is_that_of_torch(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # so that torch's iteration is in float64
     results = []
     for optimiser in (torch.optim.Muon, Muon):
+        if optimiser is torch.optim.Muon:
+            monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)  # so that its iteration is in float64
+        else:
+            monkeypatch.undo()
         torch.manual_seed(0)
         weights = [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in [(6, 6), (9, 4), (4, 9)] * 2]
         muon = optimiser(weights, lr=0.3, weight_decay=0.1, momentum=0.9)

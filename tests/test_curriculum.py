@@ -224,6 +224,7 @@ def test_the_demo_is_a_list_of_command_lines(quick):
     evals = [args for args in stages if args.command == "eval"]
     assert stages[-1].evals == [args.out for args in evals]
     assert {(args.data, args.limit) for args in evals} == {(evals[0].data, 40 if quick else 1280)}
+    assert {args.n for args in evals} == {4}  # findings.py reads pass@4
 
 
 def test_the_examples_are_requests_that_only_the_last_model_answers(capsys):

@@ -2,7 +2,7 @@
 tools themselves (three minutes) where the environment has
 
     STAR_BFCL_ENV    an environment with bfcl-eval: --env of `star.py bfcl`
-    STAR_BFCL_V3_ENV    the same of `star.py bfcl --release v3`
+    STAR_BFCL_V3_ENV    the same for `star.py bfcl --release v3`
     STAR_ACEBENCH    a clone of ACEBench; with STAR_ACEBENCH_ENV, --env of `star.py acebench`, else it is made anew
 """
 import json
@@ -30,6 +30,7 @@ import json, os, sys, urllib.request
 from pathlib import Path
 root = Path(os.environ["BFCL_PROJECT_ROOT"])
 release = (Path(sys.argv[0]).parent / "release").read_text()
+assert sys.argv[1] == "generate" or ("--partial-eval" in sys.argv) == (release == "v4")
 ids = json.loads((root / "test_case_ids_to_generate.json").read_text())
 for name, items in ids.items():
     result = root / "result_star/model" / f"BFCL_{{release}}_{{name}}_result.json"
@@ -113,9 +114,11 @@ def test_v3_scores_whole_categories(env, tmp_path, capsys):
     assert "These are v3's items.\n" in capsys.readouterr().out
     assert json.loads((out / "items.json").read_text()) == {"simple_java": {"java_0": 1, "java_1": 0}}
     assert json.loads((out / "summary.json").read_text())["bfcl_eval"] == bfcl.RELEASES["v3"]
-    (env / "complete").write_text("bfcl-eval==1.0")
     assert run(env, tmp_path / "two") == 2
-    assert "has bfcl-eval==1.0, not bfcl-eval==2026.3.23; give another --env" in capsys.readouterr().err
+    assert "has no BFCL_v4; give another --env" in capsys.readouterr().err
+    (out / "summary.json").write_text(json.dumps({"bfcl_eval": bfcl.RELEASES["v4"]}))
+    assert run(env, tmp_path / "two", "--release", "v3", "--categories", "simple_java", "--compare", str(out)) == 2
+    assert "is of bfcl-eval 2026.3.23, whose items differ" in capsys.readouterr().err
 
 
 def test_recorded_failures_are_never_scored(env, tmp_path, monkeypatch, capsys):
@@ -156,7 +159,7 @@ def test_a_score_that_does_not_add_up_is_an_error(tmp_path):
     path.parent.mkdir()
     path.write_text('{"correct_count": 2, "total_count": 3}\n')
     with pytest.raises(InputError, match="counts 2 of 3, not 1 of 1"):
-        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]}, {"multiple": "v4_multiple"})
+        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]}, {"multiple": "BFCL_v4_multiple"})
 
 
 # ---- ACEBench
@@ -267,7 +270,7 @@ def test_another_acebench_is_refused(checkout, tmp_path, capsys):
 # ---- The tools themselves. A stub server answers gold; the embedded teacher, with a longer context, answers as it can.
 
 has_bfcl = pytest.mark.skipif("STAR_BFCL_ENV" not in os.environ, reason="STAR_BFCL_ENV names no environment of BFCL")
-has_bfcl_v3 = pytest.mark.skipif("STAR_BFCL_V3_ENV" not in os.environ, reason="STAR_BFCL_V3_ENV names no BFCL v3")
+has_bfcl_v3 = pytest.mark.skipif("STAR_BFCL_V3_ENV" not in os.environ, reason="STAR_BFCL_V3_ENV names no environment of v3")
 has_acebench = pytest.mark.skipif("STAR_ACEBENCH" not in os.environ, reason="STAR_ACEBENCH names no clone of ACEBench")
 
 

@@ -229,7 +229,7 @@ def test_any_number_of_ranks_trains_as_one(models, ranks, shard_ranks):
 # ---- Work of the ranks
 
 def test_long_responses_keep_their_rank_from_further_prompts(monkeypatch):
-    """As rank 0 of two, whose two prompts end last: rank 1 samples all others."""
+    """Runs as rank 0 of 2. Its two prompts finish last, so rank 1 samples all others."""
     row = {"ids": [1], "span": [0, 1], "log_probs": [0.0], "finish_reason": "stop", "text": "1", "reward": 1.0,
            "answer_score": 1.0}
     of_rank_1 = iter([[1, 3], [4, 5], []])
