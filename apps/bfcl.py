@@ -10,6 +10,7 @@ is in apps/official.py):
 Releases: v3 is the paper's. It scores whole categories only, sends up to 100 requests at once, and wants an --env of
 its own. v4 can score a subset. It changed half of the multi-turn items and a dozen others, some of the simulated tools,
 and the value of an answer with one unparsable call: in v3 it is void, in v4 the other calls remain.
+
 A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted. In v3, so is
 one with an unparsable call before its last turn.
 
@@ -113,15 +114,17 @@ def install(package, pip):
 
 def prompt_tokens(chat, name, entry):
     """Tokens of a single-turn item's prompt, a few too many. The tool adds a note to each function's description and,
-    in Java and JavaScript, to each parameter's; it writes tools in ASCII."""
+    in Java and JavaScript, a longer one to each parameter's; it writes tools in ASCII."""
     tools = entry["function"]
     text = chat.render(entry["question"][0], tools, generation_prompt=True)
     escaped, plain = (len(chat.encode(json.dumps(tools, ensure_ascii=ascii))) for ascii in (True, False))
-    notes = len(tools)
+    notes = [" Note that the provided function is in JavaScript syntax."] * len(tools)
     if name in SIMPLE[1:]:
-        notes += sum(len(tool["parameters"]["properties"]) for tool in tools)
-    note = chat.encode(" Note that the provided function is in JavaScript syntax.")
-    return len(chat.encode(text)) + max(0, escaped - plain) + len(note) * notes + 32
+        for parameter in (p for tool in tools for p in tool["parameters"].get("properties", {}).values()):
+            notes += [" This parameter can be of any type of JavaScript object in string representation."] * 2
+            notes += [json.dumps(json.dumps(parameter.get("properties", "")))]  # of an object
+    tokens = len(chat.encode(text)) + max(0, escaped - plain) + len(chat.encode("".join(notes)))
+    return tokens + tokens // 50 + 32
 
 
 def read_items(out, chosen, files):
