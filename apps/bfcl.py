@@ -54,19 +54,10 @@ def run_bfcl(args):
     chat, room, other = open_inputs(args)
     package = f"bfcl-eval=={RELEASES[args.release]}"
     tool = make_environment(args.env, [package], partial(install, package)) / "bfcl"
-    release = f"BFCL_{args.release}"
-    data = next(tool.parents[1].glob(f"lib/python*/site-packages/bfcl_eval/data/{release}_irrelevance.json"), None)
-    if data is None:
-        raise InputError(f"{args.env}: has no {release}; give another --env, or delete the folder: it is made anew")
-    if args.compare:
-        version = read_json(Path(args.compare) / "summary.json").get("bfcl_eval")
-        if version != RELEASES[args.release]:
-            raise InputError(f"{args.compare}: is of bfcl-eval {version}, whose items differ; use that --release")
-    tool_names = V3_NAMES if v3 else {}
+    files = item_files(args, tool.parents[1])
 
     def read(name):
-        path = data.with_name(f"{release}_{tool_names.get(name, name)}.json")
-        entries = [json.loads(line) for _, line in read_lines(path)]
+        entries = [json.loads(line) for _, line in read_lines(files[name])]
         return {entry["id"]: entry for entry in entries}
 
     def tokens(name, entry):
@@ -81,7 +72,7 @@ def run_bfcl(args):
     # 2. Let the tool generate and score. It skips items that have an answer.
     out = Path(args.out).resolve()
     write_json(out / "test_case_ids_to_generate.json",
-               {tool_names.get(name, name): ids for name, ids in chosen.items()})
+               {files[name].stem.removeprefix(f"BFCL_{args.release}_"): ids for name, ids in chosen.items()})
     variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1", "VLLM_ENDPOINT": "127.0.0.1"}
     flags = ["--model", HANDLER, "--result-dir", "result_star"]
     with serve_model(args, longest) as port:
@@ -94,13 +85,28 @@ def run_bfcl(args):
     run_tool(command, out, "evaluate.log", variables)
 
     # 3. Read, check, report.
-    items = read_items(out, chosen, {name: f"{release}_{tool_names.get(name, name)}" for name in chosen})
+    items = read_items(out, chosen, files)
     report(args, items, other, columns, {
         "left_out": too_long, "think": chat.think, "bfcl_eval": RELEASES[args.release], "handler": HANDLER,
         "failed_conversations": sum(FAILED in line for line in result_lines(out))})
     subset = "a subset of " if args.items or too_long else ""
     print(f"\nThese are {subset}{args.release}'s items." + (
         "" if v3 else " The paper's columns are v3 and all items: --release v3."))
+
+
+def item_files(args, env):
+    """{category: the tool's file of its items}. InputError if the environment or --compare is of another release."""
+    data = next(env.glob("lib/python*/site-packages/bfcl_eval/data"), env)
+    tool_names = V3_NAMES if args.release == "v3" else {}
+    files = {name: data / f"BFCL_{args.release}_{tool_names.get(name, name)}.json"
+             for name in (*NON_LIVE, *LIVE, *MULTI_TURN)}
+    if not files["irrelevance"].exists():
+        raise InputError(f"{args.env}: is no BFCL {args.release}; give another --env, or delete it: it is made anew")
+    if args.compare:
+        version = read_json(Path(args.compare) / "summary.json").get("bfcl_eval")
+        if version != RELEASES[args.release]:
+            raise InputError(f"{args.compare}: is of bfcl-eval {version}, whose items differ; use that --release")
+    return files
 
 
 def install(package, pip):
@@ -131,13 +137,13 @@ def read_items(out, chosen, files):
     """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure.
 
     chosen: {category: ids}
-    files: {category: the tool's name of it, such as BFCL_v3_java}
+    files: {category: the tool's file of its items}
     """
     failures = sum(FAILED in line and b'"id": "multi_turn' not in line for line in result_lines(out))
     if failures:
         raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
                          "lines from result_star and continue with --resume")
-    return {name: read_score(out, f"score_star/**/{files[name]}_score.json", ids) for name, ids in chosen.items()}
+    return {name: read_score(out, f"score_star/**/{files[name].stem}_score.json", ids) for name, ids in chosen.items()}
 
 
 def columns(items):

@@ -115,7 +115,7 @@ def test_v3_scores_whole_categories(env, tmp_path, capsys):
     assert json.loads((out / "items.json").read_text()) == {"simple_java": {"java_0": 1, "java_1": 0}}
     assert json.loads((out / "summary.json").read_text())["bfcl_eval"] == bfcl.RELEASES["v3"]
     assert run(env, tmp_path / "two") == 2
-    assert "has no BFCL_v4; give another --env" in capsys.readouterr().err
+    assert "is no BFCL v4; give another --env" in capsys.readouterr().err
     (out / "summary.json").write_text(json.dumps({"bfcl_eval": bfcl.RELEASES["v4"]}))
     assert run(env, tmp_path / "two", "--release", "v3", "--categories", "simple_java", "--compare", str(out)) == 2
     assert "is of bfcl-eval 2026.3.23, whose items differ" in capsys.readouterr().err
@@ -159,7 +159,7 @@ def test_a_score_that_does_not_add_up_is_an_error(tmp_path):
     path.parent.mkdir()
     path.write_text('{"correct_count": 2, "total_count": 3}\n')
     with pytest.raises(InputError, match="counts 2 of 3, not 1 of 1"):
-        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]}, {"multiple": "BFCL_v4_multiple"})
+        bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]}, {"multiple": Path("BFCL_v4_multiple.json")})
 
 
 # ---- ACEBench
