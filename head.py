@@ -1,4 +1,4 @@
-"""The output head in chunks of positions: losses with their gradients, log-probs and top-k. All logits never exist.
+"""The output head in chunks of positions: losses with their gradients, log-probs and top-k. Full logits never exist.
 
 A row of logits has 151,936 numbers, so 4,096 positions would take 2.5 GB, and the loss several times that. Departure
 from the released code: no tensor of positions x vocabulary exists, and prompt positions never reach the head.
@@ -95,7 +95,7 @@ def chunk_size(hidden):
 
 @torch.no_grad()
 def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=None, dtype=None):
-    """The log-prob of each target token, [N], chunk for chunk the numbers that the loss computes; no gradient.
+    """The log-prob of each target token, [N], in the same chunks as the loss, so that the numbers agree; no gradient.
 
     Parameters as in `head_loss`; targets [N].
     """

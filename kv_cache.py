@@ -22,7 +22,7 @@ class KVCache:
 
     def __init__(self, model, prompt_rows, prompt_tokens, response_rows, response_tokens):
         c = model.model.c
-        new_zeros = model.head_weight.new_zeros  # of what lies in new memory, 0 times nan would be nan
+        new_zeros = model.head_weight.new_zeros  # not empty memory: a masked key has weight 0, but 0 x nan is nan
         heads = c["num_key_value_heads"]
         layers = range(c["num_hidden_layers"])
         self.prompts = [new_zeros(2, prompt_rows, heads, prompt_tokens, c["head_dim"]) for _ in layers]
@@ -32,7 +32,7 @@ class KVCache:
         """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
         self.row = row
         self.known = known
-        self.in_step = False  # not the method itself: a cycle would keep these tensors until Python looks for cycles
+        self.in_step = False  # not a bound method: that reference cycle would keep the buffers until garbage collection
 
     def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.

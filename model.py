@@ -8,7 +8,7 @@ Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size, V voc
 settings that `read_config` returns.
 
 Departures from the released model code:
-1. `mask` is a boolean tensor over (query, key): packed groups and the sampler share one prompt through it.
+1. `mask` says which keys a query sees, so that all responses of a packed group can share one prompt.
 2. A tied output head is not a parameter: `head_weight` is the embedding matrix itself.
 3. Dense models only. Mixture of experts, sliding windows, rope scaling and quantisation are refused by name.
 """
@@ -53,8 +53,8 @@ def read_config(config, where):
     if not c.get("head_dim"):
         c["head_dim"] = 128 if qwen3 else c["hidden_size"] // c["num_attention_heads"]
     if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
-        raise InputError(f"{where}: heads of {c['head_dim']}, {c['num_attention_heads']} for queries and "
-                         f"{c['num_key_value_heads']} for keys, do not fit; {MODEL_FOLDER}")
+        raise InputError(f"{where}: head_dim {c['head_dim']}, {c['num_attention_heads']} query heads and "
+                         f"{c['num_key_value_heads']} key/value heads do not fit together; {MODEL_FOLDER}")
     c["rope_theta"] = float(rope.get("rope_theta", c["rope_theta"]))
     c["qk_norm"] = qwen3
     c["qkv_bias"] = bias or not qwen3

@@ -252,7 +252,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     label: the gold response; its reasoning, up to the last </think>, is ignored
     tools: list of the tools in the prompt
     think: "none" requires no think block (for models without think tags)
-    strip_eos: cut text replies at the end token; without it, that token alone gives an empty reply about 0.5
+    strip_eos: cut text replies at the end token; otherwise an empty reply scores about 0.5 for that token alone
     binary: 1 for exactly the gold calls, or for any text where the label is text; else 0 (the paper's ablation)
 
     Returns a dictionary:

@@ -36,7 +36,7 @@ from kv_cache import KVCache, lay_out
 
 PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
 MOST_GRAPHS = 256  # shapes of a step that a GPU keeps; the oldest goes first
-LOGITS_AT_ONCE = 2 ** 20  # of float32 in a draw: larger tensors are given back to the system, and faulted in anew
+LOGITS_AT_ONCE = 2 ** 20  # logits per draw on a CPU: larger tensors go back to the system, then page-fault again
 
 
 def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
@@ -69,11 +69,11 @@ class Request:
 
     prompt: token ids, at least one
     n: number of responses
-    seed: decides, with all else here and the model, what is drawn
+    seed: fixes the draws, given the model and the other fields
     temperature, top_p: as in `next_token`
     max_new_tokens: a response ends at this length
     stop_strings: a response ends when one of them is in its text
-    number: of the caller's own, to know it by
+    number: the caller's own label; the sampler does not use it
     responses: written by the sampler; [] before the request starts
     """
     prompt: list
@@ -122,7 +122,7 @@ class Sampler:
         self.slots = []  # slots[i] is row i of the cache's responses
         self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
         self.graphs = {} if model.head_weight.is_cuda else None  # see `replay`
-        self.graph_memory = None  # which they share
+        self.graph_memory = None  # the memory pool that all graphs share
 
     def add(self, request):
         """Queue a request. Others may be running. Requests with the same list as prompt share its keys."""
@@ -142,20 +142,20 @@ class Sampler:
 
     @property
     def num_free(self):
-        """How many slots no queued response will take."""
+        """Number of slots that stay free once every queued response has one."""
         queued = len(self.waiting) + sum(request.n for request in self.requests)
         return self.num_slots - len(self.slots) - queued
 
     @torch.no_grad()
     def step(self):
-        """Draw one token in every slot. Returns the requests that are done with it."""
+        """Draw one token in every slot. Returns the requests that this completes."""
         # 1. Start waiting responses in free slots.
         self.fill_slots()
         if not self.slots:
             return []
         # 2. Feed the last token of every slot to the model, and draw the next one.
         tokens, log_probs = self.next_tokens()
-        # 3. Append what was drawn. Only here the CPU waits for the device.
+        # 3. Append the drawn tokens. This is the only place where the CPU waits for the device.
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
         # 4. Free the slots of finished responses, and the rows of prompts that nothing reads any more.
@@ -188,7 +188,7 @@ class Sampler:
             self.prompts.append(request.prompt)
 
     def prefill(self, row):
-        """Compute the keys of the prompts from `row` on, but for their last tokens: each response feeds that one."""
+        """Compute the keys of the prompts from `row` on, without the last token: each response feeds it itself."""
         new = self.prompts[row:]
         size = 1 if self.prefixes else max(1, PREFILL_TOKENS // max(map(len, new), default=1))
         for i in range(0, len(new), size):
@@ -350,7 +350,7 @@ def cache_size(num_slots, requests):
     """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
 
     The first responses to a prompt end long before the last one, so there is room for three times as many prompts as
-    whole requests fit the slots.
+    would fill the slots with all their responses.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
     num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))

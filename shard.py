@@ -35,8 +35,8 @@ def shard_model(model, mesh, dtype):
     policy = MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        # The default is a mean, but the loss is divided by the tokens of all ranks already. Both settings hold for one
-        # module, not for those inside. Without the second, the sum is scaled by 1, which gloo cannot do.
+        # By default FSDP averages gradients, but the loss is already divided by the tokens of all ranks. Each setting
+        # applies to this module, not to its submodules. Without the second, FSDP asks for a scaled sum; gloo has none.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     # The loops call this, not forward. The root (embedding, norm and head) stays gathered after it: `head_weight` is

@@ -92,13 +92,13 @@ def main(argv=None):
         return 130
     finally:
         unlock_all()
-    # Here, where progress bars have ended their line.
+    # Printed only here, after any progress bar has ended its line.
     print(f"star.py {args.command}: {message}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    # A terminal that cannot print a character costs nothing.
+    # Where the terminal cannot encode a character, print an escape instead of failing.
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()

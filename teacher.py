@@ -36,7 +36,7 @@ class Teacher:
         self.cache = cache
 
     def __call__(self, packed, groups=None, step=None):
-        """groups, step: what is packed, and when; they seed draws, and are not used otherwise."""
+        """groups, step: the packed groups and the step number, used only to seed the draws of rskd."""
         if self.cache is None:
             return self.view(packed, groups, step)
         device = packed["targets"].device
@@ -96,14 +96,14 @@ def vocabulary(folder):
 
 
 def clamp_to_vocab(name, value, vocab_size):
-    """k or m, at most the vocabulary, with a notice."""
+    """k or m, reduced to the size of the vocabulary, with a note, if it is larger."""
     if value > vocab_size:
         train.note(f"--{name} {value} is more than the vocabulary: using all {vocab_size} ids")
     return min(value, vocab_size)
 
 
 def cache_key(args, groups, vocab_size):
-    """Everything that the cache of a run depends on, also numbering its rows; None without --cache.
+    """Everything that a run's cache depends on; None without --cache. Also numbers the responses' rows in the cache.
 
     InputError if --cache holds something else, or if several processes would have to write it.
     """

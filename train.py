@@ -177,7 +177,7 @@ def pick_device(args):
     if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {name}: no such device on this machine; use --device cpu")
     if getattr(args, "compile", False) and name != "cuda":
-        raise InputError(f"--compile: the device is {name}, but only CUDA's flex_attention trains; leave it out")
+        raise InputError(f"--compile: the device is {name}, but flex_attention trains on CUDA only; leave the flag out")
     if name == "cpu":
         keep_pages()
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
@@ -219,8 +219,8 @@ def sharding(args, device):
 
 
 def share_of_rank(micro_batches):
-    """This rank's [(micro-batch, counts)] of a batch. All ranks make the same number of passes: where others have one
-    more, the list ends with the shortest micro-batch and counts 0 instead of 1."""
+    """This rank's [(micro-batch, counts)] of a batch, counts being 1. All ranks must make the same number of passes: a
+    rank that is one short also runs the shortest micro-batch, with counts 0, so that it adds nothing."""
     share = [(micro, 1) for micro in micro_batches[rank()::world_size()]]
     if len(share) * world_size() < len(micro_batches):
         share.append((micro_batches[-1], 0))
@@ -260,7 +260,7 @@ def gather_over_ranks(rows, device):
 
 @contextmanager
 def fail_together(device):
-    """Wait for all ranks at the end. If input is bad or a write fails on any, all of them end, and one prints why."""
+    """Wait for all ranks at the end. If any of them has bad input or a failed write, all exit and one reports why."""
     error = None
     try:
         yield

@@ -1,4 +1,4 @@
-"""What is checked about a call of star.py before its command runs: text, the variables of torchrun, idle flags."""
+"""Checks made before a star.py command runs: the text of its flags, torchrun's variables, flags without effect."""
 import os
 import sys
 

@@ -110,7 +110,7 @@ def run_all(lines, args, parse, main):
     ran = False
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        if done and (not ran or is_finished(out, stage)):  # what ran may have made the input of this one anew
+        if done and (not ran or is_finished(out, stage)):  # an earlier line may have rewritten its input
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
         if args.overwrite and hasattr(stage, "overwrite"):

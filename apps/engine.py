@@ -115,7 +115,7 @@ class Engine(threading.Thread):
             raise
 
     def step(self):
-        """Drop the jobs of clients that went away, draw a token in every slot, and spread the news."""
+        """Drop the jobs of clients that went away, draw a token in every slot, and notify the jobs."""
         for request, job in list(self.jobs.items()):
             if job.gone:
                 waiting = [slot for slot in self.sampler.waiting if slot.request is not request]

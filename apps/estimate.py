@@ -31,8 +31,8 @@ def read_sizes(folder):
 
 
 def activations(c, args):
-    """Of a token in one layer, kept for the backward pass: what autograd saves, counted. Compiled: three outputs of the
-    feed-forward in bfloat16, and 7 and 5 from a fit to the peaks of two sizes on an H200."""
+    """Bytes that one layer keeps of a token for the backward pass, counted in autograd. Compiled: three outputs of the
+    feed-forward in bfloat16; the factors 7 and 5 are fitted to the peaks of two model sizes on an H200."""
     h, i, q, kv = c["hidden_size"], c["intermediate_size"], c["q"], c["kv"]
     if args.compile:
         return 7 * h + 6 * i + 5 * (q + 2 * kv)
@@ -64,7 +64,7 @@ def training_memory(c, args, gpus):
 
 
 def frozen_memory(c, args, gpus):
-    """Of a model that only computes: teacher or reference. In parts, its embeddings stay gathered."""
+    """Bytes of a model that is not trained: teacher or reference. When sharded, its embeddings stay gathered."""
     width = getattr(torch, args.dtype).itemsize
     return width * (c["weights"] / gpus + (c["embeddings"] if gpus > 1 else 0))
 
@@ -96,7 +96,7 @@ def stage_memory(stage, student, teacher, args, gpus):
 
 
 def forward_operations(c, args, prompts):
-    """Of a pass over packed groups: two a weight and token, four a query, key, head and dimension."""
+    """Operations of a forward pass over packed groups: 2 per weight and token, 4 per query, key, head and dimension."""
     prompt, response, n = args.prompt_tokens, args.response_tokens, args.n
     pairs = prompt ** 2 / 2 + n * response * (prompt + response / 2)
     weights = (c["weights"] - c["embeddings"]) * (prompt + n * response) + c["head"] * n * response

@@ -200,7 +200,7 @@ def mean_of(parts, *names):
 
 
 def interval(part):
-    """{"mean", "low", "high"} in percent of a column: Wilson's intervals of its parts, added in squares."""
+    """{"mean", "low", "high"} in percent of a column: Wilson intervals of its parts, combined in quadrature."""
     mean = low = high = 0.0
     for weight, values in part:
         n, p = len(values), np.mean(values)

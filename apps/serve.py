@@ -10,7 +10,7 @@ A completion's prompt that ends in an assistant header gets the model's think op
 Official benchmark tools send prompts without it. Nothing that a model writes is executed here.
 
 Whatever fails is an HTTP error, counted and printed. It is never an answer: a benchmark that records an error as the
-answer scores it, and where no call is due even as right.
+answer then scores it, and even counts it as right where no call is expected.
 """
 import json
 import queue

@@ -122,7 +122,7 @@ def lock(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
-        raise InputError(f"{path}: another process writes there; wait for its end or use another --out") from e
+        raise InputError(f"{path}: another process writes there; wait until it ends, or use another --out") from e
     except OSError as e:  # on some network file systems
         print(f"note: {path} cannot be locked ({e.strerror}); start no second process there", file=sys.stderr)
 

@@ -33,7 +33,7 @@ def latest_checkpoint(out):
 def delete_checkpoints(out, keep=2):
     """Delete all checkpoints but the last `keep`, and what killed runs have left of others."""
     for _, old in list_checkpoints(out)[:-keep]:
-        os.replace(old, f"{old}.tmp")  # it is no longer a checkpoint, even if this is killed half-way
+        os.replace(old, f"{old}.tmp")  # first: a kill half-way must not leave a broken checkpoint
     for _, old in list_checkpoints(out, r"\.tmp"):
         remove(old)
 
@@ -114,7 +114,7 @@ def open_checkpoint(out, step, command, shapes=None):
             wrong += [name for name, tensor in slices.items() if shapes.get(name) != tensor.get_shape()]
             wrong += [name for name in shapes if part == "weights" and name not in slices]
         if wrong:
-            raise InputError(f"{path}: {wrong[0]} is not as in the model that this run trains; {remedy}")
+            raise InputError(f"{path}: {wrong[0]} does not match the model that this run trains; {remedy}")
     return progress, files
 
 

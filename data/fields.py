@@ -1,7 +1,7 @@
-"""What may stand in the fields of JSON that this project reads, as tables: a field to the kind of its value.
+"""Tables of the JSON fields that this project reads: the name of a field -> the kind of value it must have.
 
-The place that reads a file checks it once, so that all code behind can trust what it has. Fields in no table are not
-looked at, and missing ones or nulls only if they are needed.
+The code that reads a file checks it once, so that all later code can trust the values. Fields in no table are
+ignored; missing or null fields are refused only where they are needed.
 """
 import json
 import math

@@ -150,7 +150,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
 
 
 def response_ids(record, chat):
-    """Token ids of each response of a record, or of its gold answer. Text alone gets a missing end token."""
+    """Token ids of each response of a record, or of its gold answer. An end token is added to text that lacks one."""
     if not record.get("responses"):
         return [chat.encode(chat.answer(record))]
     all_ids = []

@@ -47,7 +47,7 @@ def add_data_flags(parser, what):
 
 
 def read_records(path, *options, **named):
-    """The list of the records that `stream_records` yields, which see for the options."""
+    """The records that `stream_records` yields, as a list; same options."""
     return list(stream_records(path, *options, **named))
 
 
@@ -312,7 +312,7 @@ def check_record(record, need_answer, vocab_size, check_answer):
                          "run rollout again, or remove the ids")
     messages = record["messages"]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise InputError("no message to answer; before the answer comes a user's or tool's")
+        raise InputError("no message to answer; before the answer there must be a user's or a tool's message")
     if need_answer and not (has_answer(record) or responses):
         remedy = 'give a last assistant turn or an "answer", or run rollout first'
         raise InputError(f"no answer; {remedy}")

@@ -55,7 +55,7 @@ def stream_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
 
 
 def read_prompts(*options):
-    """The lists of records and of prompts that `stream_prompts` yields, which see for the options."""
+    """The records and the encoded prompts that `stream_prompts` yields, as two lists; same options."""
     return map(list, zip(*stream_prompts(*options)))
 
 

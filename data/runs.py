@@ -2,7 +2,7 @@
 
     OUT/arguments.json    the settings, and hashes of the files read; a resumed run must have the same
     OUT/metrics.jsonl     a line per step
-    OUT/samples.jsonl     a line per group of Sim-RL: each response with 0.2 kB around it, but not the prompt
+    OUT/samples.jsonl     a line per group of Sim-RL: each response with its scores (0.2 kB), but not the prompt
     OUT/checkpoints/      step-000100, ...: weights, optimiser moments, progress.json; safetensors and JSON, no pickle
     OUT/model, OUT/summary.json    when the run is finished
 """
@@ -75,7 +75,7 @@ def check_folder(args, paths):
 
 
 def same(path, other):
-    """Whether two paths name one place, also where capitals do not count."""
+    """Whether two paths are the same file or folder, also on a case-insensitive file system."""
     return path.resolve() == other.resolve() or path.exists() and other.exists() and path.samefile(other)
 
 
@@ -150,7 +150,7 @@ def log_metrics(out, *rows, name="metrics.jsonl"):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-# What a row of metrics.jsonl has, if it has the first of them.
+# Figures of a row of metrics.jsonl: a row that has the first name of a list must have all the others.
 TRAINED = ("packed_tokens", "loss", "sequences", "seconds", "tokens")
 REFINED = ("reward", "updates", "groups_drawn", "groups_kept",
            "seconds_sampling", "seconds_scoring", "seconds_training")
