@@ -41,7 +41,10 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     accepted = []
     kept = []
     free = [sampler.num_free] * train.world_size()  # free slots of each rank
+    stopped = False
     while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
+        if stopped:
+            return None
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is. Each goes to
             # the rank with the most free slots, so ranks that are busy with long responses get fewer.
@@ -63,11 +66,8 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             # 3. Score finished groups, and give them to all ranks.
             for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
-            states = share_states(sampler, finished, stop())
-            if any(state["stop"] for state in states):
-                return None
-            free = [state["free"] for state in states]
-            for number, responses in (pair for state in states for pair in state["groups"]):
+            free, stopped, done = exchange(sampler, finished, stop())
+            for number, responses in done.items():
                 groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
         while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
@@ -91,17 +91,16 @@ def score_responses(responses, record, score, chat):
         response.details = details
 
 
-def share_states(sampler, finished, stop):
-    """What every rank tells the others: its free slots, whether it should stop, the groups that it has finished."""
-    groups = [[request.number, request.responses] for request in finished]
-    states = [{"free": sampler.num_free, "stop": stop, "groups": groups}]
-    if train.world_size() > 1:
-        for pair in groups:
-            pair[1] = [asdict(response) for response in pair[1]]
-        states = train.gather_over_ranks(states, sampler.model.head_weight.device)
-        for pair in (pair for state in states for pair in state["groups"]):
-            pair[1] = [Response(**fields) for fields in pair[1]]
-    return states
+def exchange(sampler, finished, stop):
+    """Tell all ranks. Returns the free slots of each rank, whether any should stop, and {number: responses} of all."""
+    if train.world_size() == 1:
+        return [sampler.num_free], stop, {request.number: request.responses for request in finished}
+    rows = [[request.number, [asdict(response) for response in request.responses]] for request in finished]
+    state = {"free": sampler.num_free, "stop": stop, "groups": rows}
+    states = train.gather_over_ranks([state], sampler.model.head_weight.device)
+    rows = [row for state in states for row in state["groups"]]
+    done = {number: [Response(**fields) for fields in responses] for number, responses in rows}
+    return [state["free"] for state in states], any(state["stop"] for state in states), done
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):

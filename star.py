@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 
-from apps.checks import check_call, is_first_rank
+from apps.checks import check_call, is_first_rank, several_processes
 from data import InputError, unlock_all
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
@@ -104,7 +104,7 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as e:  # of argparse, or of a rank that leaves the message to another one
         code = e.code
-    if code and os.environ.get("WORLD_SIZE", "") not in ("", "1"):
+    if code and several_processes():
         # Where another rank has gone, a thread of torch may abort this process during interpreter shutdown.
         sys.stdout.flush()
         os._exit(code)

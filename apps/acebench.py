@@ -60,7 +60,7 @@ def run_acebench(args):
     if subprocess.run(git, capture_output=True, text=True).stdout.strip() != COMMIT:
         remedy = f"git clone {URL} DIR && git -C DIR checkout {COMMIT[:7]}"
         raise InputError(f"{checkout}: is not ACEBench at {COMMIT[:7]}, unchanged; {remedy}")
-    python = make_environment(args.env, PACKAGES, lambda pip: subprocess.run([*pip, *PACKAGES], check=True)) / "python"
+    python = make_environment(args.env, PACKAGES, install) / "python"
     open_run(args, "cpu", [args.model], others=[args.compare])
     out = Path(args.out).resolve()
 
@@ -86,6 +86,11 @@ def run_acebench(args):
     report(args, items, other, columns, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
                                          "packages": " ".join(PACKAGES), "answers_without_text": without_text})
     print("\nThese are a subset of the items." if args.items or too_long else "")
+
+
+def install(pip, packages):
+    """What the programs import."""
+    subprocess.run([*pip, *packages], check=True)
 
 
 def read_templates(checkout):

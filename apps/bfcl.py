@@ -18,7 +18,6 @@ Multi-turn items make the tool evaluate calls that the model wrote, in its own p
 """
 import json
 import subprocess
-from functools import partial
 from pathlib import Path
 
 from apps.official import add_flags, category_columns, choose_items, make_environment, mean_of, open_inputs
@@ -52,8 +51,7 @@ def run_bfcl(args):
     if v3 and args.items:
         raise InputError("--items: v3 scores whole categories only; leave it out, or use --release v4")
     chat, room, other = open_inputs(args)
-    package = f"bfcl-eval=={RELEASES[args.release]}"
-    tool = make_environment(args.env, [package], partial(install, package)) / "bfcl"
+    tool = make_environment(args.env, [f"bfcl-eval=={RELEASES[args.release]}"], install) / "bfcl"
     files = item_files(args, tool.parents[1])
 
     def read(name):
@@ -109,11 +107,11 @@ def item_files(args, env):
     return files
 
 
-def install(package, pip):
+def install(pip, packages):
     """Install bfcl-eval without packages that only online categories need, but with two that it does not declare."""
     list_needs = ("from importlib.metadata import requires; print(*(r.replace(' ', '') for r in requires('bfcl-eval') "
                   "if 'extra' not in r and not r.startswith(('sentence-transformers', 'faiss'))))")
-    subprocess.run([*pip, "--no-deps", package], check=True)
+    subprocess.run([*pip, "--no-deps", *packages], check=True)
     needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
     subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
 
@@ -123,13 +121,14 @@ def prompt_tokens(chat, name, entry):
     in Java and JavaScript, a longer one to each parameter's; it writes tools in ASCII."""
     tools = entry["function"]
     text = chat.render(entry["question"][0], tools, generation_prompt=True)
-    escaped, plain = (len(chat.encode(json.dumps(tools, ensure_ascii=ascii))) for ascii in (True, False))
+    plain, escaped = (json.dumps(tools, ensure_ascii=ascii) for ascii in (False, True))
+    escapes = 0 if plain == escaped else max(0, len(chat.encode(escaped)) - len(chat.encode(plain)))
     notes = [" Note that the provided function is in JavaScript syntax."] * len(tools)
     if name in SIMPLE[1:]:
         for parameter in (p for tool in tools for p in tool["parameters"].get("properties", {}).values()):
             notes += [" This parameter can be of any type of JavaScript object in string representation."] * 2
             notes += [json.dumps(json.dumps(parameter.get("properties", "")))]  # of an object
-    tokens = len(chat.encode(text)) + max(0, escaped - plain) + len(chat.encode("".join(notes)))
+    tokens = len(chat.encode(text)) + escapes + len(chat.encode("".join(notes)))
     return tokens + tokens // 50 + 32
 
 

@@ -30,7 +30,7 @@ def check_call(argv, args):
     if text.encode(errors="replace").decode() != text:
         raise InputError("a flag is not UTF-8 text; set the terminal's encoding to UTF-8, or rename the file")
     values = [os.environ.get(name, "") for name in TORCHRUN]
-    if values[0] not in ("", "1"):
+    if several_processes():
         numbers = all(value.isdecimal() for value in values)
         if not numbers or int(values[1]) >= int(values[0]) or not os.environ.get("MASTER_ADDR"):
             raise InputError(f"the environment has WORLD_SIZE={values[0]}, but not MASTER_ADDR and numbers in all of "
@@ -42,9 +42,14 @@ def check_call(argv, args):
         print(f"note: {sentence}", file=sys.stderr)
 
 
+def several_processes():
+    """Whether torchrun has started more than this process; known before the processes have met."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
 def is_first_rank():
-    """Whether this is the only process, or the first that torchrun started; known before the processes have met."""
-    return os.environ.get("WORLD_SIZE", "") in ("", "1") or os.environ.get("RANK") == "0"
+    """Whether this is the only process, or the first that torchrun started."""
+    return not several_processes() or os.environ.get("RANK") == "0"
 
 
 def idle_flags(argv, args):

@@ -59,7 +59,7 @@ def open_inputs(args):
 
 
 def make_environment(env, packages, install):
-    """The bin/ of a virtual environment. If it is missing, it is made, and filled by install(pip's command line)."""
+    """The bin/ of a virtual environment. If it is missing, it is made; install(pip's command, packages) fills it."""
     programs = Path(env).resolve() / "bin"
     complete = Path(env) / "complete"
     if complete.exists():
@@ -67,7 +67,7 @@ def make_environment(env, packages, install):
     print(f"making {env} with", *packages, flush=True)
     try:
         venv.create(env, with_pip=True)
-        install([str(programs / "python"), "-m", "pip", "install", "--quiet"])
+        install([str(programs / "python"), "-m", "pip", "install", "--quiet"], packages)
     except subprocess.CalledProcessError as error:
         why = f"pip failed (exit code {error.returncode})"
         raise InputError(f"{env}: {why}; delete the folder and try again") from error

@@ -15,6 +15,7 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -333,22 +334,20 @@ def tool_key(tool):
     return tool["name"], description, *tool["parameters"].get("properties", ())
 
 
-def bfcl_gold(env, release="v4"):
+def bfcl_gold(env, release):
     """The function body -> gold answer, for every single-turn item."""
-    tool_names = bfcl.V3_NAMES if release == "v3" else {}
-    data = next(Path(env).glob("lib/python*/site-packages/bfcl_eval/data"))
+    files = bfcl.item_files(SimpleNamespace(release=release, env=env, compare=None), Path(env))
     items = {}  # {its tools: [(messages, answer)]}
     for category in (*bfcl.NON_LIVE, *bfcl.LIVE):
-        file = f"BFCL_{release}_{tool_names.get(category, category)}.json"
-        path = data / "possible_answer" / file
+        path = files[category].parent / "possible_answer" / files[category].name
         gold = {line["id"]: line["ground_truth"] for line in map(json.loads, open(path))} if path.exists() else {}
-        for entry in map(json.loads, open(data / file)):
+        for entry in map(json.loads, open(files[category])):
             calls = []
             required = {tool["name"]: tool["parameters"].get("required", ()) for tool in entry["function"]}
             any_call = [{entry["function"][0]["name"]: {}}] if category == "live_relevance" else []
             for call in gold.get(entry["id"], any_call):
                 for name, arguments in call.items():
-                    arguments = accepted(arguments, required.get(name, ()))
+                    arguments = accepted(arguments, required.get(name, ()))  # in v3, one gold call has another name
                     if category in ("simple_java", "simple_javascript"):  # all parameters are declared as strings
                         arguments = {k: v if isinstance(v, str) else json.dumps(v) for k, v in arguments.items()}
                     calls.append(json.dumps({"name": name, "arguments": arguments}))
@@ -373,7 +372,8 @@ def test_gold_answers_are_right_by_bfcl(long_teacher, tmp_path, monkeypatch, rel
     flags = ("--model", str(long_teacher), "--categories", "non_live", "live", "--release", release)
     assert run(env, tmp_path / "out", *flags) == 0
     scores = read_means(tmp_path / "out")
-    assert all(scores[name] >= 98 for name in (*bfcl.NON_LIVE, *bfcl.LIVE) if name != "simple_java")
+    least = {"simple_java": 0, "simple_javascript": 98 if release == "v3" else 99}  # v3 finds one of 50 wrong
+    assert all(scores[name] >= least.get(name, 99) for name in (*bfcl.NON_LIVE, *bfcl.LIVE))
 
 
 @has_bfcl
