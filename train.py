@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import InputError, non_negative, number, positive
 from data.checkpoints import latest_checkpoint
-from data.runs import add_output_flags, prepare_folder
+from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
@@ -302,7 +302,8 @@ def open_run(args, device, models=(), files=(), others=()):
     files: the data files that the run reads, or None
     others: other paths that it uses, or None
 
-    The settings are written to arguments.json, and a resumed run must have the same. InputError as `prepare_folder`.
+    The settings are written to arguments.json, and a resumed run must have the same. InputError as `check_folder`
+    and `prepare_folder`.
     """
     models, files, others = ([path for path in paths if path] for paths in (models, files, others))
     step = 0
@@ -312,7 +313,8 @@ def open_run(args, device, models=(), files=(), others=()):
             model = Transformer.from_pretrained(folder, device="meta")
             shapes.append({name: list(p.shape) for name, p in model.named_parameters()})
         if rank() == 0:
-            step = prepare_folder(args, [*models, *files], others, *shapes[:1])
+            check_folder(args, [*models, *files, *others])
+            step = prepare_folder(args, [*models, *files], *shapes[:1])
     return int(sum_over_ranks({"step": step}, device)["step"])
 
 

@@ -19,7 +19,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from apps.official import add_flags, category_columns, choose_items, make_environment, mean_of, open_inputs
+from apps.official import add_flags, choose_items, make_environment, open_inputs
 from apps.official import read_score, report, result_lines, run_tool, serve_model
 from data import InputError, write_lines
 from data.records import read_lines
@@ -34,6 +34,7 @@ MULTI_TURN = ("normal_multi_turn_user_switch", "normal_multi_turn_user_adjust")
 NORMAL = (*ATOM, "normal_single_turn_single_function", "normal_single_turn_parallel_function", *MULTI_TURN,
           "normal_similar_api", "normal_preference")
 GROUPS = {"normal": NORMAL, "atom": ATOM, "multi_turn": MULTI_TURN}
+COLUMNS = {"summary": ("mean", NORMAL)}  # as in the tool
 DATA = "data_all/data_en"
 GOLD = f"{DATA}/possible_answer"
 LAUNCHER = """
@@ -60,17 +61,17 @@ def run_acebench(args):
     if subprocess.run(git, capture_output=True, text=True).stdout.strip() != COMMIT:
         remedy = f"git clone {URL} DIR && git -C DIR checkout {COMMIT[:7]}"
         raise InputError(f"{checkout}: is not ACEBench at {COMMIT[:7]}, unchanged; {remedy}")
-    python = make_environment(args.env, PACKAGES, install) / "python"
-    open_run(args, "cpu", [args.model], others=[args.compare])
-    out = Path(args.out).resolve()
-
-    # 2. Choose the items, and let the tool generate and score. It skips items that have an answer.
+    python = make_environment(args.env, PACKAGES) / "python"
     templates = read_templates(checkout)
 
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
     chosen, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout / DATA, name), tokens, room)
+    open_run(args, "cpu", [args.model], others=[args.compare])
+
+    # 2. Let the tool generate and score. It skips items that have an answer.
+    out = Path(args.out).resolve()
     total = write_items(checkout, out, chosen)
     flags = ["--model", NAME, "--language", "en", "--category"]
     with serve_model(args, longest) as port:
@@ -83,14 +84,9 @@ def run_acebench(args):
     # 3. Read, report. A failed request stops the tool: it is never recorded as an answer.
     items = {name: read_scores(out, name) for name in chosen}
     without_text = sum(not json.loads(line)["result"] for line in result_lines(out))
-    report(args, items, other, columns, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
+    report(args, items, other, COLUMNS, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
                                          "packages": " ".join(PACKAGES), "answers_without_text": without_text})
     print("\nThese are a subset of the items." if args.items or too_long else "")
-
-
-def install(pip, packages):
-    """What the programs import."""
-    subprocess.run([*pip, *packages], check=True)
 
 
 def read_templates(checkout):
@@ -132,7 +128,6 @@ def write_items(checkout, out, chosen):
             items = read_items(checkout / folder, name)
             lines = [json.dumps(line) + "\n" for item in items if item in chosen.get(name, ())
                      for line in items[item]]
-            (out / folder).mkdir(parents=True, exist_ok=True)
             write_lines(out / folder / f"data_{name}.json", lines)
         results.mkdir(parents=True, exist_ok=True)
         (results / f"data_{name}_result.json").touch()
@@ -147,10 +142,3 @@ def read_scores(out, name):
     several = {line for line, answer in answers.items() if isinstance(answer, list)}
     right = read_score(out, f"score_all/score_en/{NAME}/data_{name}_score.json", answers, several)
     return {item: min(right[line["id"]] for line in lines) for item, lines in gold.items()}
-
-
-def columns(items):
-    """{column: its parts}; the summary is the mean of all twelve categories, as in the tool."""
-    parts = category_columns(items)
-    summary = mean_of(parts, *NORMAL)
-    return parts | ({"summary": summary} if summary else {})

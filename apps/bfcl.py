@@ -20,7 +20,7 @@ import json
 import subprocess
 from pathlib import Path
 
-from apps.official import add_flags, category_columns, choose_items, make_environment, mean_of, open_inputs
+from apps.official import add_flags, choose_items, make_environment, open_inputs
 from apps.official import read_score, report, result_lines, run_tool, serve_model
 from data import InputError, read_json, write_json
 from data.records import read_lines
@@ -35,6 +35,16 @@ LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 LONGEST = dict.fromkeys(MULTI_TURN, 12_000) | {"multi_turn_long_context": 80_000}  # tokens, by Qwen's tokenizer; roomy
 GROUPS = {"non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
+AST = ("simple", "multiple", "parallel", "parallel_multiple")
+COLUMNS = {  # as the tool makes them, of `make_columns`
+    "simple": ("mean", SIMPLE),
+    "Non-Live AST": ("mean", AST),
+    "Non-Live, v3": ("mean", (*AST, "irrelevance")),
+    "Live AST": ("pool", LIVE[:4]),
+    "Live, v3": ("pool", LIVE),
+    "Multi-Turn": ("mean", MULTI_TURN),
+    "overall, v3": ("mean", ("Non-Live, v3", "Live, v3", "Multi-Turn")),
+}
 FAILED = b"Error during inference"  # what the tool records as an answer if a request failed
 
 
@@ -51,7 +61,8 @@ def run_bfcl(args):
     if v3 and args.items:
         raise InputError("--items: v3 scores whole categories only; leave it out, or use --release v4")
     chat, room, other = open_inputs(args)
-    tool = make_environment(args.env, [f"bfcl-eval=={RELEASES[args.release]}"], install) / "bfcl"
+    packages = ["--no-deps", f"bfcl-eval=={RELEASES[args.release]}"]
+    tool = make_environment(args.env, packages, install_needs) / "bfcl"
     files = item_files(args, tool.parents[1])
 
     def read(name):
@@ -84,7 +95,7 @@ def run_bfcl(args):
 
     # 3. Read, check, report.
     items = read_items(out, chosen, files)
-    report(args, items, other, columns, {
+    report(args, items, other, COLUMNS, {
         "left_out": too_long, "think": chat.think, "bfcl_eval": RELEASES[args.release], "handler": HANDLER,
         "failed_conversations": sum(FAILED in line for line in result_lines(out))})
     subset = "a subset of " if args.items or too_long else ""
@@ -107,11 +118,11 @@ def item_files(args, env):
     return files
 
 
-def install(pip, packages):
-    """Install bfcl-eval without packages that only online categories need, but with two that it does not declare."""
+def install_needs(pip):
+    """Install what bfcl-eval needs, without what only online categories need, and two packages that it does not
+    declare."""
     list_needs = ("from importlib.metadata import requires; print(*(r.replace(' ', '') for r in requires('bfcl-eval') "
                   "if 'extra' not in r and not r.startswith(('sentence-transformers', 'faiss'))))")
-    subprocess.run([*pip, "--no-deps", *packages], check=True)
     needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
     subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
 
@@ -143,23 +154,3 @@ def read_items(out, chosen, files):
         raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
                          "lines from result_star and continue with --resume")
     return {name: read_score(out, f"score_star/**/{files[name].stem}_score.json", ids) for name, ids in chosen.items()}
-
-
-def columns(items):
-    """{column: its parts}, in BFCL's own way."""
-    parts = category_columns(items)
-
-    def together(names):
-        """All items of these categories; None if one is missing."""
-        if all(name in items for name in names):
-            return [(1.0, [value for name in names for value in items[name].values()])]
-        return None
-
-    parts["simple"] = mean_of(parts, *SIMPLE)
-    parts["Non-Live AST"] = mean_of(parts, "simple", "multiple", "parallel", "parallel_multiple")
-    parts["Non-Live, v3"] = mean_of(parts, "simple", "multiple", "parallel", "parallel_multiple", "irrelevance")
-    parts["Live AST"] = together(LIVE[:4])
-    parts["Live, v3"] = together(LIVE)
-    parts["Multi-Turn"] = mean_of(parts, *MULTI_TURN)
-    parts["overall, v3"] = mean_of(parts, "Non-Live, v3", "Live, v3", "Multi-Turn")
-    return {name: part for name, part in parts.items() if part}

@@ -81,14 +81,12 @@ def run_curriculum(args):
     try:
         lines = split_lines(Path(args.file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:  # also: not UTF-8, a quote that is not closed
-        remedy = "give a text file of star.py command lines"
-        raise InputError(f"{args.file}: cannot be read ({e}); {remedy}") from e
+        raise InputError(f"{args.file}: cannot be read ({e}); give a text file of star.py command lines") from e
     if not lines:
         raise InputError(f"{args.file}: has no command; write one star.py command per line")
     for line in lines:
         if {"--resume", "--overwrite"} & set(shlex.split(line)):
-            remedy = "give --resume and --overwrite to `curriculum` instead"
-            raise InputError(f"{args.file}: {line!r}: {remedy}")
+            raise InputError(f"{args.file}: {line!r}: give --resume and --overwrite to `curriculum` instead")
     return lines
 
 

@@ -11,17 +11,16 @@ import torch
 
 from data import MODEL_FOLDER, non_negative, number, positive, print_table, read_json
 from head import CHUNK, GPU_CHUNK
-from model import Transformer, read_config
+from model import Transformer
 from sampler import Request, cache_size
 
 
 def read_sizes(folder):
     """What is computed with: the settings of a model folder, and the numbers of weights of its layers and its head."""
-    path = Path(folder) / "config.json"
-    config = read_json(path, MODEL_FOLDER)
+    folder = Path(folder)
     with torch.device("meta"):
-        model = Transformer(config, Path(folder))
-    c = read_config(config, path)
+        model = Transformer(read_json(folder / "config.json", MODEL_FOLDER), folder)
+    c = dict(model.model.c)
     c["weights"] = model.num_parameters()
     c["head"] = model.head_weight.numel()
     c["embeddings"] = c["head"] * (1 if c["tie_word_embeddings"] else 2)

@@ -24,12 +24,13 @@ import numpy as np
 from tqdm import tqdm
 
 import reward
-from apps.rollout import print_examples, sample_responses
-from data import InputError, one_line, positive, print_table, read_json, write_json, write_lines
+from apps.rollout import print_examples, read_prompts, sample_responses
+from data import InputError, one_line, parse_json, positive, print_table, read_json, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
+from data.fields import check_fields
 from data.prepare import turns
 from data.records import add_data_flags, read_lines
-from data.rollouts import finish_rollouts, read_prompts, read_rows, score_response
+from data.rollouts import finish_rollouts, read_rows, score_response
 from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from sampler import add_count_flags
@@ -38,7 +39,7 @@ from train import add_machine_flags, fail_together, pick_device, rank
 RESAMPLES = 5_000
 INTERVAL = "{mean:.3f} [{low:.3f}, {high:.3f}]"
 identity = itemgetter("id", "messages", "tools", "answer")  # of a record
-LINE_KEYS = ("prompt", "generation", "label")  # of a line that `reward` scores
+LINE_KEYS = dict.fromkeys(("prompt", "generation", "label"), "text")  # of a line that `reward` scores
 
 
 def eval_flags(parser):
@@ -68,27 +69,27 @@ def run_eval(args):
         inputs = []
         for run in runs:
             chat = Chat.from_pretrained(run.model, run.think, run.tools)
-            inputs.append((chat, *read_prompts(run.data, chat, run.max_prompt_tokens, run.limit)))
+            inputs.append((chat, read_prompts(run, chat)))
             Transformer.from_pretrained(run.model, device="meta")
         uses = [*filter(None, (args.model, args.compare))]
         for run in runs if rank() == 0 else ():  # refuse both before one of them is cleared
             check_folder(run, [run.data, *uses])
         for run in runs if rank() == 0 else ():
-            prepare_folder(run, [run.model, run.data], uses)
-    for run, (chat, records, prompts) in zip(runs, inputs):
-        results.append((run.model, answer_records(run, chat, records, prompts, device)))
+            prepare_folder(run, [run.model, run.data])
+    for run, (chat, groups) in zip(runs, inputs):
+        results.append((run.model, answer_records(run, chat, groups, device)))
     with fail_together(device):
         if rank() == 0:
             report(Path(args.out), *reversed(results))
 
 
-def answer_records(args, chat, records, prompts, device):
+def answer_records(args, chat, groups, device):
     """Answer the records and score the answers. Returns them with `responses`, on rank 0; the first is greedy."""
     out = Path(args.out) / "generations.jsonl"
     draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
     draws = [draw for draw in draws if draw[0] > 0]
     finished, rows = sample_responses(
-        args, out, chat, records, prompts, draws, device, resume=True, scored=True)
+        args, out, chat, groups, draws, device, resume=True, scored=True)
     with fail_together(device):
         for row in tqdm(rows, "score", unit="record", delay=2):
             for response in row["responses"]:
@@ -101,9 +102,8 @@ def answer_records(args, chat, records, prompts, device):
 def read_evaluation(folder):
     """(model, records) of an earlier eval."""
     remedy = "--compare takes a model folder or the --out of an eval"
-    flags = read_json(folder / "arguments.json", remedy)
-    if not isinstance(flags.get("model"), str):
-        raise InputError(f"{folder / 'arguments.json'}: names no model; {remedy}")
+    path = folder / "arguments.json"
+    flags = check_fields(read_json(path, remedy), {"model": "text"}, path, remedy, needed=True)
     return flags["model"], read_rows(folder / "generations.jsonl", scored=True)
 
 
@@ -194,8 +194,7 @@ def compare(rows, others):
             if name in other:
                 differences.setdefault(name, []).append(value - other[name])
     if not differences:
-        why = "the two evaluations have no record in common"
-        raise InputError(f"--compare: {why}; run both on the same --data")
+        raise InputError("--compare: the two evaluations have no record in common; run both on the same --data")
     return {name: bootstrap_ci(values) | {"p": sign_flip_p(values), "items": len(values)}
             for name, values in differences.items()}
 
@@ -204,15 +203,13 @@ def report(out, result, other=None):
     """Write OUT/summary.json, then print it. result, other to compare: (model, records)."""
     model, rows = result
     summary = {"model": model} | summarise(rows)
-    write_json(out / "summary.json", summary)
     table = [["", "items", model]]
     note = "95 % bootstrap intervals over items"
     difference = {}
     if other:
-        compared = {"model": other[0]} | summarise(other[1])
         difference = compare(rows, other[1])
-        both = {"compared_with": compared, "difference": difference}
-        write_json(out / "summary.json", summary | both)
+        compared = {"model": other[0]} | summarise(other[1])
+        summary |= {"compared_with": compared, "difference": difference}
         table[0] += [other[0], "difference", "more than chance?"]
         items = difference["reward"]["items"]
         note += f"; differences paired by item, {items} in both; p from sign flips"
@@ -224,6 +221,7 @@ def report(out, result, other=None):
             chance = f"{'yes' if p < 0.05 else 'no'} (p = {p:.4f})"
             line += [INTERVAL.format(**compared["metrics"][name]), paired, chance]
         table.append(line)
+    write_json(out / "summary.json", summary)
     print_examples(rows)
     print()
     print_table(table)
@@ -257,30 +255,20 @@ def score_file(args):
     count = 0
     lines = read_lines(Path(args.data))
     for number, line in tqdm(lines, "reward", unit=" lines", disable=bool(args.explain)):
-        if not line.strip() or args.explain not in (None, number):
+        if args.explain not in (None, number):
             continue
         count += 1
-        prompt, generation, label = read_line(line, f"{args.data}:{number}")
+        where = f"{args.data}:{number}"
+        item = parse_json(line, where, "each line must be one JSON object")
+        check_fields(item, LINE_KEYS, where, "each line has a prompt, a generation and a label", needed=True)
+        prompt, generation, label = (item[name] for name in LINE_KEYS)
         options = (reward.tools_in(prompt), args.think, args.strip_eos, args.binary)
         result = reward.score(prompt + generation, label, *options)
         if args.explain:
             page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n"
-            page += reward.explain(result) + "\n"
-            yield page.encode(errors="replace").decode()  # half a surrogate pair is unprintable
+            yield page + reward.explain(result) + "\n"
             return
         yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
     if not count:
         number = args.explain or 1
         raise InputError(f"{args.data}: has no line {number}; give one JSON object a line")
-
-
-def read_line(line, where):
-    """The prompt, generation and label of a line. where: "file:line" for errors."""
-    try:
-        item = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: not JSON ({e}); each line must be one JSON object") from e
-    values = [item.get(key) for key in LINE_KEYS] if isinstance(item, dict) else [None]
-    if not all(isinstance(value, str) for value in values):
-        raise InputError(f"{where}: lacks one of {', '.join(LINE_KEYS)}, each a string; add it")
-    return values

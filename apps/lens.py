@@ -174,5 +174,4 @@ def write_page(path, data, texts):
     parts["data"] = json.dumps(data).replace("<", "\\u003c")  # cannot end its element
     template = Path(__file__).with_name("lens.html").read_text(encoding="utf-8")
     page = re.sub("<!--([a-z]+)-->", lambda match: parts[match[1]], template)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_lines(path, [page])

@@ -27,7 +27,7 @@ from data import InputError, natural, positive, print_table, read_json, write_js
 from data.chat import Chat, add_prompt_flags
 from data.records import read_lines
 from data.runs import add_output_flags
-from train import add_machine_flags
+from train import add_machine_flags, pick_device
 
 RESULTS = "result_*/**/*_result.json"  # of both tools
 open_url = build_opener(ProxyHandler({})).open  # the server is on this machine
@@ -51,15 +51,18 @@ def add_flags(parser, groups, default, env):
 
 
 def open_inputs(args):
-    """Returns (Chat, most tokens of a prompt, items.json of --compare)."""
+    """Returns (Chat, most tokens of a prompt, items.json of --compare). InputError if one of them, or the device, is
+    not there."""
+    pick_device(args)
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
     context = read_json(Path(args.model) / "config.json").get("max_position_embeddings", 32_768)
     other = read_json(Path(args.compare) / "items.json", "give the --out of an earlier run") if args.compare else {}
     return chat, context - args.max_new_tokens, other
 
 
-def make_environment(env, packages, install):
-    """The bin/ of a virtual environment. If it is missing, it is made; install(pip's command, packages) fills it."""
+def make_environment(env, packages, then=lambda pip: None):
+    """The bin/ of a virtual environment. If it is missing, it is made with these packages; then(pip's command) adds
+    others."""
     programs = Path(env).resolve() / "bin"
     complete = Path(env) / "complete"
     if complete.exists():
@@ -67,7 +70,9 @@ def make_environment(env, packages, install):
     print(f"making {env} with", *packages, flush=True)
     try:
         venv.create(env, with_pip=True)
-        install([str(programs / "python"), "-m", "pip", "install", "--quiet"], packages)
+        pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
+        subprocess.run([*pip, *packages], check=True)
+        then(pip)
     except subprocess.CalledProcessError as error:
         why = f"pip failed (exit code {error.returncode})"
         raise InputError(f"{env}: {why}; delete the folder and try again") from error
@@ -187,16 +192,17 @@ def read_score(out, pattern, ids, doubtful=frozenset()):
     return items
 
 
-def category_columns(items):
-    """{category: [(1.0, values of its items)]}. A column is a weighted sum of means."""
-    return {name: [(1.0, list(values.values()))] for name, values in items.items()}
-
-
-def mean_of(parts, *names):
-    """The mean of columns as a column; None if one is missing."""
-    if all(parts.get(name) for name in names):
-        return [(weight / len(names), values) for name in names for weight, values in parts[name]]
-    return None
+def make_columns(items, table):
+    """{column: [(weight, values)]}: a column is a weighted sum of means. The categories of items come first, then the
+    columns of a table, {column: ("mean" or "pool", names)}, unless one of their names is missing."""
+    columns = {name: [(1.0, list(values.values()))] for name, values in items.items()}
+    for name, (kind, names) in table.items():
+        if columns.keys() >= set(names):
+            parts = [part for one in names for part in columns[one]]
+            columns[name] = [(weight / len(names), values) for weight, values in parts]
+            if kind == "pool":  # all items alike
+                columns[name] = [(1.0, [value for _, values in parts for value in values])]
+    return columns
 
 
 def interval(part):
@@ -219,10 +225,10 @@ def paired_interval(part):
     return {"mean": 100 * mean, "low": 100 * (mean - half), "high": 100 * (mean + half)}
 
 
-def report(args, items, other, columns, details):
+def report(args, items, other, table, details):
     """Write OUT/items.json and OUT/summary.json, and print the table, with what moves a score.
 
-    columns: items -> {column: its weighted parts}
+    table: of `make_columns`
     """
     out = Path(args.out)
     scores = {}
@@ -230,8 +236,8 @@ def report(args, items, other, columns, details):
     rows = [["", "items", "right, %", *(["difference"] if other else [])]]
     differences = {name: {item: value - other[name][item] for item, value in values.items() if item in other[name]}
                    for name, values in items.items() if name in other}
-    differences = columns({name: values for name, values in differences.items() if values})
-    for name, part in columns(items).items():
+    differences = make_columns({name: values for name, values in differences.items() if values}, table)
+    for name, part in make_columns(items, table).items():
         scores[name] = interval(part)
         rows.append([name, sum(len(values) for _, values in part), percent.format(**scores[name])])
         if name in differences:

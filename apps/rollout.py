@@ -12,8 +12,8 @@ from tqdm import tqdm
 from data import InputError, number, one_line, print_table
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
-from data.rollouts import append_rollouts, filter_responses
-from data.rollouts import finish_rollouts, open_rollouts, read_prompts, response_row
+from data.rollouts import append_rollouts, filter_responses, finish_rollouts
+from data.rollouts import open_rollouts, prompt_groups, response_row
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
@@ -48,13 +48,13 @@ def run_rollout(args):
         if args.overwrite and out.exists() and not any(path.exists() for path in made):
             raise InputError(f"{out}: is no rollout of this program; remove it or use another --out")
         chat = Chat.from_pretrained(args.model, args.think, args.tools)
-        records, prompts = read_prompts(
-            args.data, chat, args.max_prompt_tokens, args.limit, args.min_reward is not None)
+        Transformer.from_pretrained(args.model, device="meta")  # refuse a broken model before anything is written
+        groups = read_prompts(args, chat, args.min_reward is not None)
         arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
     finished, rows = sample_responses(
-        args, out, chat, records, prompts, draws, device,
+        args, out, chat, groups, draws, device,
         arguments=arguments, resume=args.resume, overwrite=args.overwrite)
     dropped = {}
     if finished:
@@ -93,42 +93,47 @@ def print_examples(rows):
             print(f"{label:8s} {one_line(r['text'])}")
 
 
-def sample_responses(args, out, chat, records, prompts, draws, device, **options):
-    """Sample responses to records, or continue to, on all ranks. Returns the records of a finished file or None, and
-    those with new `responses`; on ranks other than 0, None and [].
+def read_prompts(args, chat, need_gold=True):
+    """The groups of --data, without responses. Says how many prompts are skipped."""
+    groups, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit, need_gold)
+    if skipped:
+        note(f"{args.data}: skipped {skipped} prompts longer than {args.max_prompt_tokens} tokens")
+    return groups
 
-    args: parsed flags command, data, model, device, dtype, seed, max_concurrent, max_new_tokens, max_prompt_tokens
-    records, prompts: of `read_prompts`
+
+def sample_responses(args, out, chat, groups, draws, device, **options):
+    """Sample responses to the records of groups, or continue to, on all ranks. Returns the records of a finished file or
+    None, and those with new `responses`; on ranks other than 0, None and [].
+
+    args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
+    groups: of `read_prompts`
     draws: [(n, temperature, top_p)]; a record gets n responses from each
     options: arguments, resume, overwrite, scored of `open_rollouts`
     """
     finished, rows = None, {}
     with fail_together(device):
         if rank() == 0:
-            finished, rows = open_rollouts(out, records, **options)
-    if None in prompts and finished is None:
-        note(f"{args.data}: skipped {prompts.count(None)} prompts longer than "
-             f"{args.max_prompt_tokens} tokens")
-    done = set(gather_over_ranks(list(rows if finished is None else range(len(records))), device))
-    missing = [i for i, ids in enumerate(prompts) if ids is not None and i not in done]
-    missing.sort(key=lambda i: -len(prompts[i]))  # prompts that run together have similar lengths
+            finished, rows = open_rollouts(out, groups, **options)
+    done = set(gather_over_ranks(list(rows if finished is None else range(len(groups))), device))
+    missing = [i for i in range(len(groups)) if i not in done]
+    missing.sort(key=lambda i: -len(groups[i].prompt))  # prompts that run together have similar lengths
     with fail_together(device):
         if share := missing[rank()::world_size()]:
-            sample_share(args, out, chat, records, prompts, draws, device, share, len(missing))
+            sample_share(args, out, chat, groups, draws, device, share, len(missing))
     with fail_together(device):
         if missing and rank() == 0:
-            _, rows = open_rollouts(out, records, options.get("arguments"), resume=True)
+            _, rows = open_rollouts(out, groups, options.get("arguments"), resume=True)
             if lost := set(missing) - rows.keys():
                 raise InputError(f"{out}: {len(lost)} records are in no part file; all ranks must share its folder")
     return finished, [rows[i] for i in sorted(rows)]
 
 
-def sample_share(args, out, chat, records, prompts, draws, device, share, total):
+def sample_share(args, out, chat, groups, draws, device, share, total):
     """Sample responses to this rank's `share` of `total` records; append each to its part file once it is done."""
     requests = {}
     for i in share:
         seed = args.seed * 1_000_003 + i
-        requests[i] = [Request(prompts[i], n, seed, temperature, args.max_new_tokens, top_p, number=i)
+        requests[i] = [Request(groups[i].prompt, n, seed, temperature, args.max_new_tokens, top_p, number=i)
                        for n, temperature, top_p in draws]
     queue = [request for i in share for request in requests[i]]
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
@@ -139,7 +144,7 @@ def sample_share(args, out, chat, records, prompts, draws, device, share, total)
                 i = request.number
                 if i in requests and all(other.done for other in requests[i]):
                     responses = [r for other in requests.pop(i) for r in other.responses]
-                    row = records[i] | {"responses": [response_row(chat, r) for r in responses]}
+                    row = groups[i].record | {"responses": [response_row(chat, r) for r in responses]}
                     append_rollouts(out, {i: row}, rank())
                     bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
         except KeyboardInterrupt:

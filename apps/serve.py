@@ -26,7 +26,7 @@ import torch
 
 import reward
 from apps.engine import Engine, HTTPError, Job, PrefixCache
-from data import InputError, natural, positive
+from data import InputError, natural, number, parse_json, positive
 from data.chat import THINK, Chat, add_prompt_flags
 from data.records import read_record
 from model import Transformer
@@ -41,7 +41,7 @@ TIMEOUT = 60  # of a socket, in seconds
 def serve_flags(parser):
     add = parser.add_argument
     add("--model", required=True, help="model folder")
-    add("--port", type=natural, default=8000, help="port on 127.0.0.1; no other address is served")
+    add("--port", type=number(int, 0, 65_535), default=8000, help="port on 127.0.0.1; no other address is served")
     add("--max-concurrent", type=positive, default=16, metavar="N", help="sequences generated concurrently")
     add("--max-waiting", type=positive, default=1024, metavar="N", help="responses that may wait; more get HTTP 503")
     add("--max-prompt-tokens", type=positive, default=8192, metavar="N", help="longer prompts get HTTP 400")
@@ -96,11 +96,7 @@ def read_prompt(engine, body, chatting):
     """The text of a body's prompt, up to the think opening."""
     chat = engine.sampler.chat
     if chatting:
-        try:
-            item = {name: body.get(name) for name in ("messages", "tools")}
-            record = read_record(json.dumps(item).encode(), "", False)
-        except (InputError, RecursionError) as error:
-            raise HTTPError(400, str(error)) from error
+        record = read_record({name: body.get(name) for name in ("messages", "tools")}, "", False)
         if "answer" in record:
             raise HTTPError(400, "the last message is the assistant's; it must be the user's or a tool's")
         return chat.prompt(record)
@@ -112,18 +108,9 @@ def read_prompt(engine, body, chatting):
     return prompt + THINK[chat.think] if prompt.endswith(reward.HEADER) else prompt
 
 
-def check_unicode(text):
-    """HTTPError if a text has half a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeError as error:
-        raise HTTPError(400, f"the text is not Unicode ({error.reason})") from error
-
-
 def read_request(engine, body, chatting, number):
     """The `Request` of a body. number: of the HTTP request, which seeds those without a seed."""
     args = engine.args
-    check_unicode(json.dumps(body, ensure_ascii=False))
     ids = engine.sampler.chat.encode(read_prompt(engine, body, chatting))
     if not 0 < len(ids) <= args.max_prompt_tokens:
         raise HTTPError(400, f"the prompt has {len(ids)} tokens; it must have 1 to {args.max_prompt_tokens}")
@@ -245,6 +232,8 @@ class Handler(BaseHTTPRequestHandler):
                                         "usage": usage(job.request)})
         except HTTPError as error:
             return self.fail(*error.args)
+        except (InputError, RecursionError) as error:
+            return self.fail(400, str(error))
         except Exception as error:  # the client went away; anything else is a bug that it must hear of
             if job:
                 job.gone = True
@@ -263,13 +252,7 @@ class Handler(BaseHTTPRequestHandler):
             raise HTTPError(411, "Content-Length is missing or not a number") from None
         if not 0 <= size <= MAX_BODY:
             raise HTTPError(413, f"the body has {size:,} bytes; the most is {MAX_BODY:,}")
-        try:
-            body = json.loads(self.rfile.read(size))
-        except (ValueError, RecursionError) as error:
-            raise HTTPError(400, f"the body is not JSON ({error})") from error
-        if not isinstance(body, dict):
-            raise HTTPError(400, "the body must be a JSON object")
-        return body
+        return parse_json(self.rfile.read(size), "the body", "send one JSON object, in whole Unicode characters")
 
     def wait(self, job):
         """Wait until there are new tokens or the job is done. Returns whether it goes on."""

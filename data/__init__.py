@@ -27,15 +27,22 @@ class InputError(Exception):
 def read_json(path, remedy="download or copy it again", kind=dict):
     """Return the value in a JSON file; InputError with the remedy if it is missing, broken or not of this kind."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as e:
         raise InputError(f"{path}: no such file; {remedy}") from e
-    except json.JSONDecodeError as e:
-        raise InputError(f"{path}:{e.lineno}: is not JSON ({e.msg}); {remedy}") from e
-    except (UnicodeDecodeError, RecursionError) as e:
-        raise InputError(f"{path}: is not UTF-8 text, or nested too deep ({e}); {remedy}") from e
+    return parse_json(data, path, remedy, kind)
+
+
+def parse_json(data, where, remedy, kind=dict):
+    """Return the value of JSON bytes; InputError with the remedy if they are broken or not of this kind."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+        if b"\\u" in data:  # it may be half a surrogate pair
+            json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as e:  # a UnicodeError is a ValueError
+        raise InputError(f"{where}: is not JSON in UTF-8 ({e}); {remedy}") from e
     if not isinstance(value, kind):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not what belongs here; {remedy}")
+        raise InputError(f"{where}: holds a JSON {type(value).__name__}, not what belongs here; {remedy}")
     return value
 
 
@@ -45,8 +52,9 @@ def write_json(path, value):
 
 
 def write_lines(path, lines):
-    """Write text lines atomically; compressed, always to the same bytes, if the path ends in .gz."""
+    """Write text lines atomically; compressed, always to the same bytes, if the path ends in .gz. Makes its folder."""
     new = Path(f"{path}.tmp")
+    new.parent.mkdir(parents=True, exist_ok=True)
     zipped = str(path).endswith(".gz")
     try:
         with open(new, "wb") as file:

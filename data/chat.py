@@ -66,10 +66,10 @@ class Chat:
         """
         folder = Path(folder)
         chat = cls()
-        chat.family, chat.default_system, chat.example_call = read_flavour(folder)
-        chat.tools = tools
         path = folder / "tokenizer_config.json"
         config = check_fields(read_optional(path), TOKENIZER_CONFIG, path)
+        chat.family, chat.default_system, chat.example_call = read_flavour(folder, config.get("chat_template"))
+        chat.tools = tools
         family_think = "on" if chat.family == "qwen3" else "none"
         chat.think = think or config.get("default_think") or family_think
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
@@ -81,8 +81,7 @@ class Chat:
         chat.end_id = vocabulary.get("<|im_end|>")
         chat.think_end_id = vocabulary.get("</think>")
         if chat.end_id is None:
-            remedy = "use the tokenizer of Qwen2.5 or Qwen3"
-            raise InputError(f"{path}: no token <|im_end|>; {remedy}")
+            raise InputError(f"{path}: no token <|im_end|>; use the tokenizer of Qwen2.5 or Qwen3")
         if chat.think != "none" and chat.think_end_id is None:
             raise InputError(f"{path}: no token </think>; use --think none")
         stop_ids = {chat.end_id}
@@ -221,21 +220,20 @@ def read_tokenizer(folder):
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as e:  # tokenizers raises nothing narrower
-        why = f"is not a tokenizer ({e})"
-        raise InputError(f"{path}: {why}; download or copy it again") from e
+        raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def read_flavour(folder):
-    """(family, default system prompt, example call) from the chat template; without one, from `model_type`."""
-    path = folder / "chat_template.jinja"
-    if path.exists():  # it overrides tokenizer_config.json
+def read_flavour(folder, template):
+    """(family, default system prompt, example call) from the chat template; without one, from `model_type`.
+    template: of tokenizer_config.json; chat_template.jinja overrides it
+    """
+    path = folder / "tokenizer_config.json"
+    if (folder / "chat_template.jinja").exists():
+        path = folder / "chat_template.jinja"
         template = path.read_text(encoding="utf-8", errors="replace")
-    else:
-        path = folder / "tokenizer_config.json"
-        template = check_fields(read_optional(path), TOKENIZER_CONFIG, path).get("chat_template")
     if template is None:
         path = folder / "config.json"
         model_type = read_json(path, MODEL_FOLDER).get("model_type")

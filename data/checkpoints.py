@@ -42,10 +42,8 @@ def check_finite(out, step, name, value):
     """Stop a run whose training has diverged, before anything is saved: InputError if `value` is not finite."""
     if math.isfinite(value):
         return
-    state = "there is no checkpoint yet"
     good = latest_checkpoint(out)
-    if good:
-        state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}"
+    state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}" if good else "there is no checkpoint yet"
     raise InputError(
         f"{out}: step {step}: {name} is {value}, training has diverged; {state}; "
         "start again with --overwrite and a lower --lr, or with --dtype float32")

@@ -76,7 +76,6 @@ def run_prepare(args):
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
     chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)}
               for record in chosen]
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
     report(records, chosen, dropped, args.size)
     print(f"\nwrote {out}")

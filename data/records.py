@@ -25,9 +25,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, positive, read_json
+from data import InputError, parse_json, positive, read_json
 from data.fields import ANSWER, RECORD, check_fields
 from reward import score
+from shard import rank
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "developer": "system", "function": "tool"}
@@ -61,14 +62,16 @@ def stream_records(path, need_answer=True, vocab_size=None, check_answer=True):
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
-    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False)
+    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False, disable=rank() > 0)
     number = 0
     for number, line in lines:
+        where = f"{path}:{number}"
+        item = parse_json(line, where, "each line must be one whole JSON object")
         try:
-            record = read_record(line, f"{stem}:{number}", check_answer)
+            record = read_record(item, f"{stem}:{number}", check_answer)
             check_record(record, need_answer, vocab_size, check_answer)
         except InputError as e:
-            raise InputError(f"{path}:{number}: {e}") from e
+            raise InputError(f"{where}: {e}") from e
         yield record
     if not number:
         raise InputError(f"{path}: holds no records; give a file with records")
@@ -92,18 +95,17 @@ def read_lines(path):
                 if line.strip():
                     yield number, line
     except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        broken = f"broken gzip stream ({e}); copy the file again"
-        raise InputError(f"{path}:{number + 1}: {broken}") from e
+        raise InputError(f"{path}:{number + 1}: broken gzip stream ({e}); copy the file again") from e
     except OSError as e:
-        remedy = "give a .jsonl or .jsonl.gz file"
-        raise InputError(f"{path}: cannot be read ({e.strerror}); {remedy}") from e
+        raise InputError(f"{path}: cannot be read ({e.strerror}); give a .jsonl or .jsonl.gz file") from e
 
 
 # ---- From a line to a record. `read_records` adds the file and the line to an InputError.
 
-def read_record(line, default_id, check):
-    """A line (bytes) of any shape as a record. check: as in `read_calls`, for its answer."""
-    item = read_object(line)
+def read_record(item, default_id, check):
+    """A JSON object of any shape as a record. check: as in `read_calls`, for its answer."""
+    if not isinstance(item.get("messages"), list) or not item["messages"]:
+        raise InputError('no messages; add a list of "messages"')
     tools = item.get("tools") or item.get("functions") or []
     tools = as_list(parse(tools, "tools") if isinstance(tools, str) else tools)
     *history, last = item["messages"]
@@ -127,27 +129,8 @@ def read_record(line, default_id, check):
         content = read_text(answer.get("content"))
         record["answer"] = answer | {"tool_calls": calls, "content": content}
     elif answer is not None:
-        kind = type(answer).__name__
-        raise InputError(f'answer is {kind}; write {{"tool_calls": [...], "content": text}}')
+        raise InputError(f'answer is {type(answer).__name__}; write {{"tool_calls": [...], "content": text}}')
     return record
-
-
-def read_object(line):
-    """The JSON object in a line; it must have messages."""
-    try:
-        item = json.loads(line.decode("utf-8-sig"))
-        if b"\\u" in line:  # it may be half a surrogate pair
-            json.dumps(item, ensure_ascii=False).encode()
-    except UnicodeError as e:
-        raise InputError(f"not UTF-8 text ({e.reason}); save the file as UTF-8") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"not JSON ({e}); each line must be one whole JSON object") from e
-    if not isinstance(item, dict):
-        kind = type(item).__name__
-        raise InputError(f"is {kind}, not an object; write one JSON object a line")
-    if not isinstance(item.get("messages"), list) or not item["messages"]:
-        raise InputError('no messages; add a list of "messages"')
-    return item
 
 
 def read_message(message, check=True):
@@ -314,8 +297,7 @@ def check_record(record, need_answer, vocab_size, check_answer):
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError("no message to answer; before the answer there must be a user's or a tool's message")
     if need_answer and not (has_answer(record) or responses):
-        remedy = 'give a last assistant turn or an "answer", or run rollout first'
-        raise InputError(f"no answer; {remedy}")
+        raise InputError('no answer; give a last assistant turn or an "answer", or run rollout first')
     if check_answer and record.get("answer"):
         names = [tool["name"] for tool in record["tools"]]
         for call in record["answer"]["tool_calls"]:

@@ -1,7 +1,7 @@
 """Rollout files: records with sampled `responses`, how a stopped run resumes, and the filters of `rollout`.
 
     OUT                   one record per line, with `responses` and how its prompt was `rendered`
-    OUT.part              while a run samples: its settings, then [index, record] per record, unfiltered
+    OUT.part              while a run samples: its settings, then {"index", "id", "responses"} per record, unfiltered
     OUT.part.1, ...       the records of other ranks, until `open_rollouts` moves them to OUT.part
     OUT.arguments.json    the settings of a finished run
 
@@ -26,48 +26,33 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, lock, read_json, refuse_changes, write_json, write_lines
+from data import InputError, lock, parse_json, read_json, refuse_changes, write_json, write_lines
 from data.fields import SAMPLED, SCORED, check_fields
 from data.groups import Group
 from data.records import has_answer, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
-def stream_prompts(path, chat, max_prompt_tokens, limit=None, need_gold=True):
-    """Yield the first `limit` records of a file, each with its prompt encoded for the model of `chat`: (record, ids),
-    ids None for a prompt over the cap. The record notes how it is `rendered`.
+def prompt_groups(path, chat, max_prompt_tokens, limit=None, need_gold=True):
+    """The first `limit` records of a file as groups without responses, their prompts encoded for the model of `chat`.
+    A record notes how it is `rendered`. Returns (groups, number of records skipped, as their prompts are over the cap).
 
     InputError if need_gold is set and a record has no gold answer, and if no prompt is left.
     """
-    rendered = {"think": chat.think, "tools": chat.tools}
-    left = 0
+    groups = []
+    skipped = 0
     for record in islice(stream_records(path, need_gold), limit):
         if need_gold and not has_answer(record):
             raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
                              "add one, or remove the record")
-        record["rendered"] = rendered
+        record["rendered"] = {"think": chat.think, "tools": chat.tools}
         ids = chat.encode(chat.prompt(record))
-        ids = ids if len(ids) <= max_prompt_tokens else None
-        left += ids is not None
-        yield record, ids
-    if not left:
-        raise InputError(f"{path}: no prompt is left to answer; raise --max-prompt-tokens")
-
-
-def read_prompts(*options):
-    """The records and the encoded prompts that `stream_prompts` yields, as two lists; same options."""
-    return map(list, zip(*stream_prompts(*options)))
-
-
-def prompt_groups(*options):
-    """Groups without responses. Returns (groups, number of records skipped). Options as `stream_prompts`."""
-    groups = []
-    skipped = 0
-    for record, ids in stream_prompts(*options):
-        if ids is None:
+        if len(ids) > max_prompt_tokens:
             skipped += 1
         else:
             groups.append(Group(json.dumps(record).encode(), array("i", ids), []))
+    if not groups:
+        raise InputError(f"{path}: no prompt is left to answer; raise --max-prompt-tokens")
     return groups, skipped
 
 
@@ -80,8 +65,11 @@ def score_response(chat, record, text, **options):
 
 # ---- Sampling that can resume: open the file, append each record, finish
 
-def open_rollouts(out, records, arguments=None, resume=False, overwrite=False, scored=False):
-    """Start or resume the rollout file `out` (a Path) of these records. `arguments` are its settings.
+CHANGED = "the line was changed or cut: remove it, or start again with --overwrite"
+
+
+def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, scored=False):
+    """Start or resume the rollout file `out` (a Path) of the records of groups. `arguments` are its settings.
 
     scored: whether a finished file is that of an evaluation
 
@@ -102,24 +90,27 @@ def open_rollouts(out, records, arguments=None, resume=False, overwrite=False, s
             refuse_changes(f"{out}: was made with", saved, arguments, remedy)
         return read_rows(out, scored), {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    begun = resume and part.exists()
+    begun = resume and part.exists() and part.stat().st_size > 0
     part.touch(exist_ok=resume or overwrite)
     lock(part)
     lines = []
     for path in (part, *others) if begun else ():  # a kill may have left half a line, or half a character
         for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            lines.append(parse_line(path, number, line, list if lines else (dict, type(None))))
+            where = f"{path}:{number}"
+            lines.append((where, parse_json(line, where, CHANGED)))
     if lines:
         remedy = "resume with the settings in its first line, or start again with --overwrite"
-        refuse_changes(f"{part}: was started with", lines[0] or {}, arguments or {}, remedy)
+        refuse_changes(f"{part}: was started with", lines[0][1], arguments or {}, remedy)
     rows = {}
-    for i, row in lines[1:]:
-        if not 0 <= i < len(records) or records[i]["id"] != row.get("id"):
+    for where, row in lines[1:]:
+        i = check_fields(row, {"index": "a whole number"}, where, CHANGED, needed=True)["index"]
+        check_responses(row, where, SAMPLED)
+        if i >= len(groups) or groups[i].record["id"] != row.get("id"):
             raise InputError(f"{part}: holds other records; start again with --overwrite")
-        rows[i] = records[i] | {"responses": row["responses"]}
+        rows[i] = groups[i].record | {"responses": row["responses"]}
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
         others.pop().unlink()
-    write_lines(part, map(json_line, [arguments, *rows.items()]))
+    write_lines(part, [json_line(arguments or {}), *(part_line(i, row) for i, row in rows.items())])
     lock(part)  # the new one
     for path in others:
         path.unlink()
@@ -135,20 +126,6 @@ def read_rows(path, scored=False):
         if scored and not has_answer(row):
             raise InputError(f"{where}: has no gold answer; run that eval again")
     return rows
-
-
-def parse_line(path, number, line, kind):
-    """The value in a line of OUT.part: settings, or [index, record]."""
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        value = ()  # of no kind
-    pair = isinstance(value, list) and len(value) == 2 and type(value[0]) is int and isinstance(value[1], dict)
-    if not isinstance(value, kind) or kind is list and not pair:
-        raise InputError(f"{path}:{number}: the line was changed or cut; remove it, or start again with --overwrite")
-    if pair:
-        check_responses(value[1], f"{path}:{number}", SAMPLED)
-    return value
 
 
 def check_responses(row, where, table):
@@ -169,7 +146,7 @@ def response_row(chat, response):
 def append_rollouts(out, rows, rank=0):
     """Append {index: record with `responses`} to the part file of a rank."""
     with open(f"{out}.part.{rank}" if rank else f"{out}.part", "a", encoding="utf-8") as file:
-        file.writelines(map(json_line, rows.items()))
+        file.writelines(part_line(i, row) for i, row in rows.items())
 
 
 def finish_rollouts(out, rows, arguments=None):
@@ -178,6 +155,11 @@ def finish_rollouts(out, rows, arguments=None):
         write_json(f"{out}.arguments.json", arguments)
     write_lines(out, map(json_line, rows))
     Path(f"{out}.part").unlink()
+
+
+def part_line(i, row):
+    """A line of OUT.part: of a record only what is not in --data."""
+    return json_line({"index": i, "id": row["id"], "responses": row["responses"]})
 
 
 def json_line(value):

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, hash_files, lock, one_line, print_table, read_json, refuse_changes, remove, write_json
+from data import InputError, hash_files, lock, one_line, parse_json, print_table
+from data import read_json, refuse_changes, remove, write_json
 from data.checkpoints import delete_checkpoints, latest_checkpoint, list_checkpoints, open_checkpoint
 from data.fields import GROUP, check_fields
 from data.groups import counted_tokens
@@ -26,7 +27,7 @@ from shard import rank, wait_for_ranks
 
 # A resumed run may change these: they affect memory, speed, what is shown, or the filters at the end of a rollout.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples",
-              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks"}
+              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks", "prefix_tokens"}
 
 # What a run writes under --out, checkpoints apart, and all that --overwrite deletes. The summary, by which a run counts
 # as finished, goes first.
@@ -79,19 +80,18 @@ def same(path, other):
     return path.resolve() == other.resolve() or path.exists() and other.exists() and path.samefile(other)
 
 
-def prepare_folder(args, inputs, others=(), shapes=None):
-    """Check --out, clear or resume it, and write arguments.json. Returns the step to resume after, 0 for a new run.
+def prepare_folder(args, inputs, shapes=None):
+    """Clear or resume --out, after `check_folder`, and write arguments.json. Returns the step to resume after, 0 for a
+    new run.
 
     inputs: the files and model folders that the run reads; they must not change before it is finished
-    others: more paths that the run uses
     shapes: {name: shape} of the weights that train, which a checkpoint must have
 
-    The folder stays locked. InputError as `check_folder`, and for a broken checkpoint, another process's run, or one
-    with other settings or inputs.
+    The folder stays locked. InputError for a broken checkpoint, another process's run, or one with other settings or
+    inputs.
     """
     out = Path(args.out)
     saved = out / "arguments.json"
-    check_folder(args, (*inputs, *others))
     now = settings(args, inputs)
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
@@ -108,7 +108,7 @@ def prepare_folder(args, inputs, others=(), shapes=None):
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, step)
     if (out / "metrics.jsonl").exists():
-        read_metrics(out, whole=True)
+        read_metrics(out)
     return step
 
 
@@ -150,39 +150,23 @@ def log_metrics(out, *rows, name="metrics.jsonl"):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-# Figures of a row of metrics.jsonl: a row that has the first name of a list must have all the others.
-TRAINED = ("packed_tokens", "loss", "sequences", "seconds", "tokens")
-REFINED = ("reward", "updates", "groups_drawn", "groups_kept",
-           "seconds_sampling", "seconds_scoring", "seconds_training")
-
-
-def read_metrics(out, whole=False):
-    """The rows of metrics.jsonl; half a line at its end is left out. InputError if a value is no number.
-    whole: also if a figure of TRAINED or REFINED is missing
-    """
+def read_metrics(out):
+    """The rows of metrics.jsonl; half a line at its end is left out. InputError if a value is no number."""
     path = Path(out) / "metrics.jsonl"
     rows = []
     for number, line in read_lines(path):
         if not line.endswith(b"\n"):
             break
-        row = read_row(line, f"{path}:{number}")
-        needed = [name for names in (TRAINED, REFINED) if whole and names[0] in row for name in names]
-        for name in [*needed, *row]:
-            if type(row.get(name)) not in (int, float):
-                raise InputError(f"{path}:{number}: {name} is not a number; remove the line")
-        rows.append(row)
+        where = f"{path}:{number}"
+        row = read_row(line, where)
+        rows.append(check_fields(row, dict.fromkeys(row, "a number"), where, "remove the line", needed=True))
     return rows
 
 
 def read_row(line, where):
     """A line of metrics.jsonl or samples.jsonl. InputError if it is no JSON object with a step."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: is not JSON ({e}); remove the line") from e
-    if not isinstance(row, dict) or type(row.get("step")) is not int:
-        raise InputError(f"{where}: is no line of a run's log; remove it")
-    return row
+    row = parse_json(line, where, "remove the line")
+    return check_fields(row, {"step": "a whole number"}, where, "remove the line", needed=True)
 
 
 def read_samples(path, step):
@@ -198,15 +182,18 @@ def read_samples(path, step):
 
 def summarise_training(out):
     """The figures of a whole run of `ckd` or `sft`."""
-    rows = read_metrics(out, whole=True)
+    rows = read_metrics(out)
     trained = rows_with(rows, "packed_tokens", out)
-    summary = {"steps": len(trained)}
-    for name in ("sequences", "packed_tokens", "seconds", "tokens"):
-        summary[name] = round(sum(row[name] for row in trained), 1)
-    summary["response_tokens"] = summary.pop("tokens")
-    seconds = sum(row["seconds"] for row in trained)
-    summary["tokens_per_s"] = round(summary["packed_tokens"] / max(seconds, 1e-9), 1)
+    sums = total(trained, "sequences", "packed_tokens", "seconds", "tokens")
+    sums["response_tokens"] = sums.pop("tokens")
+    speed = sums["packed_tokens"] / max(sums["seconds"], 1e-9)
+    summary = {"steps": len(trained), **sums, "tokens_per_s": round(speed, 1)}
     return summary | first_and_last_validation(rows)
+
+
+def total(rows, *names):
+    """{figure: its sum over the rows that have it}."""
+    return {name: round(sum(row.get(name, 0) for row in rows), 1) for name in names}
 
 
 def rows_with(rows, name, out):
@@ -230,24 +217,21 @@ def valid_metrics(row):
 
 def summarise_refinement(out):
     """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
-    rows = read_metrics(out, whole=True)
+    rows = read_metrics(out)
     validation = first_and_last_validation(rows)
     rows = rows_with(rows, "reward", out)
     fifth = max(1, len(rows) // 5)
-    sampled = sum(row["groups_drawn"] for row in rows)
-    kept = sum(row["groups_kept"] for row in rows)
+    sampled, kept = total(rows, "groups_drawn", "groups_kept").values()
     rewards = [row["reward"] for row in rows]
     summary = {
         "steps": len(rows),
-        "updates": rows[-1]["updates"],
+        "updates": max(row.get("updates", 0) for row in rows),
         "prompts_drawn": sampled,
         "share_kept": round(kept / max(1, sampled), 4),
         "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
         "reward_last": round(statistics.fmean(rewards[-fifth:]), 4),
     }
-    for name in ("seconds_sampling", "seconds_scoring", "seconds_training"):
-        summary[name] = round(sum(row[name] for row in rows), 1)
-    return summary | validation
+    return summary | total(rows, "seconds_sampling", "seconds_scoring", "seconds_training") | validation
 
 
 def finish_run(args, model, summarise, memory):

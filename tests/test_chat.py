@@ -276,8 +276,8 @@ def test_folder_errors(tmp_path):
     folder = make_folder(tmp_path / "m", QWEN3)
     refused("think is on, off or none", think="maybe")
     refused("tools is flat or wrapped", tools="both")
-    for broken, pattern in ((b"{", "tokenizer.json:1: is not JSON"), (b"[]", "tokenizer.json: holds a JSON list"),
-                            (b"{}", 'has no "model"'), (b"\xff", "is not UTF-8 text")):
+    for broken, pattern in ((b"{", "tokenizer.json: is not JSON"), (b"[]", "tokenizer.json: holds a JSON list"),
+                            (b"{}", 'has no "model"'), (b"\xff", "is not JSON in UTF-8")):
         (folder / "tokenizer.json").write_bytes(broken)
         refused(pattern)
     (folder / "tokenizer.json").unlink()

@@ -148,7 +148,7 @@ def test_eval_refusals(world, tmp_path, capsys):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/arguments.json").write_text("{}")
     (tmp_path / "old/generations.jsonl").write_text("{}\n")
-    assert "names no model" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
+    assert "model is null" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
                                        tmp_path / "z", "--compare", tmp_path / "old")
     (tmp_path / "old/arguments.json").write_text('{"model": "m"}')
     assert "generations.jsonl:1: no messages" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
@@ -177,8 +177,8 @@ def test_reward_command(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("line, expected", [
-    ("{", ":2: not JSON"), ("[]", ":2: lacks one of"), ('{"prompt": "", "generation": ""}', ":2: lacks one of"),
-    ('{"prompt": "", "generation": "", "label": 1}', ":2: lacks one of"), ("[" * 100_000, ":2: not JSON"),
+    ("{", ":2: is not JSON"), ("[]", ":2: holds a JSON list"), ('{"prompt": "", "generation": ""}', ":2: label is null, not text"),
+    ('{"prompt": "", "generation": "", "label": 1}', ":2: label is 1, not text"), ("[" * 100_000, ":2: is not JSON"),
 ])
 def test_reward_refusals(line, expected, tmp_path, capsys):
     data = tmp_path / "a.jsonl"

@@ -23,9 +23,9 @@ from apps.make_tiny import make_model  # noqa: E402
 from conftest import make_record, make_tokenizer, make_world  # noqa: E402
 from data import InputError  # noqa: E402
 from data.chat import Chat  # noqa: E402
-from data.groups import make_groups  # noqa: E402
+from data.groups import Group, make_groups  # noqa: E402
 from data.records import read_records, read_tools  # noqa: E402
-from data.rollouts import open_rollouts, read_prompts, score_response  # noqa: E402
+from data.rollouts import open_rollouts, prompt_groups, score_response  # noqa: E402
 from data.runs import read_metrics  # noqa: E402
 from model import Transformer  # noqa: E402
 from test_cli import CKD, EVAL, ROLLOUT, SFT, SIMRL, files  # noqa: E402
@@ -91,7 +91,9 @@ class Files:
         (folder / "run/metrics.jsonl").write_text("".join(
             json.dumps({"step": step, "loss": 1.0, "seconds": 0.5}) + "\n" for step in (1, 2)))
         (folder / "records.jsonl").write_text(json.dumps(self.records[1]) + "\n")
-        self.rows = [[i, record | {"responses": []}] for i, record in enumerate(self.records[:3])]
+        response = {"text": "a", "ids": [1], "finish_reason": "stop", "logprob": -0.5}
+        self.rows = [{"index": i, "id": record["id"], "responses": [response]}
+                     for i, record in enumerate(self.records[:3])]
         (folder / "out.part").write_bytes(self.part(self.rows))
         chat = lambda: Chat.from_pretrained(self.model)  # noqa: E731
         model = lambda: Transformer.from_pretrained(self.model)  # noqa: E731
@@ -107,7 +109,8 @@ class Files:
         return "".join(json.dumps(line) + "\n" for line in ({"seed": 1}, *rows)).encode()
 
     def read_part(self):
-        open_rollouts(self.folder / "out", self.records, {"seed": 1}, resume=True)
+        groups = [Group(record, [], []) for record in self.records]
+        open_rollouts(self.folder / "out", groups, {"seed": 1}, resume=True)
 
     def read_records(self):
         path = self.folder / "records.jsonl"
@@ -116,7 +119,7 @@ class Files:
             for group in groups:
                 for text in ANSWERS:
                     score_response(self.chat, group.record, text)
-        read_prompts(path, self.chat, 5000)
+        prompt_groups(path, self.chat, 5000)
 
     def read_metrics(self):
         read_metrics(self.folder / "run")

@@ -135,7 +135,7 @@ def test_records_of_an_earlier_run_are_not_taken(here):
     """Another --seed over a stopped run, and a part file whose OUT.part is gone."""
     assert star.main(f"{ROLLOUT} --limit 4 --out whole".split()) == 0
     records = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
-    lines = [json.dumps([i, record | {"responses": []}]) + "\n" for i, record in enumerate(records)]
+    lines = [json.dumps({"index": i, "id": record["id"], "responses": []}) + "\n" for i, record in enumerate(records)]
     for name, flags in (("a", ""), ("b", "--resume"), ("c", "--overwrite")):
         if name == "c":
             Path("c.part").write_text(json.dumps({"seed": 1}) + "\n")

@@ -115,7 +115,7 @@ def test_prompts_and_rollouts_need_no_answer(write):
 def test_empty_lines_are_skipped_and_counted(write):
     path = write("", OURS, "  ", OURS)
     assert [number for number, _ in read_lines(path)] == [2, 4]
-    with pytest.raises(InputError, match="data.jsonl:3: not JSON"):
+    with pytest.raises(InputError, match="data.jsonl:3: is not JSON"):
         read_records(write(OURS, "", "{"))
 
 
@@ -136,10 +136,10 @@ def test_byte_order_mark(write):
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 CASES = {
-    "not JSON": ('{"messages": [', "not JSON .*; each line must be one whole JSON object"),
-    "a list": ("[1]", "is list, not an object; write one JSON object a line"),
-    "not UTF-8": (b'{"messages": "\xff"}', "not UTF-8 text .*; save the file as UTF-8"),
-    "half a character": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "not UTF-8 text .*; save"),
+    "not JSON": ('{"messages": [', "is not JSON .*; each line must be one whole JSON object"),
+    "a list": ("[1]", "holds a JSON list, .*; each line must be one whole JSON object"),
+    "not UTF-8": (b'{"messages": "\xff"}', "is not JSON in UTF-8 .*; each line must"),
+    "half a character": ('{"messages": [{"role": "user", "content": "\\ud83d"}]}', "is not JSON in UTF-8 .*; each line must"),
     "no messages": ({"tools": []}, "no messages; add"),
     "empty messages": (given(), "no messages; add"),
     "role": (given({"role": "bot", "content": "x"}), "unknown role 'bot'; roles are"),
@@ -205,7 +205,7 @@ def test_broken_gzip(tmp_path):
     path = tmp_path / "x.jsonl.gz"
     for broken in (whole[:len(whole) // 2], whole[:-6], whole[:2000] + b"\0\0\0\0" + whole[2004:], b"plain text\n"):
         path.write_bytes(broken)
-        with pytest.raises(InputError, match=r"x\.jsonl\.gz:\d+: (broken gzip .*; copy the file again|not JSON)"):
+        with pytest.raises(InputError, match=r"x\.jsonl\.gz:\d+: (broken gzip .*; copy the file again|is not JSON)"):
             read_records(path)
 
 

@@ -226,7 +226,7 @@ CHAIN = f"{STEPS} --out a\n{CKD} --student a/model --out b\n"
 def test_a_chain_checks_all_inputs_first(here, capsys):
     for line, message in ((f"{SFT} --data nowhere.jsonl", "nowhere.jsonl: no such file, and no line before writes it"),
                           (f"{SFT} --model c/model", "c/model: no such file, and"),
-                          ("eval --model student --data bad.jsonl --out e", "bad.jsonl:1: not JSON")):
+                          ("eval --model student --data bad.jsonl --out e", "bad.jsonl:1: is not JSON")):
         Path("bad.jsonl").write_text("{")
         Path("chain.txt").write_text(f"{CHAIN}{line}\n")
         assert message in refused(capsys, "curriculum chain.txt") and not Path("a").exists()
