@@ -173,9 +173,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     if start:
         checkpoints.load_checkpoint(args.out, start, args.command, student, optimisers)
     elif valid:
-        row = validate(student, teacher, valid, args, answer_valid)
-        if train.rank() == 0:
-            runs.log_step(args.out, {"step": 0} | row)
+        runs.log_step(args.out, {"step": 0} | validate(student, teacher, valid, args, answer_valid))
     steps = train.Steps(start, len(batches), args.command)
     for step in steps:
         batch = batches[step - 1]
@@ -198,12 +196,9 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
             checkpoints.check_finite(args.out, step, "the validation nll", row["valid_nll"])
 
         # 4. Log and save. After Ctrl-C on any rank, this step ends the loop.
-        ends = steps.ends_at(step, student.head_weight.device)
-        if train.rank() == 0:
-            runs.log_step(args.out, {"step": step} | row)
-        if ends or step % args.save_every == 0:
-            progress = {"updates": step}
-            checkpoints.save_checkpoint(args.out, step, student, optimisers, progress)
+        runs.log_step(args.out, {"step": step} | row)
+        if steps.ends_at(step) or step % args.save_every == 0:
+            checkpoints.save_checkpoint(args.out, step, student, optimisers, {"updates": step})
         steps.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
     return not steps.stopped
 
@@ -245,7 +240,7 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
         sums["loss"] += value.detach()
         for name, part in stats.items():
             sums[name] = sums.get(name, 0.0) + counts * part / total
-    return train.sum_over_ranks(sums, device)
+    return train.sum_over_ranks(sums)
 
 
 @torch.no_grad()
@@ -330,7 +325,7 @@ def run_training(args, student_folder, teacher_folder=None):
     """Read and check, load, train, save, show. Returns the exit code."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
-    with train.fail_together(device):
+    with train.fail_together():
         shard = train.sharding(args, device)
         chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
         if teacher_folder:
@@ -341,7 +336,7 @@ def run_training(args, student_folder, teacher_folder=None):
                 train.note(f"skipped in {args.data}: {count} {reason}")
         if teacher_folder:
             key = cache_key(args, groups + valid, vocab_size)
-    start = train.open_run(args, device, [student_folder, teacher_folder],
+    start = train.open_run(args, [student_folder, teacher_folder],
                            [args.data, args.valid], [getattr(args, "cache", None)])
 
     # 2. Load the models; write the teacher's cache if it is missing.
@@ -356,16 +351,7 @@ def run_training(args, student_folder, teacher_folder=None):
         student.model.compile_layers()
     describe_run(args, student, groups, valid, start)
 
-    # 3. Train, with a few held-out answers before and after.
-    path = Path(args.out) / "samples.json"
-    shown = valid[:args.samples]
-    dtype = getattr(torch, args.dtype)
-    with train.fail_together(device):
-        before = runs.read_samples(path, start)
-    if not start:  # every rank answers, as the weights are gathered from all
-        before = greedy_answers(student, chat, shown, dtype, "before")
-        if train.rank() == 0:
-            write_json(path, before)
+    # 3. Train.
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
     answer_valid = None if not answered else partial(
         answer_held_out, chat, answered, partial(score_response, chat), args.max_response_tokens)
@@ -373,14 +359,17 @@ def run_training(args, student_folder, teacher_folder=None):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed; the summary last, as a run with a summary is finished.
-    after = greedy_answers(student, chat, shown, dtype, "after")
-    samples = [old | new for old, new in zip(before, after)]
+    samples = []
+    if shown := valid[:args.samples]:  # every rank answers, as the weights are gathered from all
+        dtype = getattr(torch, args.dtype)
+        after = greedy_answers(student.in_dtype(dtype), chat, shown, "after")
+        untrained = Transformer.from_pretrained(student_folder, dtype, device)
+        before = greedy_answers(untrained, chat, shown, "before")
+        samples = [old | new for old, new in zip(before, after)]
     if train.rank() == 0:
-        write_json(path, samples)
-    summary = runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device))
-    train.wait_for_ranks()
-    if train.rank() == 0:
-        runs.show_training(args.out, samples, summary)
+        write_json(Path(args.out) / "samples.json", samples)
+    show = partial(runs.show_training, samples=samples)
+    runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device), show)
     return 0
 
 

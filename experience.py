@@ -42,7 +42,11 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     kept = []
     free = [sampler.num_free] * train.world_size()  # free slots of each rank
     stopped = False
-    while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
+
+    def full():
+        return len(kept) == args.prompts_per_step or len(accepted) == len(groups)
+
+    while not full():
         if stopped:
             return None
         with train.timed(seconds, "seconds_sampling"):
@@ -70,10 +74,8 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             for number, responses in done.items():
                 groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
-        while len(kept) < args.prompts_per_step and len(accepted) < len(groups):
+        while not full() and groups[len(accepted)].responses:
             group = groups[len(accepted)]
-            if not group.responses:
-                break
             accepted.append(group)
             if has_signal(group.rewards, group.answer_scores):
                 kept.append(group)
@@ -97,7 +99,7 @@ def exchange(sampler, finished, stop):
         return [sampler.num_free], stop, {request.number: request.responses for request in finished}
     rows = [[request.number, [asdict(response) for response in request.responses]] for request in finished]
     state = {"free": sampler.num_free, "stop": stop, "groups": rows}
-    states = train.gather_over_ranks([state], sampler.model.head_weight.device)
+    states = train.gather_over_ranks([state])
     rows = [row for state in states for row in state["groups"]]
     done = {number: [Response(**fields) for fields in responses] for number, responses in rows}
     return [state["free"] for state in states], any(state["stop"] for state in states), done
@@ -128,5 +130,5 @@ def score_answers(sampler, groups, score, max_new_tokens):
                 sums["valid_reward"] += result["reward"]
                 sums["valid_exact"] += result["exact"]
                 bar.update()
-    sums = train.sum_over_ranks(sums, sampler.model.head_weight.device)
+    sums = train.sum_over_ranks(sums)
     return {name: value / len(groups) for name, value in sums.items()}

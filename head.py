@@ -5,8 +5,6 @@ from the released code: no tensor of positions x vocabulary exists, and prompt p
 
 Shapes: N counted positions, C of them in a chunk, H hidden size, V ids.
 """
-from contextlib import nullcontext
-
 import torch
 
 from data.groups import attention_mask
@@ -31,9 +29,8 @@ class ChunkedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=high, device=hidden.device)
         sums = {}
         weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
-        for start in range(0, len(hidden), chunk):
-            rows = slice(start, start + chunk)
-            logits = (x[rows] @ w.T).to(high).requires_grad_(needs_grad)  # [C, V]
+        for rows, logits in logits_in_chunks(x, w, chunk):
+            logits.requires_grad_(needs_grad)  # [C, V]
             with torch.set_grad_enabled(needs_grad):
                 slices = [None if t is None else t[rows] for t in tensors]
                 losses, stats = loss(logits, *slices)  # [C], {name: [C]}
@@ -68,7 +65,7 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
     token_weights: [N], the factor of each position's loss
     loss: a function (logits [C, V], *slices [C, ...]) -> (losses [C], {name: [C]}) of a chunk of positions
     tensors: [N, ...] each, or None; the loss is given the chunk's slice of every one
-    chunk: positions at a time; default: as `chunk_size` says
+    chunk: positions at a time; default: CHUNK or GPU_CHUNK
     dtype: of the matrix products; default: hidden's
 
     Returns (sum of token_weights x losses, {name: sum over positions}).
@@ -84,33 +81,17 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
         weight = weight.detach()
     with torch.autocast(hidden.device.type, enabled=False):  # the chunks choose their own precision
         total, *sums, names = ChunkedLoss.apply(
-            hidden, weight, token_weights, loss, chunk or chunk_size(hidden), dtype or hidden.dtype, *tensors)
+            hidden, weight, token_weights, loss, chunk, dtype or hidden.dtype, *tensors)
     return total, dict(zip(names, sums))
 
 
-def chunk_size(hidden):
-    """Positions whose logits are computed at a time."""
-    return GPU_CHUNK if hidden.is_cuda else CHUNK
-
-
-@torch.no_grad()
-def token_log_probs(hidden, weight, targets, temperature=1.0, chunk=None, dtype=None):
-    """The log-prob of each target token, [N], in the same chunks as the loss, so that the numbers agree; no gradient.
-
-    Parameters as in `head_loss`; targets [N].
-    """
-    dtype = dtype or hidden.dtype
-    x = hidden.to(dtype)  # [N, H]
-    w = weight.to(dtype)  # [V, H]
-    high = torch.promote_types(dtype, torch.float32)
-    log_probs = torch.empty(targets.shape, dtype=high, device=targets.device)  # [N]
-    chunk = chunk or chunk_size(hidden)
+def logits_in_chunks(hidden, weight, chunk=None):
+    """Yield (rows, logits [C, V] of these rows) of hidden [N, H] x weight^T; in float32, or in tests float64."""
+    high = torch.promote_types(hidden.dtype, torch.float32)
+    chunk = chunk or (GPU_CHUNK if hidden.is_cuda else CHUNK)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
-        logits = (x[rows] @ w.T).to(high)  # [C, V]
-        log_p = (logits / temperature).log_softmax(-1)  # [C, V]
-        log_probs[rows] = log_p.gather(-1, targets[rows, None]).squeeze(-1)
-    return log_probs
+        yield rows, (hidden[rows] @ weight.T).to(high)
 
 
 @torch.no_grad()
@@ -124,13 +105,12 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):
     """
     ids = []
     log_p = []
-    chunk = chunk or chunk_size(hidden)
-    for start in range(0, len(hidden), chunk):
-        log_probs = (hidden[start:start + chunk] @ weight.T).float().log_softmax(-1)  # [C, V]
+    for rows, logits in logits_in_chunks(hidden, weight, chunk):
+        log_probs = logits.float().log_softmax(-1)  # [C, V]
         if uniform is None:
             values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
         else:
-            tokens, _ = inverse_transform(log_probs.exp(), uniform[start:start + chunk])  # [C, k]
+            tokens, _ = inverse_transform(log_probs.exp(), uniform[rows])  # [C, k]
             same = tokens[:, :, None] == tokens[:, None, :]  # [C, k, k]
             values = same.float().mean(-1).log()  # [C, k]
         ids.append(tokens)
@@ -162,10 +142,7 @@ def entropy(log_p):
 def hidden_states(model, packed, dtype):
     """The hidden states [N, H] that predict a packed batch's counted tokens, computed in `dtype`."""
     device = packed["targets"].device
-    cast = nullcontext()  # float32, or float64 in tests
-    if dtype.itemsize < 4:
-        cast = torch.autocast(device.type, dtype)
     mask = attention_mask(packed, blocks=model.model.compiled)
-    with cast:
+    with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):  # not for float32, or float64 in tests
         hidden = model.hidden_states(packed["input_ids"], packed["positions"], mask)  # [B, T, H]
     return hidden.flatten(0, 1).index_select(0, packed["logit_positions"])  # [N, H]

@@ -47,7 +47,7 @@ class KVCache:
         self.rows = torch.arange(len(self.lengths), device=grid.device)  # [B]
         after_prompt = torch.arange(prompt_keys, device=grid.device) >= prompt_lengths[:, None]  # [B, S]
         after_own = torch.arange(response_keys, device=grid.device) > self.lengths[:, None]  # [B, S]
-        self.hidden = [hidden[:, None, None] for hidden in (after_prompt, after_own)]  # [B, 1, 1, S] each
+        self.unseen = [mask[:, None, None] for mask in (after_prompt, after_own)]  # [B, 1, 1, S] each
         self.in_step = True
 
     def attention(self, layer):
@@ -73,14 +73,14 @@ class KVCache:
         kv = torch.stack((k, v))  # [2, B, Hkv, 1, D]
         B, H, _, D = q.shape
         responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
-        widths = [hidden.shape[-1] for hidden in self.hidden]
+        widths = [mask.shape[-1] for mask in self.unseen]
         prompt_k, prompt_v = prompts[:, :len(self.grid), :, :widths[0]]  # [P, Hkv, S, D] each
         own_k, own_v = responses[:, :B, :, :widths[1]]  # [B, Hkv, S, D] each
         # One softmax over the keys of the prompt and of the response.
         q = q.view(B, k.shape[1], -1, D) * D ** -0.5  # [B, Hkv, R, D]
         scores = self.by_prompt(q, prompt_k.transpose(2, 3)), q @ own_k.transpose(2, 3)
-        hidden = torch.cat(self.hidden, dim=-1)  # [B, 1, 1, S]
-        scores = torch.cat(scores, dim=-1).masked_fill(hidden, -torch.inf)  # [B, Hkv, R, S]
+        unseen = torch.cat(self.unseen, dim=-1)  # [B, 1, 1, S]
+        scores = torch.cat(scores, dim=-1).masked_fill(unseen, -torch.inf)  # [B, Hkv, R, S]
         exact = torch.promote_types(q.dtype, torch.float32)
         weights = scores.softmax(-1, dtype=exact).to(q.dtype)
         on_prompt, on_own = weights.split(widths, dim=-1)

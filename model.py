@@ -324,8 +324,11 @@ class Transformer(nn.Module):
                 if self.folder and (self.folder / file).exists():
                     shutil.copyfile(self.folder / file, new / file)
 
-    def copy(self, dtype):
-        """A whole copy in another dtype. A bfloat16 copy for sampling avoids casting weights at every token."""
+    def in_dtype(self, dtype):
+        """This model if it is whole and in this dtype, else a whole copy: decoding must not cast or gather weights at
+        every token."""
+        if self.head_weight.dtype == dtype and not hasattr(self, "reshard"):
+            return self
         with torch.device("meta"):
             model = Transformer(self.config)
         state = {name: whole(p.to(dtype, copy=True)) for name, p in self.state_dict().items()}
@@ -338,10 +341,6 @@ class Transformer(nn.Module):
         for p, new in zip(self.parameters(), parameters(other).values()):
             if p is not new:
                 p.copy_(whole(new.to(p.dtype)))
-
-    def in_dtype(self, dtype):
-        """This model if it is whole and in this dtype, else a copy: decoding must not gather weights at every token."""
-        return self.copy(dtype) if hasattr(self, "reshard") or self.head_weight.dtype != dtype else self
 
 
 def read_tensors(folder, known):

@@ -294,43 +294,6 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     return result
 
 
-def explain(result):
-    """Explain a result of `score` in text: which call matches which, and the similarity of each argument."""
-    lines = [
-        f"case    {result['case']}",
-        f"reward  {result['reward']:.6g}   answer score {result['answer_score']:.6g}",
-    ]
-    calls = result["calls"] or []
-    gold = result["gold"] or []
-    for call, (i, sim) in zip(calls, result["pairs"]):
-        name = json.dumps(call["name"])
-        if i is None:
-            lines.append(f"\n{name}: no gold call of this name is left")
-        else:
-            lines.append(f"\n{name}: matches gold call {i + 1}, similarity {sim:.4g}")
-            lines += explain_arguments(call["arguments"], gold[i]["arguments"])
-    for i in result["left"]:
-        lines.append(f"\n{json.dumps(gold[i]['name'])}: gold call {i + 1} is unmatched")
-    if result["pairs"]:
-        total = sum(sim for _, sim in result["pairs"])
-        left = len(result["left"])
-        ratio = total / (len(calls) + left)
-        lines.append(f"\n{total:.6g} / ({len(calls)} calls + {left} unmatched gold calls) = {ratio:.6g}")
-    return "\n".join(lines)
-
-
-def explain_arguments(arguments, gold):
-    """Return one line for each argument of two matched calls."""
-    lines = []
-    for name in arguments | gold:
-        value = json.dumps(arguments[name]) if name in arguments else "-"
-        gold_value = json.dumps(gold[name]) if name in gold else "-"
-        shared = name in arguments and name in gold
-        sim = value_similarity(arguments[name], gold[name]) if shared else 0.0
-        lines.append(f"    {sim:6.4f}  {json.dumps(name)}: {value}   gold {gold_value}")
-    return lines
-
-
 # ---- The Porter stemmer: ROUGE-L counts "flights" and "flight" as the same word ----------------------------
 #
 # M. F. Porter, "An algorithm for suffix stripping", 1980, with the extensions (+) that NLTK and therefore

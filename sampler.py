@@ -4,11 +4,6 @@ A slot is a row of the key/value cache in which one response grows. A prompt is 
 read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A response that ends
 frees its slot at once: the last slot in use moves into the hole, and the next response starts.
 
-    Request     a prompt, and how to answer it
-    Sampler     add(request), at any time; step() draws a token in every slot and returns the requests that are done
-    generate    requests in, each out as soon as it is done
-    next_token  one draw per row of logits: temperature, top-p, inverse transform of one uniform number
-
 A response depends on its request and the model only, because the uniform numbers belong to the request. Other requests
 change the rounding of logits: in float32 this changes few texts, in bfloat16 up to half of long ones.
 
@@ -65,26 +60,16 @@ def add_sampling_flags(parser, temperature):
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, and how to answer it.
-
-    prompt: token ids, at least one
-    n: number of responses
-    seed: fixes the draws, given the model and the other fields
-    temperature, top_p: as in `next_token`
-    max_new_tokens: a response ends at this length
-    stop_strings: a response ends when one of them is in its text
-    number: the caller's own label; the sampler does not use it
-    responses: written by the sampler; [] before the request starts
-    """
-    prompt: list
-    n: int
-    seed: int
-    temperature: float
-    max_new_tokens: int
-    top_p: float = 1.0
-    stop_strings: tuple = ()
-    number: int = 0
-    responses: list = field(default_factory=list)
+    """A prompt, and how to answer it."""
+    prompt: list  # token ids, at least one
+    n: int  # number of responses
+    seed: int  # fixes the draws, given the model and the other fields
+    temperature: float  # as in `next_token`
+    max_new_tokens: int  # a response ends at this length
+    top_p: float = 1.0  # as in `next_token`
+    stop_strings: tuple = ()  # a response ends when one of them is in its text
+    number: int = 0  # the caller's own label; the sampler does not use it
+    responses: list = field(default_factory=list)  # written by the sampler; [] before the request starts
 
     @property
     def done(self):
@@ -207,44 +192,46 @@ class Sampler:
         row_of = {id(prompt): row for row, prompt in enumerate(self.prompts)}
         prompt_rows = [row_of[id(slot.request.prompt)] for slot in self.slots]
         grid, columns = lay_out(prompt_rows)
-        last = [(slot.response.ids or slot.request.prompt)[-1] for slot in self.slots]
-        prompt_lengths = [len(slot.request.prompt) - 1 for slot in self.slots]
-        lengths = [len(slot.response.ids) for slot in self.slots]
-        at = [sum(pair) for pair in zip(prompt_lengths, lengths)]
-        uniforms = [slot.uniforms[length] for slot, length in zip(self.slots, lengths)]
-        temperatures = [slot.request.temperature for slot in self.slots]
-        top_ps = [slot.request.top_p for slot in self.slots]
-        grid = torch.from_numpy(np.array(grid))  # [P, G]; numpy reads lists faster
-        integers = torch.from_numpy(np.array([last, at, prompt_rows, columns, prompt_lengths, lengths]))  # [6, B]
-        numbers = torch.from_numpy(np.array([uniforms, temperatures, top_ps], dtype=np.float32))  # [3, B]
-        keys = (key_width(max(prompt_lengths), self.cache.prompts), key_width(max(lengths) + 1, self.cache.responses))
-        shape = (*keys, max(temperatures) == 0, min(top_ps) < 1)
+        places = []  # of each slot
+        draws = []
+        for slot, prompt_row, column in zip(self.slots, prompt_rows, columns):
+            request, ids = slot.request, slot.response.ids
+            stored = len(request.prompt) - 1  # each response feeds the last prompt token itself
+            last = (ids or request.prompt)[-1]
+            places.append((last, stored + len(ids), prompt_row, column, stored, len(ids)))
+            draws.append((slot.uniforms[len(ids)], request.temperature, request.top_p))
+        places = np.array(places).T  # [6, B]
+        draws = np.array(draws, dtype=np.float32).T  # [3, B]
+        prompt_keys = key_width(int(places[4].max()), self.cache.prompts)
+        response_keys = key_width(int(places[5].max()) + 1, self.cache.responses)
+        shape = (prompt_keys, response_keys, bool(draws[1].max() == 0), bool(draws[2].min() < 1))
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (grid, places, draws)]
         if self.graphs is not None:
-            return self.replay(grid, integers, numbers, shape)
-        return self.compute(*(t.to(self.model.head_weight.device) for t in (grid, integers, numbers)), *shape)
+            return self.replay(*tensors, shape)
+        return self.compute(*(t.to(self.model.head_weight.device) for t in tensors), *shape)
 
-    def compute(self, grid, integers, numbers, prompt_keys, response_keys, greedy, nucleus):
+    def compute(self, grid, places, draws, prompt_keys, response_keys, greedy, nucleus):
         """The next tokens [B] and their log-probs [B].
 
         grid: int64 [P, G], responses by prompt
-        integers: int64 [6, B], the last token, its position, and the places of `KVCache.start_step`
-        numbers: [3, B], a uniform number, the temperature and the top-p
+        places: int64 [6, B], the last token, its position, and the places of `KVCache.start_step`
+        draws: [3, B], a uniform number, the temperature and the top-p
         prompt_keys, response_keys: as in `KVCache.start_step`
         greedy, nucleus: whether all temperatures are 0; whether any top-p is below 1
         """
-        ids, positions, *places = integers
+        ids, positions, *places = places
         self.cache.start_step(grid, places, prompt_keys, response_keys)
         hidden = self.model.hidden_states(ids[:, None], positions[:, None], cache=self.cache)  # [B, 1, H]
         head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
         logits = hidden.squeeze(1) @ head.T  # [B, V]
         size = len(logits) if logits.is_cuda else max(1, LOGITS_AT_ONCE // len(head))
         parts = []
-        for rows, (uniform, temperature, top_p) in zip(logits.split(size), numbers.split(size, dim=1)):
+        for rows, (uniform, temperature, top_p) in zip(logits.split(size), draws.split(size, dim=1)):
             parts.append(next_token(rows, uniform, None if greedy else temperature, top_p if nucleus else None))
         ids, log_probs = zip(*parts)
         return torch.cat(ids), torch.cat(log_probs)
 
-    def replay(self, grid, integers, numbers, shape):
+    def replay(self, grid, places, draws, shape):
         """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are
         recorded once, as a CUDA graph, and then started together. Sizes are rounded up, so that there are few shapes.
         """
@@ -252,7 +239,7 @@ class Sampler:
         order = [i if i < len(self.slots) else 0 for i in range(B)]  # idle rows compute what slot 0 does, once more
         P, G = grid.shape
         grid = F.pad(grid, (0, round_up(G, B) - G, 0, round_up(P, self.num_prompts) - P))
-        inputs = (grid, integers[:, order], numbers[:, order])
+        inputs = (grid, places[:, order], draws[:, order])
         key = (B, *grid.shape, *shape)
         if key not in self.graphs:
             if len(self.graphs) == MOST_GRAPHS:
@@ -376,12 +363,10 @@ def generate(model, requests, num_slots, chat):
         yield from sampler.step()
 
 
-def greedy_answers(model, chat, groups, dtype, name):
+def greedy_answers(model, chat, groups, name):
     """Greedy answers to a few groups' prompts: [{"request": text, "gold": text or None, name: text}]."""
-    if not groups:
-        return []
     requests = [Request(group.prompt, 1, 0, 0.0, 128) for group in groups]
-    list(generate(model.in_dtype(dtype), requests, len(requests), chat))
+    list(generate(model, requests, len(requests), chat))
     answers = []
     for group, request in zip(groups, requests):
         gold = chat.answer(group.record) if group.record.get("answer") else None

@@ -10,20 +10,16 @@ The reward is a function of a record and a text; the loop knows nothing of tool 
 
 Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step is a rollout batch and several updates.
 
-Where paper, released code and this file differ:
-1. Sampler: released, vLLM; here, the model that trains (sampler.py). The log-probs of pi_old are computed again before
-   the updates, except for the first update of a step, whose loss computes the same numbers.
-2. Vocabulary: ids beyond the tokenizer (padding rows of the embedding) are cut off, in the sampler and in the trainer.
-3. Truncation: a truncated response is trained on unchanged. The released code appends an end token and trains on it,
-   though the policy never sampled it.
-4. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
+Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
+1. pi_old: the log-probs of the samples are computed again before the updates, except for the first update of a step,
+   whose loss computes the same numbers.
+2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
    so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
-5. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
-6. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
+3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
+4. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
    which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
-7. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it
+5. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it
    has enough groups, at most --max-draws times as many. With too few, it makes fewer updates.
-8. An optimiser batch is made of whole groups (released: of sequences of many prompts).
 """
 import math
 import statistics
@@ -38,7 +34,7 @@ from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
 from data.rollouts import prompt_groups, score_response
 from experience import make_sampler, sample_step, score_answers
-from head import entropy, head_loss, hidden_states, token_log_probs
+from head import entropy, head_loss, hidden_states, logits_in_chunks
 from model import Transformer
 from sampler import add_count_flags
 
@@ -63,7 +59,7 @@ def advantages(rewards, kind="group_norm"):
 
 
 def has_signal(rewards, scores, rule="scores"):
-    """Whether a group is trained on; scores are rewards with format failures at 0. Difference 6.
+    """Whether a group is trained on; scores are rewards with format failures at 0. Difference 4.
 
     >>> has_signal([-1, 0], [0, 0]), has_signal([-1, 0], [0, 0], "rewards")
     (False, True)
@@ -156,14 +152,12 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     if start:
         progress = checkpoints.load_checkpoint(args.out, start, args.command, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
-    for compiled in filter(None, (model, policy, reference) if args.compile else ()):
-        compiled.model.compile_layers()
+    if args.compile:
+        policy.model.compile_layers()
     sampler = make_sampler(policy, [*prompts, *valid], chat, args)
     validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
     if valid and not start:
-        row = validate()
-        if train.rank() == 0:
-            runs.log_step(args.out, {"step": 0} | row)
+        runs.log_step(args.out, {"step": 0} | validate())
     accept = partial(has_signal, rule=args.filter)
     steps = train.Steps(start, num_steps, "sim-rl")
     for step in steps:
@@ -201,7 +195,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
                 rate = train.learning_rate(progress["updates"], num_updates, args.lr)
                 train.optimiser_step(optimisers, rate)
                 row |= {"lr": rate, "grad_norm": norm}
-            row |= mean_metrics(batch_sums, counted_tokens(kept), device)
+            row |= mean_metrics(batch_sums, counted_tokens(kept))
             policy.copy_weights(model)
 
         # 4. Validate.
@@ -210,12 +204,9 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
         row |= {"updates": progress["updates"]} | seconds | train.memory_in_use(device)
-        ends = steps.ends_at(step, device)
-        if train.rank() == 0:
-            lines = runs.describe_groups(step, groups, kept, chat)
-            runs.log_metrics(args.out, *lines, name="samples.jsonl")
-            runs.log_step(args.out, {"step": step} | row)
-        if ends or step % args.save_every == 0:
+        runs.log_metrics(args.out, *runs.describe_groups(step, groups, kept, chat), name="samples.jsonl")
+        runs.log_step(args.out, {"step": step} | row)
+        if steps.ends_at(step) or step % args.save_every == 0:
             checkpoints.save_checkpoint(args.out, step, model, optimisers, progress)
         steps.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
     return not steps.stopped
@@ -239,7 +230,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     dtype = getattr(torch, args.dtype)
     wide_dtype = torch.promote_types(dtype, torch.float32)
     batches = []
-    for batch in optimiser_batches(groups, args.batch_size, args.seed, step):
+    for update, batch in enumerate(optimiser_batches(groups, args.batch_size, args.seed, step)):
         parts = micro_batches(batch, args.micro_batch_tokens)
         batches.append([])
         for micro, counts in train.share_of_rank(parts):
@@ -251,24 +242,25 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
             # Before the first update the loss itself computes the log-probs of pi_old.
-            old = model if len(batches) > 1 else None
-            packed["old_log_p"] = log_probs_of(old, packed, vocab_size, args)
-            packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args)
+            packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args) if update else None
+            packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args) if reference else None
             packed["token_weights"] = counts * token_weights(
                 args.loss_mean, packed["response"], batch, len(parts), wide_dtype)
             batches[-1].append(packed)
     return batches
 
 
+@torch.no_grad()
 def log_probs_of(policy, packed, vocab_size, args):
-    """Log-probs [N] of a packed batch's targets, computed as the loss computes them; None without a policy."""
-    if policy is None:
-        return None
+    """Log-probs [N] of a packed batch's targets, in the same chunks as the loss, so that the numbers agree."""
     dtype = getattr(torch, args.dtype)
-    hidden = hidden_states(policy, packed, dtype)  # [N, H]
-    head = policy.head_weight[:vocab_size]  # [V, H]
-    return token_log_probs(
-        hidden, head, packed["targets"], args.temperature, dtype=dtype)
+    hidden = hidden_states(policy, packed, dtype).to(dtype)  # [N, H]
+    head = policy.head_weight[:vocab_size].to(dtype)  # [V, H]
+    log_probs = []
+    for rows, logits in logits_in_chunks(hidden, head):
+        log_p = (logits / args.temperature).log_softmax(-1)  # [C, V]
+        log_probs.append(log_p.gather(-1, packed["targets"][rows, None]).squeeze(-1))
+    return torch.cat(log_probs)
 
 
 def accumulate_gradients(model, batch, vocab_size, args):
@@ -291,7 +283,7 @@ def accumulate_gradients(model, batch, vocab_size, args):
     return sums
 
 
-def mean_metrics(batch_sums, tokens, device):
+def mean_metrics(batch_sums, tokens):
     """The mean loss of a step's batches, and the statistics' means over its tokens, across all ranks."""
     if not batch_sums:
         return {}
@@ -299,7 +291,7 @@ def mean_metrics(batch_sums, tokens, device):
     for sums in batch_sums:
         for name, value in sums.items():
             means[name] += value / (len(batch_sums) if name == "loss" else tokens)
-    return train.sum_over_ranks(means, device)
+    return train.sum_over_ranks(means)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,14 +335,14 @@ def run_simrl(args):
     """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
-    with train.fail_together(device):
+    with train.fail_together():
         shard = train.sharding(args, device)
         chat = Chat.from_pretrained(args.model, think=args.think, tools=args.tools)
         prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
         valid = []
         if args.valid:
             valid, _ = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
-    start = train.open_run(args, device, [args.model], [args.data, args.valid])
+    start = train.open_run(args, [args.model], [args.data, args.valid])
 
     # 2. Load the policy and the reference.
     model = Transformer.from_pretrained(args.model, device=device, shard=shard)
@@ -359,6 +351,8 @@ def run_simrl(args):
     if args.kl_weight:
         dtype = getattr(torch, args.dtype)
         reference = Transformer.from_pretrained(args.model, dtype, device, shard)
+    for loaded in filter(None, (model, reference) if args.compile else ()):
+        loaded.model.compile_layers()
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
         f"{len(prompts):,} prompts, {skipped} skipped as too long; "
@@ -375,10 +369,7 @@ def run_simrl(args):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
-    summary = runs.finish_run(args, model, runs.summarise_refinement, train.peak_memory(device))
-    train.wait_for_ranks()
-    if train.rank() == 0:
-        runs.show_refinement(args.out, summary)
+    runs.finish_run(args, model, runs.summarise_refinement, train.peak_memory(device), runs.show_refinement)
     return 0
 
 

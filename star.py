@@ -63,6 +63,7 @@ def main(argv=None):
     """Run one command. Returns the exit code: 2 for errors that the user can correct, with one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     args, run = parse(argv)
+    again = "continue with the same command and --resume"
     try:
         check_call(argv, args)
         result = run(args)
@@ -75,26 +76,24 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell reports for SIGPIPE
     except (InputError, OSError) as e:
+        code = 2
         message = str(e)
         if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a failed write
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
     except RuntimeError as e:  # of a rank that waits for one that is gone
         if type(e).__name__ != "DistBackendError" and "gloo" not in str(e):
             raise
-        if is_first_rank():
-            print(f"star.py {args.command}: another rank has ended, or cannot be reached "
-                  f"({str(e).splitlines()[0]}); continue with the same command and --resume", file=sys.stderr)
-        return 1
+        code = 1
+        message = f"another rank has ended, or cannot be reached ({str(e).splitlines()[0]}); {again}"
     except KeyboardInterrupt:
-        remedy = "; continue with the same command and --resume" if "resume" in args else ""
-        if is_first_rank():
-            print(f"star.py {args.command}: interrupted{remedy}", file=sys.stderr)
-        return 130
+        code = 130
+        message = f"interrupted; {again}" if "resume" in args else "interrupted"
     finally:
         unlock_all()
-    # Printed only here, after any progress bar has ended its line.
-    print(f"star.py {args.command}: {message}", file=sys.stderr)
-    return 2
+    # Printed only here, after any progress bar has ended its line. Bad input is told by the rank that found it.
+    if code == 2 or is_first_rank():
+        print(f"star.py {args.command}: {message}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

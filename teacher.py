@@ -6,6 +6,7 @@
 """
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +20,28 @@ from head import hidden_states, topk_log_probs
 from model import Transformer
 
 
+@dataclass(eq=False)
 class Teacher:
-    """A teacher as a function of a packed batch: (ids [N, k], log-probs [N, k]) of its counted positions.
-
-    model: a Transformer, or None with a cache
-    vocab_size: the softmax is over the first `vocab_size` ids
-    seed: draw k tokens at random instead of the top-k (rskd)
-    cache: the two arrays of `open_cache`; packed["rows"] are their rows
-    """
-
-    def __init__(self, model, k, vocab_size, seed=None, cache=None):
-        self.model = model
-        self.k = k
-        self.vocab_size = vocab_size
-        self.seed = seed
-        self.cache = cache
-
-    def __call__(self, packed, groups=None, step=None):
-        """groups, step: the packed groups and the step number, used only to seed the draws of rskd."""
-        if self.cache is None:
-            return self.view(packed, groups, step)
-        device = packed["targets"].device
-        rows = packed["rows"].cpu().numpy()
-        ids, log_p = (array[rows] for array in self.cache)  # [N, k] each
-        if ids.min(initial=0) < 0 or ids.max(initial=0) >= self.vocab_size:
-            raise InputError("--cache: holds ids beyond the vocabulary, so it was changed; remove it")
-        ids = torch.from_numpy(ids.astype(np.int64))
-        log_p = torch.from_numpy(log_p.astype(np.float32))
-        return ids.to(device), log_p.to(device)
+    """A teacher as a function of a packed batch: (ids [N, k], log-probs [N, k]) of its counted positions."""
+    model: Transformer  # None with a cache
+    k: int
+    vocab_size: int  # the softmax is over the first `vocab_size` ids
+    seed: int = None  # draw k tokens at random instead of the top-k (rskd)
+    cache: list = None  # the two arrays of `open_cache`; packed["rows"] are their rows
 
     @torch.no_grad()
-    def view(self, packed, groups=None, step=None):
-        """The model's top-k, or its draws, in the precision of its weights (no autocast)."""
-        hidden = hidden_states(self.model, packed, torch.float32)  # [N, H]
+    def __call__(self, packed, groups=None, step=None):
+        """groups, step: the packed groups and the step number, used only to seed the draws of rskd."""
+        device = packed["targets"].device
+        if self.cache is not None:
+            rows = packed["rows"].cpu().numpy()
+            ids, log_p = (torch.from_numpy(array[rows]) for array in self.cache)  # [N, k] each
+            if ids.numel() and not 0 <= ids.min() <= ids.max() < self.vocab_size:
+                raise InputError("--cache: holds ids beyond the vocabulary, so it was changed; remove it")
+            return ids.to(device, torch.int64), log_p.to(device, torch.float32)
+        hidden = hidden_states(self.model, packed, torch.float32)  # [N, H], in the precision of its weights
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
-        uniform = None if self.seed is None else self.uniform(groups, step).to(hidden.device)
+        uniform = None if self.seed is None else self.uniform(groups, step).to(device)
         return topk_log_probs(hidden, head, self.k, uniform)
 
     def uniform(self, groups, step):
@@ -75,16 +63,14 @@ def check_pair(teacher_folder, student_folder):
 
     Returns the number of ids of both, cut to the tokenizer if their embeddings are padded differently.
     """
-    teacher_tokens, teacher_merges = vocabulary(teacher_folder)
-    student_tokens, student_merges = vocabulary(student_folder)
-    if (teacher_tokens, teacher_merges) != (student_tokens, student_merges):
-        raise InputError(f"{teacher_folder} ({len(teacher_tokens):,} tokens) and {student_folder} "
-                         f"({len(student_tokens):,}) have different tokenizers; CKD needs two models that share one")
-    widths = set()
-    for folder in (teacher_folder, student_folder):
-        widths.add(read_json(Path(folder) / "config.json", MODEL_FOLDER).get("vocab_size"))
-    last_id = teacher_tokens[-1][1]
-    return widths.pop() if len(widths) == 1 else last_id + 1
+    teacher, student = vocabulary(teacher_folder), vocabulary(student_folder)
+    if teacher != student:
+        raise InputError(f"{teacher_folder} ({len(teacher[0]):,} tokens) and {student_folder} "
+                         f"({len(student[0]):,}) have different tokenizers; CKD needs two models that share one")
+    configs = [read_json(Path(folder) / "config.json", MODEL_FOLDER) for folder in (teacher_folder, student_folder)]
+    widths = {config.get("vocab_size") for config in configs}
+    tokens, _ = teacher
+    return widths.pop() if len(widths) == 1 else tokens[-1][1] + 1
 
 
 def vocabulary(folder):

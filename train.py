@@ -84,14 +84,6 @@ def add_valid_flags(parser, valid_help, every):
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimisers
 
-def adamw(parameters, lr, weight_decay):
-    """AdamW with the released betas (0.9, 0.95); no decay on norms and biases (paper.md 1.6)."""
-    parameters = list(parameters)
-    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-
-
 class Muon(torch.optim.Muon):
     """torch's Muon, but it iterates in float32, as many CPUs lack bfloat16, and on all matrices of a shape at once."""
 
@@ -121,19 +113,19 @@ def orthogonalise(x):
 
 
 def make_optimisers(model, args):
-    """The optimisers that --optimiser names, as a list, with the rate and weight decay of `args`.
-
-    muon, for very small models: Muon on the matrices of the layers at 5 times the rate; AdamW on the rest.
+    """The optimisers that --optimiser names, as a list: AdamW with the released betas, without decay on norms and
+    biases (paper.md 1.6). With muon, for very small models, Muon takes the matrices of the layers, at 5 times the rate.
     """
-    if args.optimiser == "adamw":
-        return [adamw(parameters(model).values(), args.lr, args.weight_decay)]
-    matrices = []
-    rest = []
-    for name, p in model.named_parameters():
-        (matrices if ".layers." in name and p.dim() == 2 else rest).append(p)
-    groups = [{"params": matrices, "scale": 5.0}]
-    muon = Muon(groups, lr=args.lr, weight_decay=args.weight_decay, momentum=0.95)
-    return [muon, adamw(rest, args.lr, args.weight_decay)]
+    layers, matrices, vectors = [], [], []
+    for name, p in parameters(model).items():
+        in_layers = args.optimiser == "muon" and ".layers." in name
+        (vectors if p.dim() < 2 else layers if in_layers else matrices).append(p)
+    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    if not layers:
+        return [adamw]
+    groups = [{"params": layers, "scale": 5.0}]
+    return [Muon(groups, lr=args.lr, weight_decay=args.weight_decay, momentum=0.95), adamw]
 
 
 def learning_rate(step, steps, peak):
@@ -233,19 +225,25 @@ def note(text):
         print(text, file=sys.stderr)
 
 
-def sum_over_ranks(sums, device):
+def sum_over_ranks(sums):
     """{name: number or tensor} summed over the ranks, as floats."""
     values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
     if dist.is_initialized():
-        values = values.to(device)
+        values = values.to(exchange_device())
         dist.all_reduce(values)
     return dict(zip(sums, values.tolist()))
 
 
-def gather_over_ranks(rows, device):
+def exchange_device():
+    """Where tensors lie that ranks exchange: on this rank's GPU, see `pick_device`, or on the CPU."""
+    return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def gather_over_ranks(rows):
     """The lists of all ranks as one list, in rank order. JSON values, sent as bytes, so no pickle."""
     if not dist.is_initialized():
         return rows
+    device = exchange_device()
     data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)  # [bytes]
     sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
     dist.all_gather(sizes, torch.tensor([len(data)], device=device))
@@ -259,14 +257,14 @@ def gather_over_ranks(rows, device):
 
 
 @contextmanager
-def fail_together(device):
+def fail_together():
     """Wait for all ranks at the end. If any of them has bad input or a failed write, all exit and one reports why."""
     error = None
     try:
         yield
     except (InputError, OSError) as e:
         error = e
-    failed = gather_over_ranks([rank()] if error else [], device)
+    failed = gather_over_ranks([rank()] if error else [])
     if failed:
         raise error if rank() == failed[0] else SystemExit(2)
 
@@ -294,7 +292,7 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs and checkpoints
 
-def open_run(args, device, models=(), files=(), others=()):
+def open_run(args, models=(), files=(), others=()):
     """Prepare the folder --out for a run. Returns the step to resume after, 0 for a new run; the same on every rank.
 
     models: the model folders that the run reads, or None, the one that trains first; broken ones are refused before
@@ -307,7 +305,7 @@ def open_run(args, device, models=(), files=(), others=()):
     """
     models, files, others = ([path for path in paths if path] for paths in (models, files, others))
     step = 0
-    with fail_together(device):
+    with fail_together():
         shapes = []
         for folder in models:
             model = Transformer.from_pretrained(folder, device="meta")
@@ -315,7 +313,7 @@ def open_run(args, device, models=(), files=(), others=()):
         if rank() == 0:
             check_folder(args, [*models, *files, *others])
             step = prepare_folder(args, [*models, *files], *shapes[:1])
-    return int(sum_over_ranks({"step": step}, device)["step"])
+    return int(sum_over_ranks({"step": step})["step"])
 
 
 @contextmanager
@@ -367,9 +365,9 @@ class Steps:
         if rank() == 0:
             print("\nStopping as soon as the weights can be saved (Ctrl-C again: at once).", file=sys.stderr)
 
-    def ends_at(self, step, device):
+    def ends_at(self, step):
         """Whether this is the last step: of the run, or because a rank was asked to stop."""
-        requests = sum_over_ranks({"stop": self.requested}, device)["stop"]
+        requests = sum_over_ranks({"stop": self.requested})["stop"]
         self.stopped = requests > 0 and step < self.last
         return requests > 0 or step == self.last
 

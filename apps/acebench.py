@@ -68,7 +68,7 @@ def run_acebench(args):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
     chosen, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout / DATA, name), tokens, room)
-    open_run(args, "cpu", [args.model], others=[args.compare])
+    open_run(args, [args.model], others=[args.compare])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
     out = Path(args.out).resolve()

@@ -76,7 +76,7 @@ def run_bfcl(args):
     if v3 and too_long:
         raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
                          "categories only; use --release v4, or other --categories")
-    open_run(args, "cpu", [args.model], others=[args.compare])
+    open_run(args, [args.model], others=[args.compare])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
     out = Path(args.out).resolve()

@@ -60,7 +60,7 @@ def run_eval(args):
     device = pick_device(args)
     runs = [args]
     results = []
-    with fail_together(device):  # refuse bad input before anything is written
+    with fail_together():  # refuse bad input before anything is written
         if args.compare and (Path(args.compare) / "config.json").exists():
             flags = vars(args) | {"model": args.compare, "out": f"{Path(args.out)}-compared"}
             runs.insert(0, Namespace(**flags))
@@ -78,7 +78,7 @@ def run_eval(args):
             prepare_folder(run, [run.model, run.data])
     for run, (chat, groups) in zip(runs, inputs):
         results.append((run.model, answer_records(run, chat, groups, device)))
-    with fail_together(device):
+    with fail_together():
         if rank() == 0:
             report(Path(args.out), *reversed(results))
 
@@ -90,7 +90,7 @@ def answer_records(args, chat, groups, device):
     draws = [draw for draw in draws if draw[0] > 0]
     finished, rows = sample_responses(
         args, out, chat, groups, draws, device, resume=True, scored=True)
-    with fail_together(device):
+    with fail_together():
         for row in tqdm(rows, "score", unit="record", delay=2):
             for response in row["responses"]:
                 response.update(score_response(chat, row, response["text"]))
@@ -266,9 +266,45 @@ def score_file(args):
         result = reward.score(prompt + generation, label, *options)
         if args.explain:
             page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n"
-            yield page + reward.explain(result) + "\n"
+            yield page + explain(result) + "\n"
             return
         yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
     if not count:
         number = args.explain or 1
         raise InputError(f"{args.data}: has no line {number}; give one JSON object a line")
+
+
+def explain(result):
+    """Explain a result of `reward.score` in text: which call matches which, and the similarity of each argument."""
+    lines = [
+        f"case    {result['case']}",
+        f"reward  {result['reward']:.6g}   answer score {result['answer_score']:.6g}",
+    ]
+    calls = result["calls"] or []
+    gold = result["gold"] or []
+    for call, (i, similarity) in zip(calls, result["pairs"]):
+        name = json.dumps(call["name"])
+        if i is None:
+            lines.append(f"\n{name}: no gold call of this name is left")
+        else:
+            lines.append(f"\n{name}: matches gold call {i + 1}, similarity {similarity:.4g}")
+            lines += explain_arguments(call["arguments"], gold[i]["arguments"])
+    for i in result["left"]:
+        lines.append(f"\n{json.dumps(gold[i]['name'])}: gold call {i + 1} is unmatched")
+    if result["pairs"]:
+        total = sum(similarity for _, similarity in result["pairs"])
+        left = len(result["left"])
+        ratio = total / (len(calls) + left)
+        lines.append(f"\n{total:.6g} / ({len(calls)} calls + {left} unmatched gold calls) = {ratio:.6g}")
+    return "\n".join(lines)
+
+
+def explain_arguments(arguments, gold):
+    """A line for each argument of two matched calls."""
+    lines = []
+    for name in arguments | gold:
+        mine, theirs = (json.dumps(side[name]) if name in side else "-" for side in (arguments, gold))
+        shared = name in arguments and name in gold
+        similarity = reward.value_similarity(arguments[name], gold[name]) if shared else 0.0
+        lines.append(f"    {similarity:6.4f}  {json.dumps(name)}: {mine}   gold {theirs}")
+    return lines

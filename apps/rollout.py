@@ -41,7 +41,7 @@ def run_rollout(args):
     the ranks share the records; the file is that of one process, but for rounding."""
     out = Path(args.out)
     device = pick_device(args)
-    with fail_together(device):
+    with fail_together():
         if out.resolve() == Path(args.data).resolve():
             raise InputError(f"{out}: would be written over --data; use another --out")
         made = (Path(f"{out}.arguments.json"), Path(f"{out}.part"))
@@ -59,7 +59,7 @@ def run_rollout(args):
     dropped = {}
     if finished:
         note(f"{out}: was finished before; nothing is sampled, and its filters stay as they were")
-    with fail_together(device):
+    with fail_together():
         if rows:
             finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)
             if not finished:
@@ -111,16 +111,16 @@ def sample_responses(args, out, chat, groups, draws, device, **options):
     options: arguments, resume, overwrite, scored of `open_rollouts`
     """
     finished, rows = None, {}
-    with fail_together(device):
+    with fail_together():
         if rank() == 0:
             finished, rows = open_rollouts(out, groups, **options)
-    done = set(gather_over_ranks(list(rows if finished is None else range(len(groups))), device))
+    done = set(gather_over_ranks(list(rows if finished is None else range(len(groups)))))
     missing = [i for i in range(len(groups)) if i not in done]
     missing.sort(key=lambda i: -len(groups[i].prompt))  # prompts that run together have similar lengths
-    with fail_together(device):
+    with fail_together():
         if share := missing[rank()::world_size()]:
             sample_share(args, out, chat, groups, draws, device, share, len(missing))
-    with fail_together(device):
+    with fail_together():
         if missing and rank() == 0:
             _, rows = open_rollouts(out, groups, options.get("arguments"), resume=True)
             if lost := set(missing) - rows.keys():

@@ -75,7 +75,7 @@ def atomic_folder(folder):
     try:
         yield new
         if Path(folder).exists():
-            shutil.rmtree(folder)
+            remove(folder)
         os.replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

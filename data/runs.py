@@ -145,7 +145,9 @@ def cut_log(path, step):
 
 
 def log_metrics(out, *rows, name="metrics.jsonl"):
-    """Append rows, one line each, to metrics.jsonl or another file of the run."""
+    """Append rows, one line each, to metrics.jsonl or another file of the run; rank 0 only."""
+    if rank() > 0:
+        return
     with open(Path(out) / name, "a", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -167,17 +169,6 @@ def read_row(line, where):
     """A line of metrics.jsonl or samples.jsonl. InputError if it is no JSON object with a step."""
     row = parse_json(line, where, "remove the line")
     return check_fields(row, {"step": "a whole number"}, where, "remove the line", needed=True)
-
-
-def read_samples(path, step):
-    """The answers in samples.json, a list of {name: text}; none before the first step."""
-    if not step:
-        return []
-    samples = read_json(path, "start again with --overwrite", kind=list)
-    for sample in samples:
-        if not isinstance(sample, dict) or not all(isinstance(text, str) for text in sample.values()):
-            raise InputError(f"{path}: is not what a run has written; start again with --overwrite")
-    return samples
 
 
 def summarise_training(out):
@@ -234,21 +225,21 @@ def summarise_refinement(out):
     return summary | total(rows, "seconds_sampling", "seconds_scoring", "seconds_training") | validation
 
 
-def finish_run(args, model, summarise, memory):
-    """Write the model and the summary of a finished run. Its last checkpoint has the same weights, all finite.
+def finish_run(args, model, summarise, memory, show):
+    """Write the model and the summary of a finished run, then print it. Its last checkpoint has the same weights.
 
     summarise: `summarise_training` or `summarise_refinement`
     memory: figures to add
-
-    Returns the summary; None on the other ranks, which only take part in gathering the weights.
+    show: a function (out, summary), which rank 0 calls
     """
     model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
     wait_for_ranks()  # as in `save_checkpoint`
-    if rank() > 0:
-        return None
-    summary = summarise(args.out) | memory
-    write_json(Path(args.out) / "summary.json", summary)
-    return summary
+    if rank() == 0:
+        summary = summarise(args.out) | memory
+        write_json(Path(args.out) / "summary.json", summary)
+    wait_for_ranks()
+    if rank() == 0:
+        show(args.out, summary)
 
 
 def describe_batch(batch, seconds):
@@ -263,12 +254,12 @@ def log_step(out, row):
     """Log a step, and print its validation figures on stderr."""
     log_metrics(out, row)
     figures = [f"{name[6:]} {value:.4f}" for name, value in valid_metrics(row).items()]
-    if figures:
+    if figures and rank() == 0:
         line = f"step {row['step']:5d}, held out:  " + "  ".join(figures)
         tqdm.write(line, file=sys.stderr)
 
 
-def show_training(out, samples, summary):
+def show_training(out, summary, samples):
     """Print three held-out answers and the figures of a run."""
     for sample in samples[:3]:
         print()

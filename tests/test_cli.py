@@ -140,6 +140,7 @@ REFUSED = {
     "missing shard": (SFT, lose_shard, "student/model-2.safetensors: missing shard named by .*; download or copy"),
     "missing shard of the teacher": (CKD, lambda: lose_shard("teacher"), "teacher/model-2.safetensors: missing shard"),
     "half the weights": (SFT, lambda: cut("student/model.safetensors"), "student/model.safetensors: not a whole .*; "),
+    "half a model to sample": (ROLLOUT, lambda: cut("teacher/model.safetensors"), "teacher/model.safetensors: not a"),
     "half the teacher": (CKD, lambda: cut("teacher/model.safetensors"), "teacher/model.safetensors: not a whole .*; "),
     "half a config": (SFT, lambda: cut("student/config.json"), r"student/config.json: is not JSON .*; give a"),
     "other family": (SFT, lambda: edit("student/config.json", model_type="llama"),

@@ -586,13 +586,14 @@ def test_no_model_is_in_memory_that_is_not_needed(tmp_path):
             run(tmp_path / "wrong", **wrong)
     model = tiny()
     copies = []
-    copy = model.copy
+    in_dtype = model.in_dtype
 
-    def recording_copy(dtype):
-        copies.append(copy(dtype))
-        return copies[-1]
+    def recording(dtype):
+        other = in_dtype(dtype)
+        copies.extend([other] if other is not model else [])
+        return other
 
-    model.copy = recording_copy
+    model.in_dtype = recording
     run(tmp_path / "run", model=model, dtype="bfloat16", steps=3)
     policy, = copies
     assert torch.equal(flat(policy), flat(model).bfloat16())
@@ -607,7 +608,7 @@ def test_no_model_is_in_memory_that_is_not_needed(tmp_path):
 def test_a_rank_without_held_out_prompts_waits_for_the_others(monkeypatch):
     monkeypatch.setattr(train, "rank", lambda: 3)
     monkeypatch.setattr(train, "world_size", lambda: 4)
-    monkeypatch.setattr(train, "sum_over_ranks", lambda sums, device: sums)
+    monkeypatch.setattr(train, "sum_over_ranks", lambda sums: sums)
     valid = [Group(stub_record(k), [k, k, 1], []) for k in (3, 5)]
     assert answer_held_out(StubChat(), valid, similar, 3, tiny()) == {"valid_reward": 0.0, "valid_exact": 0.0}
 
@@ -790,7 +791,7 @@ def main(out, *words):
     flags = {"kl_weight": 0.01, "steps": 10, "prompts_per_step": 6, "max_draws": 2, "save_every": 2,
              "micro_batch_tokens": 40, "resume": "--resume" in words}
     device = train.pick_device(settings("simrl", device="cpu"))
-    start = train.open_run(small_settings(out, **flags), device)
+    start = train.open_run(small_settings(out, **flags))
     score = slow_coarse if "--slow" in words else coarse
     model = tiny()
     shard = train.sharding(small_settings(out), device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import reward
+from apps.evaluate import explain
 from reward import stem
 
 TOOLS = [{"name": "f", "parameters": {"type": "object", "properties": {"a": {}, "b": {}}, "required": ["a", "b"]}},
@@ -258,7 +259,7 @@ def test_bounds_symmetry_and_never_raising():
         result = score(generation, gold, strip_eos=strip_eos, binary=binary)
         assert -1 <= result["reward"] <= 1 and result["answer_score"] == max(0.0, result["reward"])
         assert (result["reward"] == -1) == (result["case"] in reward.FORMAT_FAILURES)
-        assert reward.explain(result)
+        assert explain(result)
         sim = reward.similarity(one, other)
         assert 0 <= sim <= 1
         assert sim == pytest.approx(reward.similarity(other, one), abs=1e-12)
@@ -292,14 +293,14 @@ def test_hostile_text(generation, expected):
         result = score(THOUGHT + generation, CALL, **options)
         value = min(0.0, expected) if options.get("binary") and expected != 1 else expected
         assert result["reward"] == pytest.approx(value)
-        assert reward.explain(result).isascii()
+        assert explain(result).isascii()
     assert time.perf_counter() - start < 10  # about a second on an idle core; a quadratic parser takes hours
     # The same text as a label must not raise either.
     assert -1 <= reward.score(PROMPT + THOUGHT + CALL, "</think>" + generation, TOOLS)["reward"] <= 1
 
 
 def test_explain():
-    page = reward.explain(score(THOUGHT + write(("f", {"a": "York", "b": 3}), ("h", {})),
+    page = explain(score(THOUGHT + write(("f", {"a": "York", "b": 3}), ("h", {})),
                                 write(("f", {"a": "New York City", "b": 3}), ("g", {}))))
     assert "reward  0.25" in page and '"f": matches gold call 1, similarity 0.75' in page
     assert '0.5000  "a": "York"   gold "New York City"' in page and '"h": no gold call of this name is left' in page

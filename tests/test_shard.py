@@ -235,7 +235,7 @@ def test_long_responses_keep_their_rank_from_further_prompts(monkeypatch):
     of_rank_1 = iter([[1, 3], [4, 5], []])
     added = []
 
-    def gather(states, device):
+    def gather(states):
         groups = [[number, [row, row]] for number in next(of_rank_1)]
         return [*states, {"free": 4, "stop": False, "groups": groups}]
 
