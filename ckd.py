@@ -161,7 +161,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     student: a Transformer with float32 weights, changed in place
     teacher: a `Teacher`, or None
     groups, valid: lists of `Group`, to train and to validate on
-    args: the parsed flags of `ckd` or `sft`
+    args: the parsed flags
     start: the step to resume after
     answer_valid: a function student -> {"valid_reward", "valid_exact"} of its own answers, or None
 
@@ -363,8 +363,10 @@ def run_training(args, student_folder, teacher_folder=None):
     if shown := valid[:args.samples]:  # every rank answers, as the weights are gathered from all
         dtype = getattr(torch, args.dtype)
         after = greedy_answers(student.in_dtype(dtype), chat, shown, "after")
-        untrained = Transformer.from_pretrained(student_folder, dtype, device)
+        with train.fail_together():  # the folder may be gone by now
+            untrained = Transformer.from_pretrained(student_folder, dtype, device)
         before = greedy_answers(untrained, chat, shown, "before")
+        del untrained
         samples = [old | new for old, new in zip(before, after)]
     if train.rank() == 0:
         write_json(Path(args.out) / "samples.json", samples)

@@ -107,6 +107,7 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):
     log_p = []
     for rows, logits in logits_in_chunks(hidden, weight, chunk):
         log_probs = logits.float().log_softmax(-1)  # [C, V]
+        del logits  # on a GPU, 1.2 GB
         if uniform is None:
             values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
         else:

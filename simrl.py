@@ -12,7 +12,7 @@ Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step i
 
 Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
 1. pi_old: the log-probs of the samples are computed again before the updates, except for the first update of a step,
-   whose loss computes the same numbers.
+   whose loss computes the same numbers. Ids beyond the tokenizer are cut off, as in the sampler.
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
    so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
 3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
@@ -131,7 +131,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     """Train a model by GRPO.
 
     model: a Transformer with float32 weights, changed in place
-    reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0
+    reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0. The caller compiles both
     prompts: a list of `Group` without responses
     chat: the model's Chat
     score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]}; other
@@ -204,7 +204,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
         row |= {"updates": progress["updates"]} | seconds | train.memory_in_use(device)
-        runs.log_metrics(args.out, *runs.describe_groups(step, groups, kept, chat), name="samples.jsonl")
+        runs.log_metrics(args.out, runs.describe_groups(step, groups, kept, chat), "samples.jsonl")
         runs.log_step(args.out, {"step": step} | row)
         if steps.ends_at(step) or step % args.save_every == 0:
             checkpoints.save_checkpoint(args.out, step, model, optimisers, progress)

@@ -108,7 +108,8 @@ def run_all(lines, args, parse, main):
     ran = False
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        if done and (not ran or is_finished(out, stage)):  # an earlier line may have rewritten its input
+        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded.
+        if done and (not ran or stage.command not in ("plot", "lens") and is_finished(out, stage)):
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
         if args.overwrite and hasattr(stage, "overwrite"):

@@ -67,7 +67,7 @@ def make_environment(env, packages, then=lambda pip: None):
     complete = Path(env) / "complete"
     if complete.exists():
         return programs
-    print(f"making {env} with", *packages, flush=True)
+    print(f"making {env}: pip install", *packages, flush=True)
     try:
         venv.create(env, with_pip=True)
         pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]

@@ -102,8 +102,8 @@ def read_prompts(args, chat, need_gold=True):
 
 
 def sample_responses(args, out, chat, groups, draws, device, **options):
-    """Sample responses to the records of groups, or continue to, on all ranks. Returns the records of a finished file or
-    None, and those with new `responses`; on ranks other than 0, None and [].
+    """Sample responses to the records of groups, or continue to, on all ranks. Returns the records of a finished file
+    or None, and those with new `responses`; on ranks other than 0, None and [].
 
     args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
     groups: of `read_prompts`

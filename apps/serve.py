@@ -219,8 +219,11 @@ class Handler(BaseHTTPRequestHandler):
             chatting = self.path == "/v1/chat/completions"
             if not chatting and self.path != "/v1/completions":
                 raise HTTPError(404, f"no {self.path} here")
-            body = self.read_body()
-            job = Job(read_request(engine, body, chatting, number), bool(body.get("stream")))
+            try:
+                body = self.read_body()
+                job = Job(read_request(engine, body, chatting, number), bool(body.get("stream")))
+            except (InputError, RecursionError) as error:
+                raise HTTPError(400, str(error)) from error
             engine.submit(job)
             head = {"id": f"star-{number}", "created": int(time.time()), "model": str(body.get("model")),
                     "object": "chat.completion" if chatting else "text_completion"}
@@ -232,8 +235,6 @@ class Handler(BaseHTTPRequestHandler):
                                         "usage": usage(job.request)})
         except HTTPError as error:
             return self.fail(*error.args)
-        except (InputError, RecursionError) as error:
-            return self.fail(400, str(error))
         except Exception as error:  # the client went away; anything else is a bug that it must hear of
             if job:
                 job.gone = True

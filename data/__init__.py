@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager, nullcontext
@@ -37,7 +38,7 @@ def parse_json(data, where, remedy, kind=dict):
     """Return the value of JSON bytes; InputError with the remedy if they are broken or not of this kind."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
-        if b"\\u" in data:  # it may be half a surrogate pair
+        if re.search(rb"\\u[dD][89a-fA-F]", data):  # it may be half a surrogate pair
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:  # a UnicodeError is a ValueError
         raise InputError(f"{where}: is not JSON in UTF-8 ({e}); {remedy}") from e
@@ -75,7 +76,7 @@ def atomic_folder(folder):
     try:
         yield new
         if Path(folder).exists():
-            remove(folder)
+            shutil.rmtree(folder)
         os.replace(new, folder)
     finally:
         shutil.rmtree(new, ignore_errors=True)

@@ -28,6 +28,7 @@ KINDS = {
     "a whole number above 0": lambda value: is_id(value) and value > 0,
     "a number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
     "a number": lambda value: type(value) in (int, float) and abs(value) < 1e300,
+    "a number or NaN": lambda value: type(value) in (int, float),
     "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
     "a template, or a list of templates with names": is_template,

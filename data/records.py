@@ -19,6 +19,7 @@ Departures from the released code:
 """
 import gzip
 import json
+import os
 import re
 import zlib
 from pathlib import Path
@@ -28,7 +29,6 @@ from tqdm import tqdm
 from data import InputError, parse_json, positive, read_json
 from data.fields import ANSWER, RECORD, check_fields
 from reward import score
-from shard import rank
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "developer": "system", "function": "tool"}
@@ -62,7 +62,8 @@ def stream_records(path, need_answer=True, vocab_size=None, check_answer=True):
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
-    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False, disable=rank() > 0)
+    other_rank = os.environ.get("RANK", "0") != "0"
+    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False, disable=other_rank)
     number = 0
     for number, line in lines:
         where = f"{path}:{number}"

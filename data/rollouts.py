@@ -105,9 +105,10 @@ def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, sc
     for where, row in lines[1:]:
         i = check_fields(row, {"index": "a whole number"}, where, CHANGED, needed=True)["index"]
         check_responses(row, where, SAMPLED)
-        if i >= len(groups) or groups[i].record["id"] != row.get("id"):
+        record = groups[i].record if i < len(groups) else {}
+        if record.get("id") != row.get("id") or not record:
             raise InputError(f"{part}: holds other records; start again with --overwrite")
-        rows[i] = groups[i].record | {"responses": row["responses"]}
+        rows[i] = record | {"responses": row["responses"]}
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
         others.pop().unlink()
     write_lines(part, [json_line(arguments or {}), *(part_line(i, row) for i, row in rows.items())])

@@ -27,7 +27,8 @@ from shard import rank, wait_for_ranks
 
 # A resumed run may change these: they affect memory, speed, what is shown, or the filters at the end of a rollout.
 FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples",
-              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks", "prefix_tokens"}
+              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks",
+              "prefix_tokens"}
 
 # What a run writes under --out, checkpoints apart, and all that --overwrite deletes. The summary, by which a run counts
 # as finished, goes first.
@@ -144,7 +145,7 @@ def cut_log(path, step):
         os.truncate(path, keep)
 
 
-def log_metrics(out, *rows, name="metrics.jsonl"):
+def log_metrics(out, rows, name="metrics.jsonl"):
     """Append rows, one line each, to metrics.jsonl or another file of the run; rank 0 only."""
     if rank() > 0:
         return
@@ -161,7 +162,7 @@ def read_metrics(out):
             break
         where = f"{path}:{number}"
         row = read_row(line, where)
-        rows.append(check_fields(row, dict.fromkeys(row, "a number"), where, "remove the line", needed=True))
+        rows.append(check_fields(row, dict.fromkeys(row, "a number or NaN"), where, "remove the line", needed=True))
     return rows
 
 
@@ -177,7 +178,7 @@ def summarise_training(out):
     trained = rows_with(rows, "packed_tokens", out)
     sums = total(trained, "sequences", "packed_tokens", "seconds", "tokens")
     sums["response_tokens"] = sums.pop("tokens")
-    speed = sums["packed_tokens"] / max(sums["seconds"], 1e-9)
+    speed = sums["packed_tokens"] / max(sum(row.get("seconds", 0) for row in trained), 1e-9)
     summary = {"steps": len(trained), **sums, "tokens_per_s": round(speed, 1)}
     return summary | first_and_last_validation(rows)
 
@@ -252,7 +253,7 @@ def describe_batch(batch, seconds):
 
 def log_step(out, row):
     """Log a step, and print its validation figures on stderr."""
-    log_metrics(out, row)
+    log_metrics(out, [row])
     figures = [f"{name[6:]} {value:.4f}" for name, value in valid_metrics(row).items()]
     if figures and rank() == 0:
         line = f"step {row['step']:5d}, held out:  " + "  ".join(figures)

@@ -186,6 +186,19 @@ def test_resume_skips_finished_lines_and_continues_the_stopped_one(here, capsys)
     assert Path("run/rollouts.jsonl").read_bytes() == rollouts
 
 
+def test_a_picture_is_drawn_again_if_a_line_before_it_ran(here, capsys):
+    pytest.importorskip("matplotlib")
+    Path("plan.txt").write_text(PLAN.replace("table run", "plot run/star --out run/star.png\ntable run"))
+    assert run() == 0
+    for removed, finished in (((), True), (("run/star",), False)):
+        for folder in removed:
+            shutil.rmtree(folder)
+        capsys.readouterr()
+        assert run("--resume") == 0
+        drawn = printed_lines(capsys.readouterr().out)[-2]
+        assert drawn[0] == "plot" and (drawn[-1] == "finished") == finished
+
+
 def test_overwrite_starts_every_line_again(here, capsys):
     assert run() == 0
     expected = weights()

@@ -125,7 +125,7 @@ def test_a_log_is_cut_behind_a_step(tmp_path, seed):
     r = random.Random(seed)
     path = tmp_path / "metrics.jsonl"
     steps = sorted(r.choices(range(1, 9), k=r.randrange(30)))
-    log_metrics(tmp_path, *({"step": step, "text": "ü\u2028" * r.randrange(300)} for step in steps))
+    log_metrics(tmp_path, ({"step": step, "text": "ü\u2028" * r.randrange(300)} for step in steps))
     whole = path.read_bytes().splitlines(keepends=True) if steps else []
     with open(path, "ab") as file:
         file.write('{"step": 1, "text": "ü'.encode()[:r.randrange(24)])
