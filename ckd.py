@@ -227,14 +227,11 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
     for micro, counts in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
-        topk = ()
-        if teacher:
-            topk = teacher(packed, micro, step)  # ids [N, k], log-probs [N, k]
+        topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = hidden_states(student, packed, dtype)  # [N, H]
         head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
         weights = torch.full((len(hidden),), counts / total, device=device, dtype=high)
-        value, stats = head_loss(
-            hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
+        value, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()
         sums["loss"] += value.detach()
@@ -359,20 +356,24 @@ def run_training(args, student_folder, teacher_folder=None):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed; the summary last, as a run with a summary is finished.
-    samples = []
-    if shown := valid[:args.samples]:  # every rank answers, as the weights are gathered from all
-        dtype = getattr(torch, args.dtype)
-        after = greedy_answers(student.in_dtype(dtype), chat, shown, "after")
-        with train.fail_together():  # the folder may be gone by now
-            untrained = Transformer.from_pretrained(student_folder, dtype, device)
-        before = greedy_answers(untrained, chat, shown, "before")
-        del untrained
-        samples = [old | new for old, new in zip(before, after)]
+    shown = valid[:args.samples]
+    samples = answer_before_and_after(student, student_folder, chat, shown, args) if shown else []
     if train.rank() == 0:
         write_json(Path(args.out) / "samples.json", samples)
     show = partial(runs.show_training, samples=samples)
     runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device), show)
     return 0
+
+
+def answer_before_and_after(student, folder, chat, groups, args):
+    """Greedy answers to a few groups' prompts by the student's folder, which is untrained, and by the student. All ranks
+    answer, as the weights are gathered from all."""
+    dtype = getattr(torch, args.dtype)
+    after = greedy_answers(student.in_dtype(dtype), chat, groups, "after")
+    with train.fail_together():  # the folder may be gone by now
+        untrained = Transformer.from_pretrained(folder, dtype, student.head_weight.device)
+    before = greedy_answers(untrained, chat, groups, "before")
+    return [old | new for old, new in zip(before, after)]
 
 
 def describe_run(args, student, groups, valid, start):

@@ -267,8 +267,7 @@ def accumulate_gradients(model, batch, vocab_size, args):
     """Accumulate the gradients of an optimiser batch on this rank. Returns its loss and the token sums of
     `policy_loss`'s statistics as one dict."""
     dtype = getattr(torch, args.dtype)
-    loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
-                   temperature=args.temperature)
+    loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip, temperature=args.temperature)
     sums = {"loss": 0.0}
     for packed in batch:
         hidden = hidden_states(model, packed, dtype)  # [N, H]

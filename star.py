@@ -10,8 +10,8 @@ import importlib
 import os
 import sys
 
-from apps.checks import check_call, is_first_rank, several_processes
-from data import InputError, unlock_all
+from apps.checks import check_call
+from data import InputError, is_first_rank, several_processes, unlock_all
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
 COMMANDS = {

@@ -2,7 +2,7 @@
 import os
 import sys
 
-from data import InputError
+from data import InputError, is_first_rank, several_processes
 
 SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which it sets for each process
@@ -40,16 +40,6 @@ def check_call(argv, args):
                              "once for each part of the data")
     for sentence in idle_flags(argv, args) if is_first_rank() else ():
         print(f"note: {sentence}", file=sys.stderr)
-
-
-def several_processes():
-    """Whether torchrun has started more than this process; known before the processes have met."""
-    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
-
-
-def is_first_rank():
-    """Whether this is the only process, or the first that torchrun started."""
-    return not several_processes() or os.environ.get("RANK") == "0"
 
 
 def idle_flags(argv, args):

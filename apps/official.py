@@ -60,7 +60,7 @@ def open_inputs(args):
     return chat, context - args.max_new_tokens, other
 
 
-def make_environment(env, packages, then=lambda pip: None):
+def make_environment(env, packages, then=None):
     """The bin/ of a virtual environment. If it is missing, it is made with these packages; then(pip's command) adds
     others."""
     programs = Path(env).resolve() / "bin"
@@ -72,7 +72,8 @@ def make_environment(env, packages, then=lambda pip: None):
         venv.create(env, with_pip=True)
         pip = [str(programs / "python"), "-m", "pip", "install", "--quiet"]
         subprocess.run([*pip, *packages], check=True)
-        then(pip)
+        if then:
+            then(pip)
     except subprocess.CalledProcessError as error:
         why = f"pip failed (exit code {error.returncode})"
         raise InputError(f"{env}: {why}; delete the folder and try again") from error

@@ -92,7 +92,8 @@ def hash_files(paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files += [file for file in inside if file.suffix in (".json", ".jinja", ".safetensors")] or [path]
     found = {}
-    for file in tqdm(filter(Path.is_file, files), "check inputs", unit="file", delay=2, leave=False):
+    for file in tqdm(filter(Path.is_file, files), "check inputs", unit="file", delay=2, leave=False,
+                     disable=not is_first_rank()):
         status = file.stat()
         key = (file.resolve(), status.st_size, status.st_mtime_ns)
         if key not in hashes:
@@ -178,6 +179,16 @@ def print_table(rows):
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def several_processes():
+    """Whether torchrun has started more than this process; known before the processes have met."""
+    return os.environ.get("WORLD_SIZE", "") not in ("", "1")
+
+
+def is_first_rank():
+    """Whether this is the only process, or the first that torchrun started."""
+    return not several_processes() or os.environ.get("RANK") == "0"
 
 
 def seconds_in(row):

@@ -19,14 +19,13 @@ Departures from the released code:
 """
 import gzip
 import json
-import os
 import re
 import zlib
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, parse_json, positive, read_json
+from data import InputError, is_first_rank, parse_json, positive, read_json
 from data.fields import ANSWER, RECORD, check_fields
 from reward import score
 
@@ -62,8 +61,8 @@ def stream_records(path, need_answer=True, vocab_size=None, check_answer=True):
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
-    other_rank = os.environ.get("RANK", "0") != "0"
-    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False, disable=other_rank)
+    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False,
+                 disable=not is_first_rank())
     number = 0
     for number, line in lines:
         where = f"{path}:{number}"

@@ -100,13 +100,16 @@ def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, sc
             lines.append((where, parse_json(line, where, CHANGED)))
     if lines:
         remedy = "resume with the settings in its first line, or start again with --overwrite"
-        refuse_changes(f"{part}: was started with", lines[0][1], arguments or {}, remedy)
+        where, saved = lines[0]
+        if "index" in saved:  # not the settings: OUT.part was cut
+            raise InputError(f"{where}: {CHANGED}")
+        refuse_changes(f"{part}: was started with", saved, arguments or {}, remedy)
     rows = {}
     for where, row in lines[1:]:
         i = check_fields(row, {"index": "a whole number"}, where, CHANGED, needed=True)["index"]
         check_responses(row, where, SAMPLED)
-        record = groups[i].record if i < len(groups) else {}
-        if record.get("id") != row.get("id") or not record:
+        record = groups[i].record if i < len(groups) else None
+        if record is None or record["id"] != row.get("id"):
             raise InputError(f"{part}: holds other records; start again with --overwrite")
         rows[i] = record | {"responses": row["responses"]}
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part

@@ -109,7 +109,7 @@ def prepare_folder(args, inputs, shapes=None):
     for name in ("metrics.jsonl", "samples.jsonl"):
         cut_log(out / name, step)
     if (out / "metrics.jsonl").exists():
-        read_metrics(out)
+        read_metrics(out, whole=True)
     return step
 
 
@@ -153,8 +153,16 @@ def log_metrics(out, rows, name="metrics.jsonl"):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_metrics(out):
-    """The rows of metrics.jsonl; half a line at its end is left out. InputError if a value is no number."""
+# Figures of a row of metrics.jsonl: a row that has the first name of a list must have all the others.
+TRAINED = ("packed_tokens", "loss", "sequences", "seconds", "tokens")
+REFINED = ("reward", "updates", "groups_drawn", "groups_kept",
+           "seconds_sampling", "seconds_scoring", "seconds_training")
+
+
+def read_metrics(out, whole=False):
+    """The rows of metrics.jsonl; half a line at its end is left out. InputError if a value is no number.
+    whole: also if a figure of TRAINED or REFINED is missing
+    """
     path = Path(out) / "metrics.jsonl"
     rows = []
     for number, line in read_lines(path):
@@ -162,7 +170,9 @@ def read_metrics(out):
             break
         where = f"{path}:{number}"
         row = read_row(line, where)
-        rows.append(check_fields(row, dict.fromkeys(row, "a number or NaN"), where, "remove the line", needed=True))
+        needed = [name for names in (TRAINED, REFINED) if whole and names[0] in row for name in names]
+        table = dict.fromkeys([*row, *needed], "a number or NaN")
+        rows.append(check_fields(row, table, where, "remove the line", needed=True))
     return rows
 
 
@@ -174,18 +184,18 @@ def read_row(line, where):
 
 def summarise_training(out):
     """The figures of a whole run of `ckd` or `sft`."""
-    rows = read_metrics(out)
+    rows = read_metrics(out, whole=True)
     trained = rows_with(rows, "packed_tokens", out)
     sums = total(trained, "sequences", "packed_tokens", "seconds", "tokens")
     sums["response_tokens"] = sums.pop("tokens")
-    speed = sums["packed_tokens"] / max(sum(row.get("seconds", 0) for row in trained), 1e-9)
+    speed = sums["packed_tokens"] / max(sum(row["seconds"] for row in trained), 1e-9)
     summary = {"steps": len(trained), **sums, "tokens_per_s": round(speed, 1)}
     return summary | first_and_last_validation(rows)
 
 
 def total(rows, *names):
-    """{figure: its sum over the rows that have it}."""
-    return {name: round(sum(row.get(name, 0) for row in rows), 1) for name in names}
+    """{figure: its sum over the rows}."""
+    return {name: round(sum(row[name] for row in rows), 1) for name in names}
 
 
 def rows_with(rows, name, out):
@@ -209,7 +219,7 @@ def valid_metrics(row):
 
 def summarise_refinement(out):
     """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
-    rows = read_metrics(out)
+    rows = read_metrics(out, whole=True)
     validation = first_and_last_validation(rows)
     rows = rows_with(rows, "reward", out)
     fifth = max(1, len(rows) // 5)
@@ -217,7 +227,7 @@ def summarise_refinement(out):
     rewards = [row["reward"] for row in rows]
     summary = {
         "steps": len(rows),
-        "updates": max(row.get("updates", 0) for row in rows),
+        "updates": rows[-1]["updates"],
         "prompts_drawn": sampled,
         "share_kept": round(kept / max(1, sampled), 4),
         "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
