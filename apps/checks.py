@@ -4,7 +4,7 @@ import sys
 
 from data import InputError, is_first_rank, several_processes
 
-SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval")
+SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval", "serve")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which it sets for each process
 
 # (commands, flags, when they have no effect): said if one of the flags is given.

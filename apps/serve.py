@@ -4,7 +4,8 @@
     POST /v1/completions            prompt (text) -> text
     POST /v1/chat/completions       messages, tools -> content, tool_calls, reasoning_content
 
-All requests share one decoding batch (apps/engine.py).
+All requests share one decoding batch (apps/engine.py). Under torchrun each rank holds the whole model, on a GPU of its
+own, and all listen on the same port: the kernel chooses a rank for each connection (Linux only).
 
 A completion's prompt that ends in an assistant header gets the model's think opening (--think), as in training.
 Official benchmark tools send prompts without it. Nothing that a model writes is executed here.
@@ -31,7 +32,8 @@ from data.chat import THINK, Chat, add_prompt_flags
 from data.records import read_record
 from model import Transformer
 from sampler import Request, Sampler, add_length_flag, describe_cache
-from train import add_machine_flags, pick_device
+from shard import rank, world_size
+from train import add_machine_flags, fail_together, note, pick_device
 
 MAX_BODY = 8_000_000  # bytes
 MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
@@ -54,10 +56,12 @@ def serve_flags(parser):
 
 def run_serve(args):
     """Serve a model to OpenAI clients on this machine, until Ctrl-C."""
-    server = make_server(args)
+    with fail_together():
+        server = make_server(args)
     chat = server.engine.sampler.chat
     url = f"http://127.0.0.1:{server.server_port}/v1"
-    print(f"{args.model} at {url} with --think {chat.think}; Ctrl-C ends", flush=True)
+    if rank() == 0:
+        print(f"{args.model} at {url} with --think {chat.think}; Ctrl-C ends", flush=True)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
@@ -68,11 +72,13 @@ def run_serve(args):
 def make_server(args):
     """A server that listens, with its engine running."""
     device = pick_device(args)
+    if world_size() > 1 and args.port == 0:
+        raise InputError("--port 0: several ranks share a port; give its number")
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
     size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
-    print(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts",
-          flush=True)
+    note(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts")
+    Server.allow_reuse_port = world_size() > 1
     server = Server(("127.0.0.1", args.port), Handler)
     server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
     server.engine.start()
@@ -213,7 +219,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         engine = self.server.engine
-        number = engine.count(requests=1)
+        number = engine.count(requests=1) * world_size() + rank()  # of all ranks
         job = None
         try:
             chatting = self.path == "/v1/chat/completions"

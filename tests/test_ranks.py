@@ -1,7 +1,9 @@
 """`rollout` and `eval` on several ranks: the files of one process, killed and resumed on other numbers of ranks, errors.
+And `serve`: one port.
 
 The ranks are forks of this process with the environment that torchrun gives them: they need not import torch again.
 """
+import http.client
 import json
 import multiprocessing
 import os
@@ -9,6 +11,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,11 +43,15 @@ def start_rank(command, rank, ranks, port):
     sys.exit(star.main(command.split()))
 
 
-def run(command, ranks):
-    """Run a command on ranks. Returns their exit codes."""
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def run(command, ranks):
+    """Run a command on ranks. Returns their exit codes."""
+    port = free_port()
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=start_rank, args=(command, rank, ranks, port)) for rank in range(ranks)]
     for process in processes:
@@ -131,6 +138,29 @@ def test_killed_and_resumed_on_another_number_of_ranks(here, monkeypatch, comman
         assert not list(Path().rglob("*.part*"))
 
 
+@COMMANDS
+def test_a_rank_that_dies_ends_the_other(here, monkeypatch, capfd, command):
+    """With one line; nothing that either had done is lost."""
+    assert star.main(f"{command} --out whole".split()) == 0
+    append = rollout.append_rollouts
+    left = [99, 2]  # records until a rank is killed
+
+    def append_or_die(out, rows, rank=0):
+        if left[rank] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[rank] -= 1
+        append(out, rows, rank)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "append_rollouts", append_or_die)
+        capfd.readouterr()
+        assert run(f"{command} --out run", 2) == [1, -signal.SIGKILL]
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("star.py") or "Error" in line]
+    assert len(errors) == 1 and "another rank has ended" in errors[0], errors
+    assert run(f"{command} --out run --resume", 2) == [0, 0]
+    assert without_log_probs(command, "run") == without_log_probs(command, "whole")
+
+
 def test_records_of_an_earlier_run_are_not_taken(here):
     """Another --seed over a stopped run, and a part file whose OUT.part is gone."""
     assert star.main(f"{ROLLOUT} --limit 4 --out whole".split()) == 0
@@ -168,3 +198,43 @@ def test_an_error_is_printed_once(here, capfd, command, message):
     assert run(command, 2) == [2, 2]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("star.py") or "Error" in line]
     assert len(errors) == 1 and message in errors[0], errors
+
+
+def complete(port, body):
+    """The reply on a connection of its own; None if nobody listens yet."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        return json.loads(connection.getresponse().read())
+    except ConnectionRefusedError:
+        return None
+    finally:
+        connection.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other kernels give all connections to one process")
+def test_ranks_serve_on_one_port(here, capfd):
+    assert run("serve --model student --device cpu --port 0", 2) == [2, 2]
+    assert capfd.readouterr().err.count("--port 0: several ranks") == 1
+    port, meeting = free_port(), free_port()
+    flags = f"serve --model student --dtype float32 --device cpu --max-new-tokens 8 --port {port}"
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=start_rank, args=(flags, rank, 2, meeting)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    body = {"prompt": "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n", "temperature": 0}
+    texts, ranks = set(), set()
+    try:
+        for _ in range(600):  # until both ranks have answered
+            if not (reply := complete(port, body)):
+                time.sleep(0.1)
+                continue
+            texts.add(reply["choices"][0]["text"])
+            ranks.add(int(reply["id"].removeprefix("star-")) % 2)
+            if len(ranks) == 2:
+                break
+    finally:
+        for process in processes:
+            process.kill()
+    assert ranks == {0, 1} and len(texts) == 1
+    assert capfd.readouterr().out.count("Ctrl-C ends") == 1
