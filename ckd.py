@@ -1,4 +1,4 @@
-"""Constrained knowledge distillation (CKD, paper section 3.1; paper.md 1.2): the losses and the loop.
+"""Constrained knowledge distillation (CKD, paper section 3.1): the losses and the loop.
 
 At a position, p is the teacher's distribution and q the student's, softmaxes over the whole vocabulary at temperature
 1; V_k holds the teacher's k most likely tokens, V_m the student's own m most likely tokens. The student minimises
@@ -84,7 +84,7 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
     student_topm_log_p: [N, m] the student's log-probs at those ids
     teacher_ids: [N, k]
     """
-    ids = teacher_ids.sort(-1).values  # [N, k]; a search in these takes m log k steps, comparing all pairs m k
+    ids = teacher_ids.sort(-1).values  # [N, k]; searching these takes m log k steps, comparing all pairs m k
     place = torch.searchsorted(ids, student_topm).clamp(max=ids.shape[1] - 1)  # [N, m]
     outside = ids.gather(-1, place) != student_topm  # [N, m]
     return (student_topm_log_p.exp() * outside).sum(-1)
@@ -225,18 +225,18 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     sums = {"loss": 0.0}
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
-    for micro, counts in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
+    for micro, active in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = hidden_states(student, packed, dtype)  # [N, H]
         head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
-        weights = torch.full((len(hidden),), counts / total, device=device, dtype=high)
+        weights = torch.full((len(hidden),), active / total, device=device, dtype=high)
         value, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()
         sums["loss"] += value.detach()
         for name, part in stats.items():
-            sums[name] = sums.get(name, 0.0) + counts * part / total
+            sums[name] = sums.get(name, 0.0) + active * part / total
     return train.sum_over_ranks(sums)
 
 
@@ -266,9 +266,9 @@ def ckd_flags(parser):
     add("--objective", choices=tuple(DIVERGENCES), default="ckd",
         help="ckd is fkl with the tail penalty; ce, cross-entropy, uses the teacher for logs only")
     add("--k", type=positive, default=100,
-        help="teacher's most likely tokens (rskd: draws)")
+        help="size of the teacher's top-k (rskd: number of draws)")
     add("--m", type=positive, default=100,
-        help="student's most likely tokens")
+        help="size of the student's top-m")
     add("--tail-weight", type=non_negative,
         help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
@@ -309,7 +309,7 @@ def add_supervised_flags(parser, lr, weight_decay):
 
 
 def run_ckd(args):
-    """Distil a teacher into a student, along the responses of a rollout file or along gold answers."""
+    """Distil a teacher into a student, on the responses of a rollout file or on gold answers."""
     return run_training(args, args.student, args.teacher)
 
 
@@ -382,8 +382,8 @@ def describe_run(args, student, groups, valid, start):
     steps = responses * args.epochs / args.batch_size
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
-        f"{responses:,} responses to {len(groups):,} prompts, "
-        f"{len(valid)} prompts held out; {args.dtype} compute, float32 weights, "
+        f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; "
+        f"{args.dtype} compute, float32 weights, "
         f"{student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     if args.valid and not valid:
         train.note(f"no validation: every record of {args.valid} exceeds a length limit")

@@ -1,7 +1,7 @@
 """What a step of Sim-RL learns from: groups of sampled and scored responses, in the order of their prompts.
 
 Groups finish in any order. They are accepted in the order of their prompts, so that short responses are not favoured.
-The group that fills the step ends it, and later ones are dropped. But for rounding, the number of slots or ranks does
+The group that fills the step ends it, and later ones are dropped. Up to rounding, the number of slots or ranks does
 not change what is trained on.
 
 Departure from the released code: it samples whole batches of prompts; here a step stops as soon as it has its groups.
@@ -94,7 +94,7 @@ def score_responses(responses, record, score, chat):
 
 
 def exchange(sampler, finished, stop):
-    """Tell all ranks. Returns the free slots of each rank, whether any should stop, and {number: responses} of all."""
+    """Exchange between ranks. Returns each one's free slots, whether any should stop, all {number: responses}."""
     if train.world_size() == 1:
         return [sampler.num_free], stop, {request.number: request.responses for request in finished}
     rows = [[request.number, [asdict(response) for response in request.responses]] for request in finished]
@@ -116,7 +116,7 @@ def answer_held_out(chat, groups, score, max_new_tokens, model):
 def score_answers(sampler, groups, score, max_new_tokens):
     """{"valid_reward", "valid_exact"}: means over greedy answers to held-out prompts, on all ranks.
 
-    score: as in `sample_step`; also returns "exact", whether a text is the gold answer
+    score: as in `sample_step`; also returns "exact", see `reward.score`
     """
     sums = {"valid_reward": 0.0, "valid_exact": 0.0}
     share = groups[train.rank()::train.world_size()]

@@ -16,7 +16,7 @@ class KVCache:
     """Keys and values of prompts and of the responses that continue them, in static buffers.
 
     A layer has a buffer [2, rows, Hkv, tokens, D] for prompts and one for responses; a prompt is stored and read once,
-    however many responses continue it. What lies in a row beyond its sequence is never seen, so a row is reused
+    however many responses continue it. Positions beyond a row's sequence are masked, so a row is reused
     without being cleared. `start_prompts` or `start_step` says what the next forward pass computes.
     """
 
@@ -40,7 +40,7 @@ class KVCache:
         grid: int64 [P, G], from `lay_out`
         places: int64 [4, B]: the row of each response's prompt, its column in the grid, the tokens of the prompt, the
             tokens of the response before this one
-        prompt_keys, response_keys: how many keys of a row to look at; what is beyond a sequence is never seen
+        prompt_keys, response_keys: how many keys of a row to read; those beyond a sequence are masked
         """
         self.grid = grid
         self.row_of_prompt, self.column, prompt_lengths, self.lengths = places  # [B] each

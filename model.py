@@ -216,7 +216,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def compile_layers(self):
-        """Fuse what the layers compute, on a GPU. Takes up to a minute at the first batches; rounds differently."""
+        """torch.compile the layers, on a GPU. Takes up to a minute at the first batches; rounds differently."""
         if self.compiled:
             return
         self.compiled = True

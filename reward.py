@@ -1,4 +1,4 @@
-"""The Sim-RL reward (paper Eqs. 6-10; paper.md 1.5): how similar a response is to the gold answer.
+"""The Sim-RL reward (paper Eqs. 6-10): how similar a response is to the gold answer.
 
     R          = (R_format - 1) + R_format (R_fc + R_response)             in [-1, 1]                   Eq. 6
     R_fc       = sum of sim over matched calls / (|P| + |G| - |P and G|)   P: predicted, G: gold calls  Eq. 7
@@ -9,7 +9,7 @@
 R_format is 0 if the response does not contain exactly one think block, or if a call cannot be parsed, names
 an unknown tool or has an unknown argument. Otherwise it is 1, and R is R_fc if response and gold answer are
 both calls, R_response if both are text, and 0 if one is calls and the other text. Model output is never run.
-An unclosed call scores 0. (paper.md gives the equation numbers as a range, so 7 to 10 follow its order.)
+A response whose only calls are unclosed scores 0.
 
 Where the paper is silent, this follows the function that the authors released (`simrl.py` of their repository);
 tests/test_reward.py compares 3,000 of its values:
@@ -253,12 +253,13 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     tools: list of the tools in the prompt
     think: "none" requires no think block (for models without think tags)
     strip_eos: cut text replies at the end token; otherwise an empty reply scores about 0.5 for that token alone
-    binary: 1 for exactly the gold calls, or for any text where the label is text; else 0 (the paper's ablation)
+    binary: 1 for exactly the gold calls, or for any text where the label is text; else 0;
+        -1 for a format failure, as without it (the paper's ablation)
 
     Returns a dictionary:
     reward: the training signal, in [-1, 1]
     answer_score: used to filter groups of samples, in [0, 1]: the reward, or 0 for format failures
-    case: which rule decided (paper.md 1.5); for format failures one of FORMAT_FAILURES
+    case: which rule decided; for format failures one of FORMAT_FAILURES
     exact: whether the calls equal the gold calls; True for any text reply if the label is text
     calls, gold: the calls of response and label, None for text and for calls that are a format failure
     pairs, left: see `match`

@@ -1,16 +1,16 @@
-"""The sampler: prompts in, responses sampled from the model that is being trained out.
+"""The sampler: prompts in, sampled responses out.
 
 A slot is a row of the key/value cache in which one response grows. A prompt is computed and stored once; its responses
 read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A response that ends
 frees its slot at once: the last slot in use moves into the hole, and the next response starts.
 
 A response depends on its request and the model only, because the uniform numbers belong to the request. Other requests
-change the rounding of logits: in float32 this changes few texts, in bfloat16 up to half of long ones.
+change the rounding of logits: in float32 this changes few texts, in bfloat16 about half of long ones.
 
 Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
 
 Departures from the released code:
-1. No vLLM: the released run hands its weights to another engine and recomputes the log-probs.
+1. No vLLM: the released run hands its weights to another engine.
 2. Ids beyond the tokenizer (padding rows of the embedding) are never sampled.
 3. The stop token is the last id of a response. An immediate stop is allowed; the released code forces one other token
    first. Nothing is appended to a response that reached the length limit (released: an end token).
@@ -29,9 +29,9 @@ from data.groups import Response
 from head import inverse_transform
 from kv_cache import KVCache, lay_out
 
-PREFILL_TOKENS = 2048  # padded tokens of the prompts that are computed together
-MOST_GRAPHS = 256  # shapes of a step that a GPU keeps; the oldest goes first
-LOGITS_AT_ONCE = 2 ** 20  # logits per draw on a CPU: larger tensors go back to the system, then page-fault again
+PREFILL_TOKENS = 2048  # padded prompt tokens per prefill pass
+MAX_GRAPHS = 256  # CUDA graphs kept, one per shape; the oldest goes first
+LOGITS_AT_ONCE = 2 ** 20  # logits per draw on a CPU
 
 
 def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
@@ -39,7 +39,7 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
     add("--max-concurrent", type=positive, default=64, metavar="N",
-        help="sequences generated concurrently; changes memory and speed and, by rounding, samples: up to half of "
+        help="sequences generated concurrently; changes memory and speed and, by rounding, samples: about half of "
         "them with bfloat16, few with float32")
     add_length_flag(parser)
 
@@ -85,7 +85,7 @@ class Slot:
 
 
 class Sampler:
-    """Draws responses to many requests, up to `num_slots` of them at a time.
+    """Draws the responses to many requests, up to `num_slots` at a time.
 
     model: a Transformer, in the precision to sample with
     chat: a response ends with one of its `stop_ids`; ids from its `vocab_size` on are never drawn
@@ -114,7 +114,7 @@ class Sampler:
         self.requests.append(request)
 
     def clear(self):
-        """Drop all requests and their prompts. Needed before the weights change, if any are left: keys become stale."""
+        """Drop all requests and their prompts. Call it before the weights change: cached keys become stale."""
         self.requests.clear()
         self.waiting.clear()
         self.slots.clear()
@@ -173,7 +173,7 @@ class Sampler:
             self.prompts.append(request.prompt)
 
     def prefill(self, row):
-        """Compute the keys of the prompts from `row` on, without the last token: each response feeds it itself."""
+        """Prefill the prompts from `row` on, except their last token: each response feeds that itself."""
         new = self.prompts[row:]
         size = 1 if self.prefixes else max(1, PREFILL_TOKENS // max(map(len, new), default=1))
         for i in range(0, len(new), size):
@@ -242,7 +242,7 @@ class Sampler:
         inputs = (grid, places[:, order], draws[:, order])
         key = (B, *grid.shape, *shape)
         if key not in self.graphs:
-            if len(self.graphs) == MOST_GRAPHS:
+            if len(self.graphs) == MAX_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
             buffers = [tensor.to(self.model.head_weight.device) for tensor in inputs]
             self.compute(*buffers, *shape)  # compiles, and takes memory, neither of which can be recorded

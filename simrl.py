@@ -1,4 +1,4 @@
-"""Sim-RL (paper section 3.2; paper.md 1.5, 1.6): GRPO with the similarity reward. First the formulas, then the loop.
+"""Sim-RL (paper section 3.2): GRPO with the similarity reward. First the formulas, then the loop.
 
 A step samples a group of n responses o_1 ... o_n to each of its prompts, scores each with the reward R, keeps the
 groups with a learning signal, and improves the policy pi in a few optimiser steps; pi_old is the policy that sampled.
@@ -18,7 +18,7 @@ Where paper, released code and this file differ (sampler.py and data/groups.py l
 3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
 4. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
    which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
-5. Length: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it
+5. Steps: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it
    has enough groups, at most --max-draws times as many. With too few, it makes fewer updates.
 """
 import math
@@ -59,7 +59,7 @@ def advantages(rewards, kind="group_norm"):
 
 
 def has_signal(rewards, scores, rule="scores"):
-    """Whether a group is trained on; scores are rewards with format failures at 0. Difference 4.
+    """Whether to train on a group; scores are rewards with format failures at 0 (difference 4 above).
 
     >>> has_signal([-1, 0], [0, 0]), has_signal([-1, 0], [0, 0], "rewards")
     (False, True)
@@ -103,7 +103,7 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     if ref_log_p is None:
         return policy, stats
     k2 = 0.5 * (log_p - ref_log_p) ** 2  # [C], estimates the KL
-    kl = k2.clamp(max=10)  # as released (paper.md 1.6)
+    kl = k2.clamp(max=10)  # as released
     return policy + kl_weight * kl, stats | {"kl": kl}
 
 
@@ -224,7 +224,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
     Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p (None in the first
-    batch), ref_log_p (None without a reference), token_weights. Also counts, see `share_of_rank`.
+    batch), ref_log_p (None without a reference), token_weights. Also active, see `share_of_rank`.
     """
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -233,8 +233,8 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     for update, batch in enumerate(optimiser_batches(groups, args.batch_size, args.seed, step)):
         parts = micro_batches(batch, args.micro_batch_tokens)
         batches.append([])
-        for micro, counts in train.share_of_rank(parts):
-            packed = pack(micro, device) | {"counts": counts}
+        for micro, active in train.share_of_rank(parts):
+            packed = pack(micro, device) | {"active": active}
             responses = [r for group in micro for r in group.responses]
             advantage = [r.advantage for r in responses]
             advantage = torch.tensor(advantage, dtype=wide_dtype, device=device)
@@ -244,7 +244,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             # Before the first update the loss itself computes the log-probs of pi_old.
             packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args) if update else None
             packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args) if reference else None
-            packed["token_weights"] = counts * token_weights(
+            packed["token_weights"] = active * token_weights(
                 args.loss_mean, packed["response"], batch, len(parts), wide_dtype)
             batches[-1].append(packed)
     return batches
@@ -278,7 +278,7 @@ def accumulate_gradients(model, batch, vocab_size, args):
         value.backward()
         sums["loss"] += value.detach()
         for name, part in stats.items():
-            sums[name] = sums.get(name, 0.0) + packed["counts"] * part
+            sums[name] = sums.get(name, 0.0) + packed["active"] * part
     return sums
 
 
@@ -301,7 +301,7 @@ def simrl_flags(parser):
     add_data_flags(parser, "records with gold answers")
     add_prompt_flags(parser)
     add_count_flags(parser, 8, least=2)
-    train.add_valid_flags(parser, "records with gold answers, to answer greedily now and then", every=10)
+    train.add_valid_flags(parser, "records with gold answers, answered greedily", every=10)
     add = parser.add_argument_group("steps").add_argument
     add("--prompts-per-step", type=positive, default=128, help="groups per step")
     add("--temperature", type=number(float, 1e-6), default=1.0, help="not 0")
@@ -309,17 +309,17 @@ def simrl_flags(parser):
     add("--steps", type=positive, help="overrides --episodes")
     add = parser.add_argument_group("reward and filter").add_argument
     add("--reward", choices=("similarity", "binary"), default="similarity",
-        help="binary: all or nothing")
+        help="binary: 1 for exactly the gold calls, else 0; -1 for a format failure")
     add("--strip-eos", action="store_true",
         help="remove the end token from text replies before scoring")
     add("--filter", choices=("scores", "rewards", "none"), default="scores",
-        help="groups to train on: scores differ, with a mean in 0.01-0.99; "
-        "rewards differ; none: no filter")
+        help="scores: train on groups whose scores differ, with a mean in 0.01-0.99; "
+        "rewards: whose rewards differ; none: on all")
     add("--max-draws", type=positive, default=4, metavar="N",
         help="to fill a step, sample at most N x prompts-per-step prompts")
     add = parser.add_argument_group("loss").add_argument
     add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
-        help="R - mean over the standard deviation, or R - mean")
+        help="(R - mean) / std, or R - mean")
     add("--kl-weight", type=non_negative, default=1e-3,
         help="weight of the KL to pi_ref; 0: no reference model")
     add("--clip", type=non_negative, nargs=2, default=[0.2, 0.2],
@@ -373,6 +373,6 @@ def run_simrl(args):
 
 
 def training_reward(chat, args, record, text):
-    """The reward of Sim-RL. Returns {"reward", "answer_score", "case": why, "exact": is it the gold answer}."""
+    """The reward of Sim-RL. Returns {"reward", "answer_score", "case": why, "exact"}, see `reward.score`."""
     binary = args.reward == "binary"
     return score_response(chat, record, text, strip_eos=args.strip_eos, binary=binary)

@@ -15,7 +15,7 @@ from data import InputError, is_first_rank, several_processes, unlock_all
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
 COMMANDS = {
-    "demo": ("apps.curriculum", "STAR on the embedded models: distil, refine, score"),
+    "demo": ("apps.curriculum", "STAR on the bundled models: distil, refine, score"),
     "curriculum": ("apps.curriculum", "run a list of star.py command lines in order; resume it"),
     "prepare": ("data.prepare", "check and label records, choose a mix of them"),
     "sft": ("ckd", "fine-tune by cross-entropy on gold answers"),
@@ -29,8 +29,8 @@ COMMANDS = {
     "serve": ("apps.serve", "an OpenAI-compatible endpoint on this machine"),
     "bfcl": ("apps.bfcl", "official BFCL scores, by the official tool"),
     "acebench": ("apps.acebench", "official ACEBench scores, by the official tool"),
-    "estimate": ("apps.estimate", "memory and hours of every stage, from two config.json"),
-    "lens": ("apps.lens", "CKD on one response, token by token, as a page"),
+    "estimate": ("apps.estimate", "memory and hours of every stage, from two model folders"),
+    "lens": ("apps.lens", "CKD on one response, token by token, in HTML"),
     "plot": ("apps.plot", "curves of runs as a picture"),
 }
 
@@ -90,7 +90,7 @@ def main(argv=None):
         message = f"interrupted; {again}" if "resume" in args else "interrupted"
     finally:
         unlock_all()
-    # Printed only here, after any progress bar has ended its line. Bad input is told by the rank that found it.
+    # Printed only here, after any progress bar has ended its line. The rank that found bad input reports it.
     if code == 2 or is_first_rank():
         print(f"star.py {args.command}: {message}", file=sys.stderr)
     return code

@@ -60,7 +60,7 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add("--gradient-checkpointing", action="store_true",
         help="recompute activations: less memory")
     add("--compile", action="store_true",
-        help="on a GPU: fuse the layers, with flex_attention; half the time of a step of 16,000 tokens, "
+        help="on a GPU: compile the layers, with flex_attention; halves a step of 16,000 tokens, "
         "after half a minute of compiling; not run with several ranks")
     add("--shard-ranks", type=positive, metavar="N",
         help="under torchrun: processes that share one copy of the weights; default: all; not run on several GPUs yet")
@@ -85,7 +85,7 @@ def add_valid_flags(parser, valid_help, every):
 # Optimisers
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, but it iterates in float32, as many CPUs lack bfloat16, and on all matrices of a shape at once."""
+    """torch's Muon, iterating in float32 (many CPUs lack bfloat16) and on all matrices of one shape at once."""
 
     @torch.no_grad()
     def step(self):
@@ -114,7 +114,7 @@ def orthogonalise(x):
 
 def make_optimisers(model, args):
     """The optimisers that --optimiser names, as a list: AdamW with the released betas, without decay on norms and
-    biases (paper.md 1.6). With muon, for very small models, Muon takes the matrices of the layers, at 5 times the rate.
+    biases. With muon, for very small models, Muon takes the matrices of the layers, at 5 times the rate.
     """
     layers, matrices, vectors = [], [], []
     for name, p in parameters(model).items():
@@ -211,8 +211,8 @@ def sharding(args, device):
 
 
 def share_of_rank(micro_batches):
-    """This rank's [(micro-batch, counts)] of a batch, counts being 1. All ranks must make the same number of passes: a
-    rank that is one short also runs the shortest micro-batch, with counts 0, so that it adds nothing."""
+    """This rank's [(micro-batch, active)] of a batch, active being 1. All ranks must make the same number of passes: a
+    rank that is one short also runs the shortest micro-batch, with active 0, so that it adds nothing."""
     share = [(micro, 1) for micro in micro_batches[rank()::world_size()]]
     if len(share) * world_size() < len(micro_batches):
         share.append((micro_batches[-1], 0))
@@ -235,7 +235,7 @@ def sum_over_ranks(sums):
 
 
 def exchange_device():
-    """Where tensors lie that ranks exchange: on this rank's GPU, see `pick_device`, or on the CPU."""
+    """The device of tensors that ranks exchange: this rank's GPU (see `pick_device`) or the CPU."""
     return "cuda" if dist.get_backend() == "nccl" else "cpu"
 
 
@@ -270,7 +270,7 @@ def fail_together():
 
 
 def memory_in_use(device):
-    """{"memory_gb"}: held now, by tensors on a GPU, or by this process; where that is not known, the most so far."""
+    """{"memory_gb"}: held now by tensors (on a GPU) or by this process (on Linux); elsewhere the peak so far."""
     if device.type == "cuda":
         return {"memory_gb": round(torch.cuda.memory_allocated() / 1e9, 3)}
     if sys.platform != "linux":
@@ -295,8 +295,8 @@ def peak_memory(device):
 def open_run(args, models=(), files=(), others=()):
     """Prepare the folder --out for a run. Returns the step to resume after, 0 for a new run; the same on every rank.
 
-    models: the model folders that the run reads, or None, the one that trains first; broken ones are refused before
-        anything is written
+    models: the model folders that the run reads, the one that trains first; None is skipped; broken ones are refused
+        before anything is written
     files: the data files that the run reads, or None
     others: other paths that it uses, or None
 

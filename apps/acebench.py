@@ -1,7 +1,7 @@
 """`star.py acebench`: the official ACEBench scores of a model (English, normal part), by its own programs, offline.
 
 --acebench names a clone of it, which is not changed: its two programs run in OUT, on the chosen lines of its data, and
-talk to the served model (apps/serve.py) as if it were OpenAI's. The rest of OUT is in apps/official.py.
+talk to the served model (apps/serve.py) as if it were OpenAI's. apps/official.py lists the rest of OUT.
 
     --env DIR        a virtual environment with three packages; made if it is missing (needs pip)
     OUT/data_all     the chosen items and their gold answers

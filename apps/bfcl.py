@@ -1,8 +1,8 @@
 """`star.py bfcl`: the official BFCL scores of a model, by the official tool (`bfcl-eval`), offline.
 
 The tool renders the prompts, runs the simulated tools of multi-turn items, and scores. This file makes the tool's own
-environment, serves the model (apps/serve.py), calls the tool's two commands and reads what they write (the rest of OUT
-is in apps/official.py):
+environment, serves the model (apps/serve.py), calls the tool's two commands and reads what they write (apps/official.py
+lists the rest of OUT):
 
     --env DIR           a virtual environment with bfcl-eval; made if it is missing (4 minutes, 700 MB, needs pip)
     OUT/result_star     what the model answered, by category        OUT/score_star    the tool's scores
@@ -110,7 +110,7 @@ def item_files(args, env):
     files = {name: data / f"BFCL_{args.release}_{tool_names.get(name, name)}.json"
              for name in (*NON_LIVE, *LIVE, *MULTI_TURN)}
     if not files["irrelevance"].exists():
-        raise InputError(f"{args.env}: is no BFCL {args.release}; give another --env, or delete it: it is made anew")
+        raise InputError(f"{args.env}: holds no BFCL {args.release}; give another --env, or delete it to rebuild it")
     if args.compare:
         version = read_json(Path(args.compare) / "summary.json").get("bfcl_eval")
         if version != RELEASES[args.release]:

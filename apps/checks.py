@@ -7,7 +7,7 @@ from data import InputError, is_first_rank, several_processes
 SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval", "serve")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which it sets for each process
 
-# (commands, flags, when they have no effect): said if one of the flags is given.
+# (commands, flags, when they have no effect, the test of that): printed if one of the flags is given.
 IDLE = (
     ("sft ckd simrl", "valid_limit", "without --valid", lambda args: not args.valid),
     ("simrl", "valid_every", "without --valid", lambda args: not args.valid),

@@ -16,7 +16,7 @@ from data.records import stream_records
 from data.rollouts import read_rows
 from model import Transformer
 
-# The paper's order on the embedded models (data/tiny): the teacher answers the prompts, CKD distils its answers into
+# The paper's order on the bundled models (data/tiny): the teacher answers the prompts, CKD distils its answers into
 # the student, Sim-RL refines the student, and every model is scored on requests with unseen values.
 DEMO = """
 eval --model data/tiny/teacher {eval} --out {out}/eval/teacher
@@ -182,7 +182,7 @@ def demo_flags(parser):
 
 
 def run_demo(args):
-    """STAR on the embedded models: score teacher and student, distil (CKD), refine (Sim-RL), score again."""
+    """STAR on the bundled models: score teacher and student, distil (CKD), refine (Sim-RL), score again."""
     if Path(args.out).exists() and not (args.resume or args.overwrite):
         remedy = "use --resume to continue it or --overwrite to start again"
         raise InputError(f"{args.out}: exists already; {remedy}")
@@ -232,7 +232,7 @@ def read_scores(folder):
     if run.exists():
         summary = read_json(run)
         seconds = {name: "a number" for name in summary if name.startswith("seconds")}
-        check_fields(summary, seconds, run, "make that run anew")
+        check_fields(summary, seconds, run, "run it again")
         scores["seconds"] = f"{seconds_in(summary):.0f}"
     return scores
 

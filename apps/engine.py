@@ -1,7 +1,7 @@
 """The engine of `star.py serve`: one thread draws tokens for the requests of all clients.
 
     PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed
-    Engine        submit(job), from any thread; the job's `news` says when there are tokens, and when it is done
+    Engine        submit(job), from any thread; the job's `updates` says when there are tokens, and when it is done
 
 A conversation sends all of its earlier turns again, and many requests share a system prompt with its tools.
 """
@@ -63,15 +63,15 @@ def common_length(a, b):
 
 @dataclass(eq=False)
 class Job:
-    """A request of a client. `news` gets True when there are new tokens (if `stream` is set), False at the end."""
+    """A request of a client. `updates` gets True when there are new tokens (if `stream` is set), False at the end."""
     request: Request
     stream: bool = False
-    gone: bool = False  # the client went away
-    news: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    disconnected: bool = False  # the client went away
+    updates: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
 
 
 class Engine(threading.Thread):
-    """Draws tokens for all jobs. Handlers `submit` a job and wait for its news."""
+    """Draws tokens for all jobs. Handlers `submit` a job and wait for its updates."""
 
     def __init__(self, sampler, args):
         super().__init__(daemon=True)
@@ -111,13 +111,13 @@ class Engine(threading.Thread):
             with self.changed:
                 self.error = f"the sampler failed: {error}"
                 for job in self.jobs.values():
-                    job.news.put(False)
+                    job.updates.put(False)
             raise
 
     def step(self):
         """Drop the jobs of clients that went away, draw a token in every slot, and notify the jobs."""
         for request, job in list(self.jobs.items()):
-            if job.gone:
+            if job.disconnected:
                 waiting = [slot for slot in self.sampler.waiting if slot.request is not request]
                 self.sampler.waiting = deque(waiting)
                 for response in request.responses:
@@ -125,10 +125,10 @@ class Engine(threading.Thread):
         for request in self.sampler.step():
             with self.changed:
                 job = self.jobs.pop(request)
-            job.news.put(False)
+            job.updates.put(False)
         for job in list(self.jobs.values()):
             if job.stream and job.request.responses:
-                job.news.put(True)
+                job.updates.put(True)
 
     def count(self, **counts):
         """Add to the counts. Returns the number of requests so far."""

@@ -1,7 +1,7 @@
-"""How much memory and time the stages take on GPUs, from two config.json: `python star.py estimate`.
+"""How much memory and time the stages take on GPUs, from two model folders: `python star.py estimate`.
 
-Memory is computed, and tests/test_estimate.py compares it with what runs on a CPU allocate. Two numbers of time were
-measured on one H200 (tests/README.md, *A GPU*): operations a second in training, bytes a second in decoding.
+Memory is computed, and tests/test_estimate.py compares it with what runs on a CPU allocate. Two speeds were measured
+on one H200 (tests/README.md, *A GPU*): operations a second in training, bytes a second in decoding.
 
 All sizes below are in bytes. h: hidden size, i: size inside the feed-forward, q and kv: sizes of queries and keys.
 """
@@ -16,7 +16,7 @@ from sampler import Request, cache_size
 
 
 def read_sizes(folder):
-    """What is computed with: the settings of a model folder, and the numbers of weights of its layers and its head."""
+    """The settings of a model folder, and its numbers of weights: all, the head's, the embeddings'."""
     folder = Path(folder)
     with torch.device("meta"):
         model = Transformer(read_json(folder / "config.json", MODEL_FOLDER), folder)
@@ -103,7 +103,7 @@ def forward_operations(c, args, prompts):
 
 
 def sampling_hours(c, args, prompts):
-    """Of n responses to each prompt on one GPU: a step reads the weights and the keys of all slots."""
+    """Hours to sample n responses to each prompt on one GPU: a step reads the weights and the keys of all slots."""
     slots = args.max_concurrent
     keys = 4 * c["num_hidden_layers"] * c["kv"] * slots * (args.prompt_tokens / args.n + args.response_tokens / 2)
     steps = prompts * args.n * args.response_tokens / slots
@@ -132,11 +132,11 @@ def estimate_flags(parser):
     parser.add_argument("--teacher", required=True, help="the same")
     parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
     add = parser.add_argument_group("data").add_argument
-    add("--prompts", type=positive, default=128_000, help="of rollout and ckd, one epoch")
+    add("--prompts", type=positive, default=128_000, help="one epoch of rollout and ckd")
     add("--n", type=positive, default=8, help="responses to a prompt")
     add("--prompt-tokens", type=positive, default=600, help="mean tokens of a prompt")
     add("--response-tokens", type=positive, default=250, help="mean tokens of a response")
-    add("--steps", type=positive, default=1000, help="of simrl")
+    add("--steps", type=positive, default=1000, help="steps of simrl")
     add("--prompts-per-step", type=positive, default=128, help="as in simrl")
     add("--draws", type=non_negative, default=2.0, help="prompts that simrl samples for each one that it trains on")
     add = parser.add_argument_group("memory, as in the stages").add_argument
@@ -154,7 +154,7 @@ def estimate_flags(parser):
 
 
 def run_estimate(args):
-    """Memory on each GPU and hours of every stage, computed from two config.json. Hours are divided by the GPUs:
+    """Memory on each GPU and hours of every stage, computed from two model folders. Hours are divided by the GPUs:
     communication between them is not counted."""
     student, teacher = read_sizes(args.student), read_sizes(args.teacher)
     columns = ("weights", "copies", "activations", "head", "keys", "frozen")

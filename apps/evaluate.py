@@ -56,7 +56,7 @@ def eval_flags(parser):
 
 def run_eval(args):
     """Score a model's answers to records with gold answers, with intervals; compare two models. Under `torchrun` the
-    ranks share the records, and the files are those of one process, but for rounding."""
+    ranks share the records, and the files are those of one process, up to rounding."""
     device = pick_device(args)
     runs = [args]
     results = []
@@ -210,7 +210,7 @@ def report(out, result, other=None):
         difference = compare(rows, other[1])
         compared = {"model": other[0]} | summarise(other[1])
         summary |= {"compared_with": compared, "difference": difference}
-        table[0] += [other[0], "difference", "more than chance?"]
+        table[0] += [other[0], "difference", "significant?"]
         items = difference["reward"]["items"]
         note += f"; differences paired by item, {items} in both; p from sign flips"
     for name, metric in summary["metrics"].items():
@@ -237,7 +237,7 @@ def reward_flags(parser):
         help="none: for models without think tags, require no think block")
     add("--strip-eos", action="store_true", help="cut text replies at the end token; in the "
         "released reward it counts, so that an empty reply to a short refusal scores 0.5")
-    add("--binary", action="store_true", help="1 or 0, the paper's ablation")
+    add("--binary", action="store_true", help="1, 0, or -1 for a format failure: the paper's ablation")
 
 
 def run_reward(args):
@@ -303,8 +303,8 @@ def explain_arguments(arguments, gold):
     """A line for each argument of two matched calls."""
     lines = []
     for name in arguments | gold:
-        mine, theirs = (json.dumps(side[name]) if name in side else "-" for side in (arguments, gold))
+        value, gold_value = (json.dumps(side[name]) if name in side else "-" for side in (arguments, gold))
         shared = name in arguments and name in gold
         similarity = reward.value_similarity(arguments[name], gold[name]) if shared else 0.0
-        lines.append(f"    {similarity:6.4f}  {json.dumps(name)}: {mine}   gold {theirs}")
+        lines.append(f"    {similarity:6.4f}  {json.dumps(name)}: {value}   gold {gold_value}")
     return lines

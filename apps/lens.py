@@ -31,8 +31,8 @@ def lens_flags(parser):
     add("--row", type=positive, default=1, metavar="N", help="which record, from 1")
     add("--response", type=natural, metavar="N",
         help="which response, from 1; 0: the gold answer; default: the first, if any")
-    add("--k", type=positive, default=100, help="teacher's most likely tokens")
-    add("--m", type=positive, default=100, help="student's most likely tokens")
+    add("--k", type=positive, default=100, help="size of the teacher's top-k")
+    add("--m", type=positive, default=100, help="size of the student's top-m")
     add("--tail-weight", type=non_negative, default=10.0, metavar="X", help="lambda")
     add("--out", required=True, metavar="FILE.html", help="page to write")
     add_prompt_flags(parser)

@@ -1,4 +1,4 @@
-"""Rebuild the embedded world's teacher and student from random weights: `python -m apps.make_tiny --out runs/tiny`.
+"""Rebuild the bundled world's teacher and student from random weights: `python -m apps.make_tiny --out runs/tiny`.
 
 It writes records and two random models, then runs the commands of PLAN there: 22 minutes on two idle cores. The
 same command resumes an interrupted rebuild. data/tiny holds copies of the results: runs/tiny/teacher/model,

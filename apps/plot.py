@@ -14,7 +14,7 @@ PANELS = {
     "reward": "Reward", "greedy_reward": "Reward, held out, greedy",
     "greedy_exact": "Exact answers, held out, greedy", "answer_score": "Answer score",
     "signal": "Share of groups with signal",
-    "format_failures": "Share of broken responses",
+    "format_failures": "Share of format failures",
     "length": "Response length, tokens", "kl_start": "KL to the starting model",
     "clipped": "Share of ratios clipped", "kl": "KL to the teacher",
     "tail": "Confident mistakes (S′)", "outside": "Mass outside the top k",

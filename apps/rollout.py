@@ -38,7 +38,7 @@ def rollout_flags(parser):
 
 def run_rollout(args):
     """Sample responses to each record, filter them by form, and score them if there is a gold answer. Under `torchrun`
-    the ranks share the records; the file is that of one process, but for rounding."""
+    the ranks share the records; the file is that of one process, up to rounding."""
     out = Path(args.out)
     device = pick_device(args)
     with fail_together():
@@ -46,7 +46,7 @@ def run_rollout(args):
             raise InputError(f"{out}: would be written over --data; use another --out")
         made = (Path(f"{out}.arguments.json"), Path(f"{out}.part"))
         if args.overwrite and out.exists() and not any(path.exists() for path in made):
-            raise InputError(f"{out}: is no rollout of this program; remove it or use another --out")
+            raise InputError(f"{out}: was not written by rollout; remove it or use another --out")
         chat = Chat.from_pretrained(args.model, args.think, args.tools)
         Transformer.from_pretrained(args.model, device="meta")  # refuse a broken model before anything is written
         groups = read_prompts(args, chat, args.min_reward is not None)
@@ -58,7 +58,7 @@ def run_rollout(args):
         arguments=arguments, resume=args.resume, overwrite=args.overwrite)
     dropped = {}
     if finished:
-        note(f"{out}: was finished before; nothing is sampled, and its filters stay as they were")
+        note(f"{out}: is already finished; nothing is sampled, and the filters are not run again")
     with fail_together():
         if rows:
             finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)

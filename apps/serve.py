@@ -1,6 +1,6 @@
 """`star.py serve`: a model behind an OpenAI-compatible HTTP endpoint on this machine.
 
-    GET  /v1/models, /v1/stats      the model; counts of requests, failures and tokens since the start
+    GET  /v1/models, /v1/stats      the model; counts of requests, failures and tokens since the start (of one rank)
     POST /v1/completions            prompt (text) -> text
     POST /v1/chat/completions       messages, tools -> content, tool_calls, reasoning_content
 
@@ -193,7 +193,7 @@ class Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def handle_error(self, request, client_address):
-        """A client went away in the middle; anything else is printed."""
+        """Ignore a client that disconnected; print anything else."""
         if not isinstance(sys.exception(), OSError):
             super().handle_error(request, client_address)
 
@@ -243,7 +243,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.fail(*error.args)
         except Exception as error:  # the client went away; anything else is a bug that it must hear of
             if job:
-                job.gone = True
+                job.disconnected = True
             if isinstance(error, OSError):
                 raise
             return self.fail(500, f"{type(error).__name__}: {error}")
@@ -265,10 +265,10 @@ class Handler(BaseHTTPRequestHandler):
         """Wait until there are new tokens or the job is done. Returns whether it goes on."""
         while True:
             try:
-                going_on = job.news.get(timeout=1)
+                running = job.updates.get(timeout=1)
                 if self.server.engine.error and not job.request.done:
                     raise HTTPError(500, self.server.engine.error)
-                return going_on
+                return running
             except queue.Empty:
                 poll = select.poll()
                 poll.register(self.connection, select.POLLIN)
@@ -285,22 +285,22 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.close_connection = True
         self.streaming = True
-        going_on = True
-        while going_on:
-            going_on = self.wait(job)
+        running = True
+        while running:
+            running = self.wait(job)
             choices = make_choices(self.server.engine.sampler.chat, job.request, chatting)
             for choice in choices:
                 message = choice.pop("message", {})
                 text = message.get("content") or "" if chatting else choice["text"]
-                if chatting and going_on and ("<" in text or "reasoning_content" in message):
+                if chatting and running and ("<" in text or "reasoning_content" in message):
                     text = ""  # a call or a thought begins
                 new = text[sent[choice["index"]]:]
                 sent[choice["index"]] += len(new)
                 if not chatting:
                     choice["text"] = new
                 else:
-                    choice["delta"] = {"content": new} if going_on else message | {"content": new}
-                if going_on:
+                    choice["delta"] = {"content": new} if running else message | {"content": new}
+                if running:
                     choice["finish_reason"] = None
             self.send_event(head | {"choices": choices})
         self.send_event("[DONE]")

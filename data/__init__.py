@@ -1,6 +1,6 @@
 """Files in and out: JSON, lines and folders, written atomically; hashes; locks; the one error a user can cause; tables.
 
-Everything between a file on disk and the tensors a model sees is in this folder. Nothing here needs a model.
+What lies between a file on disk and the packed tensors of a batch is in this folder. Nothing here imports the model.
 """
 import argparse
 import fcntl
@@ -91,7 +91,7 @@ def hash_files(paths):
     for path in map(Path, paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files += [file for file in inside if file.suffix in (".json", ".jinja", ".safetensors")] or [path]
-    found = {}
+    digests = {}
     for file in tqdm(filter(Path.is_file, files), "check inputs", unit="file", delay=2, leave=False,
                      disable=not is_first_rank()):
         status = file.stat()
@@ -99,8 +99,8 @@ def hash_files(paths):
         if key not in hashes:
             with open(file, "rb") as stream:
                 hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]
-        found[str(file)] = hashes[key]
-    return found
+        digests[str(file)] = hashes[key]
+    return digests
 
 
 def refuse_changes(where, before, now, remedy):

@@ -4,7 +4,7 @@
     DIR/ids.npy      [positions, k] int32      one row per counted position, group by group
     DIR/log_p.npy    [positions, k] float16
 
-A cache is refused unless it was made from exactly the same. teacher.py says what the k ids of a position are.
+A cache made from anything else is refused. teacher.py says which k ids a position has.
 """
 import hashlib
 import shutil

@@ -40,13 +40,13 @@ def add_prompt_flags(parser, tools="--tools"):
     add = parser.add_argument_group("prompts").add_argument
     add("--think", choices=("on", "off", "none"),
         help="on: the prompt ends in an opened <think>; off: in an empty think block; "
-        "none: no think tags; default: what the model's template knows")
+        "none: no think tags; default: on (Qwen3), none (Qwen2.5), off (data/tiny)")
     add(tools, choices=("flat", "wrapped"), default="flat",
         help="flat: tools as in the released data; wrapped: as in OpenAI's API")
 
 
 class Chat:
-    """A model folder's tokenizer and chat format, made by `from_pretrained`, whose parameters are attributes too.
+    """A model folder's tokenizer and chat format, made by `from_pretrained`; `think` and `tools` are attributes too.
 
     family: "qwen2.5" or "qwen3"
     default_system: Qwen2.5's system prompt for conversations without one; None for Qwen3

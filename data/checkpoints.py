@@ -1,4 +1,4 @@
-"""Checkpoints: weights, optimiser moments and progress of a run, in safetensors and JSON, whole tensors for any ranks.
+"""Checkpoints: weights, optimiser moments and progress of a run, unsharded, in safetensors and JSON.
 
     OUT/checkpoints/step-000100/    weights, exp_avg, exp_avg_sq, momentum_buffer .safetensors; progress.json
 """
@@ -20,7 +20,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and
 
 
 def list_checkpoints(out, ending=""):
-    """[(step, folder)] of a run's checkpoints, in their order. Other files beside them are not looked at."""
+    """[(step, folder)] of a run's checkpoints, in step order. Other files there are ignored."""
     names = [(re.fullmatch(rf"step-(\d{{6,}}){ending}", path.name), path) for path in Path(out).glob("checkpoints/*")]
     return sorted((int(name[1]), path) for name, path in names if name and path.is_dir())
 
@@ -52,7 +52,7 @@ def check_finite(out, step, name, value):
 def save_tensors(tensors, path):
     """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
     Path(path).touch()
-    mode = os.stat(path).st_mode  # safetensors would make the file its owner's only
+    mode = os.stat(path).st_mode  # safetensors would let only its owner read the file
     try:
         save_file(tensors, path, metadata={"format": "pt"})
         os.chmod(path, mode)

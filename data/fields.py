@@ -63,11 +63,11 @@ SCORED = SAMPLED | {"reward": "a number", "case": "text", "exact": "true or fals
 
 
 def check_fields(value, table, where, remedy=MODEL_FOLDER, needed=False):
-    """Return a JSON object. InputError if one of its fields has a value of another kind than the table says.
+    """Return a JSON object. InputError if the value of a field is not of the kind that the table gives.
     needed: whether the fields must be there"""
     for name, kind in table.items():
         if (needed or value.get(name) is not None) and not KINDS[kind](value.get(name)):
-            found = json.dumps(value.get(name))
-            found = found if len(found) <= 40 else found[:37] + "..."
-            raise InputError(f"{where}: {name} is {found}, not {kind}; {remedy}")
+            shown = json.dumps(value.get(name))
+            shown = shown if len(shown) <= 40 else shown[:37] + "..."
+            raise InputError(f"{where}: {name} is {shown}, not {kind}; {remedy}")
     return value

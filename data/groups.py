@@ -50,13 +50,13 @@ class Response:
 @dataclass(slots=True)
 class Group:
     """A record, its prompt as token ids, and the responses to it."""
-    stored: dict  # the record; from a file its JSON, a fifth of the memory
+    stored: dict | bytes  # the record; from a file as JSON, a fifth of the memory
     prompt: list  # from a file, an array("i")
     responses: list
 
     @property
     def record(self):
-        """The record; read anew each time if it is stored as JSON, so that changes are lost."""
+        """The record; parsed at each access if it is stored as JSON, so changes to it are lost."""
         return json.loads(self.stored) if isinstance(self.stored, bytes) else self.stored
 
     @property
@@ -114,7 +114,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     records: train on their `responses`, by the stored token ids if there are any, else on their gold answer
     chat: the Chat of the model to train
     max_prompt_tokens, max_response_tokens: caps; longer ones are skipped
-    mask: the response tokens in the loss (paper.md 1.2): all; think, up to and including the last `</think>`;
+    mask: the response tokens in the loss: all; think, up to and including the last `</think>`;
         answer, the rest; alter, think and answer alternately. A response without `</think>` is all think if the
         prompt opened a think block, else all answer
     """

@@ -1,18 +1,18 @@
-"""`star.py prepare`: drop records with bad gold answers, label the others, choose a mix of them (paper.md 1.7).
+"""`star.py prepare`: drop records with bad gold answers, label the others, choose a mix of them.
 
-    read -> self-check of the gold answer -> duplicates -> choice by quotas -> prompts too long -> labels
+    read -> self-check of the gold answer -> duplicates -> choice by quotas -> prompts too long -> --size -> labels
 
 The labels say what an answer is: response (it has text), single (one call), parallel (several calls), multi-step
 (calls right after a tool's result). single-turn and multi-turn say how far into a conversation the answer comes.
-The scan takes a record if one of its labels is below its quota, and stops at 1.1 x size records. A label that is rare
-in the input ends below its quota, and there may be fewer records than --size. The quotas of parallel, single and
-response add up to 1.2 x size: the scan reaches all three only if some answers have both text and calls.
+The scan takes a record of at most 10 turns if one of its labels is below its quota, and stops at 1.1 x size records. A
+label that is rare in the input ends below its quota, and there may be fewer records than --size. The quotas of parallel,
+single and response add up to 1.2 x size: the scan reaches all three only if some answers have both text and calls.
 
 Departures from the released code:
 1. Exact duplicates (messages, tools and answer) are dropped.
 2. The released scan covers one of four sources, to 50,000 records; this one covers all that is read.
 3. The tokenizer of --model measures prompts; without --model nothing is measured (released: Qwen3-8B's).
-4. Where paper.md is silent, our reading: `turns` counts system messages; single-turn means one turn; an answer
+4. Where paper and code are silent, our reading: `turns` counts system messages; single-turn means one turn; an answer
    with text and calls is a text reply too; sampling down continues the random numbers of the shuffle.
 """
 import hashlib

@@ -100,7 +100,7 @@ def read_lines(path):
         raise InputError(f"{path}: cannot be read ({e.strerror}); give a .jsonl or .jsonl.gz file") from e
 
 
-# ---- From a line to a record. `read_records` adds the file and the line to an InputError.
+# ---- From a line to a record. `stream_records` adds the file and the line to an InputError.
 
 def read_record(item, default_id, check):
     """A JSON object of any shape as a record. check: as in `read_calls`, for its answer."""
@@ -284,7 +284,7 @@ def split(string, separator):
 
 
 def check_record(record, need_answer, vocab_size, check_answer):
-    """Raise InputError for a record that cannot be used. Parameters as in `read_records`."""
+    """Raise InputError for a record that cannot be used. Parameters as in `stream_records`."""
     responses = record.get("responses") or []
     if not (isinstance(responses, list) and all(map(is_response, responses))):
         raise InputError('responses must be a list of objects with "text" or "ids"; '

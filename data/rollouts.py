@@ -7,11 +7,11 @@
 
 A response is {"text", "ids", "finish_reason", "logprob"}, with "reward" if the record has a gold answer.
 
-The filters check form, not correctness (paper.md 1.7): exactly one think block if the prompt asks for one; calls that
+The filters check form, not correctness, as in the paper: exactly one think block if the prompt asks for one; calls that
 can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt are dropped. A
 teacher's mistakes are kept, unless a minimum reward is set (the paper has no such filter).
 
-Departures from the released code, as far as paper.md describes it:
+Departures from the released code, as far as it is described:
 1. A call that is never closed fails, even after closed calls, where the reward ignores it.
 2. Two responses are duplicates if their reasoning, the text around their calls, and their calls in any order are
    equal. Surrounding white space and end tokens do not count. The first one is kept.

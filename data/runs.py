@@ -32,9 +32,9 @@ FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", 
 
 # What a run writes under --out, checkpoints apart, and all that --overwrite deletes. The summary, by which a run counts
 # as finished, goes first.
-OWN = ("summary.json", "model", "metrics.jsonl", "samples.jsonl", "samples.json",
+RUN_FILES = ("summary.json", "model", "metrics.jsonl", "samples.jsonl", "samples.json",
        "generations.jsonl", "generations.jsonl.part", "generations.jsonl.part.[0-9]*")
-OWN_SCORES = ("summary.json", "items.json", "stats.json", "test_case_ids_to_generate.json", "generate.log",
+SCORE_FILES = ("summary.json", "items.json", "stats.json", "test_case_ids_to_generate.json", "generate.log",
               "evaluate.log", "result_star", "score_star", "result_all", "score_all", "data_all")  # bfcl and acebench
 
 
@@ -55,14 +55,14 @@ def settings(args, inputs):
 
 
 def check_folder(args, paths):
-    """InputError if --out is no folder for this run, or if the run would write over one of the paths that it uses."""
+    """InputError if --out cannot be the folder of this run, or if the run would overwrite a path that it uses."""
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
-    own = [out / name for name in ("checkpoints", "arguments.json", *OWN, *OWN_SCORES)]
+    own = [out / name for name in ("checkpoints", "arguments.json", *RUN_FILES, *SCORE_FILES)]
     for path in map(Path, paths):
         around = [path.resolve(), *path.resolve().parents]
-        if same(out, path) or any(same(mine, place) for mine in own for place in around):
+        if same(out, path) or any(same(file, place) for file in own for place in around):
             raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
     if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
         if not (args.resume or args.overwrite):
@@ -97,9 +97,9 @@ def prepare_folder(args, inputs, shapes=None):
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
     if args.overwrite:
-        clear_folder(out, OWN_SCORES if args.command in ("bfcl", "acebench") else OWN)
+        clear_folder(out, SCORE_FILES if args.command in ("bfcl", "acebench") else RUN_FILES)
     elif saved.exists():
-        remedy = "resume with those of its arguments.json, or start again with --overwrite"
+        remedy = "resume with the flags in its arguments.json, or start again with --overwrite"
         refuse_changes(f"{out}: was started with", read_json(saved, remedy), now, remedy)
     step = latest_checkpoint(out)
     if step:
@@ -160,7 +160,7 @@ REFINED = ("reward", "updates", "groups_drawn", "groups_kept",
 
 
 def read_metrics(out, whole=False):
-    """The rows of metrics.jsonl; half a line at its end is left out. InputError if a value is no number.
+    """The rows of metrics.jsonl; a partial last line is left out. InputError if a value is not a number.
     whole: also if a figure of TRAINED or REFINED is missing
     """
     path = Path(out) / "metrics.jsonl"
@@ -330,7 +330,7 @@ def show_refinement(out, summary):
     """Print the best and the worst sample of the last three groups, the last one first, and the figures of a run."""
     path = Path(out) / "samples.jsonl"
     for _, line in islice(lines_from_end(path), 3):
-        group = check_fields(read_row(line, path), GROUP, path, "the samples above are whole", needed=True)
+        group = check_fields(read_row(line, path), GROUP, path, "the run itself is finished", needed=True)
         print(f"\ngold     {one_line(group['gold'])}")
         ranked = sorted(group["samples"], key=lambda sample: -sample["reward"])
         for sample in (ranked[0], ranked[-1]):

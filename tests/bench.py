@@ -716,7 +716,7 @@ def main():
         parser.error("--model is missing: a folder with a real Qwen2.5 of 0.5B parameters")
     train.keep_pages()  # as the commands do
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {time.strftime('%Y-%m-%d')}\n")
-    print("| what | peer or limit | here | peer | ratio | asked |\n|---|---|---|---|---|---|")
+    print("| what | peer or limit | here | peer | ratio | target |\n|---|---|---|---|---|---|")
     for name in args.rows or [name for name in ROWS if name not in ("gpu", "stages")]:
         ROWS[name](args.model)
 

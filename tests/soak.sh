@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# An hour of Sim-RL and then of CKD on the embedded models; the picture shows the memory in use at every step.
+# An hour of Sim-RL and then of CKD on the bundled models; the picture shows the memory in use at every step.
 set -uo pipefail  # not -e: Ctrl-C after an hour is the end that is wanted
 cd "$(dirname "$0")/.."
 common="--device cpu --dtype float32 --lr 1e-5 --batch-size 64 --micro-batch-tokens 2048 --save-every 50

@@ -55,7 +55,7 @@ def loss_function(objective, m=M, tail_weight=0.0, kd_ratio=1.0):
 
 
 def textbook(objective, logits, teacher, targets, ids, lam, m, kd_ratio):
-    """Losses per position with Python loops over tokens, written from paper.md 1.2. Differentiable."""
+    """Losses per position with Python loops over tokens, written from Eqs. 3-5. Differentiable."""
     losses = []
     for z, t, y, V_k in zip(logits, teacher, targets, ids.tolist()):
         zero = torch.zeros((), dtype=z.dtype)
@@ -163,7 +163,7 @@ def test_ckd_gradient_is_the_formula(lam):
 
 @pytest.mark.parametrize("objective", ["fkl", "ckd", "rkl"])
 def test_minimisers(objective):
-    """FKL-k and CKD end at q = p/P on V_k; RKL-k at q = p/e, with 1 - P/e of the mass outside (paper.md 1.4)."""
+    """FKL-k and CKD end at q = p/P on V_k; RKL-k at q = p/e, with 1 - P/e of the mass outside."""
     g = torch.Generator().manual_seed(3)
     teacher = torch.randn(1, 12, generator=g, dtype=torch.float64).log_softmax(-1)
     ids, log_p = teacher_view(objective, teacher, k=4)
@@ -431,7 +431,7 @@ def test_muon_is_that_of_torch(monkeypatch):
 
 
 def test_defaults_are_the_released_settings():
-    """paper.md 2."""
+    """The released settings."""
     a = settings("ckd")
     assert (a.objective, a.k, a.m, a.kd_ratio, a.mask, a.batch_size, a.epochs) == ("ckd", 100, 100, 1.0, "all", 128, 1)
     assert (a.lr, a.weight_decay, a.max_prompt_tokens, a.max_response_tokens, a.seed) == (3e-6, 1e-4, 5120, 512, 42)

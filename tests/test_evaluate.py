@@ -93,7 +93,7 @@ def evaluate(world, out, *flags):
 def test_eval_and_compare(world, tmp_path, capsys):
     assert evaluate(world, tmp_path / "a", "--n", "3", "--compare", f"{world}/teacher") == 0
     shown = capsys.readouterr().out
-    assert "more than chance?" in shown and "pass@3" in shown
+    assert "significant?" in shown and "pass@3" in shown
     summary = json.loads((tmp_path / "a/summary.json").read_text())
     assert summary["items"] == 24 and set(summary["difference"]) == set(summary["metrics"])
     rows = [json.loads(line) for line in (tmp_path / "a/generations.jsonl").read_text().splitlines()]

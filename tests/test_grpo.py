@@ -312,7 +312,7 @@ def slow_advantages(rewards, kind):
 
 
 def slow_response_loss(model, old, reference, prompt, response, A, args):
-    """(losses of a response's tokens, how many of them are clipped), from Eq. 11 and paper.md 1.6."""
+    """(losses of a response's tokens, how many of them are clipped), from Eq. 11 and the released code."""
     policies = (model, old, reference)
     log_p, old_log_p, ref_log_p = (slow_log_probs(p, prompt, response.ids, args.temperature) for p in policies)
     losses = []
@@ -407,7 +407,7 @@ def test_a_flat_group_has_no_policy_gradient(tmp_path):
 # ---- what the loop keeps, writes and learns --------------------------------------------------------------------------
 
 def test_defaults_are_the_released_settings():
-    """paper.md 2."""
+    """The released settings."""
     args = settings("simrl")
     for name, value in {"prompts_per_step": 128, "n": 8, "batch_size": 128, "lr": 3e-7, "kl_weight": 1e-3,
                         "clip": [0.2, 0.2], "temperature": 1.0, "max_new_tokens": 512, "episodes": 3,

@@ -116,7 +116,7 @@ def test_v3_scores_whole_categories(env, tmp_path, capsys):
     assert json.loads((out / "items.json").read_text()) == {"simple_java": {"java_0": 1, "java_1": 0}}
     assert json.loads((out / "summary.json").read_text())["bfcl_eval"] == bfcl.RELEASES["v3"]
     assert run(env, tmp_path / "two") == 2
-    assert "is no BFCL v4; give another --env" in capsys.readouterr().err
+    assert "holds no BFCL v4; give another --env" in capsys.readouterr().err
     (out / "summary.json").write_text(json.dumps({"bfcl_eval": bfcl.RELEASES["v4"]}))
     assert run(env, tmp_path / "two", "--release", "v3", "--categories", "simple_java", "--compare", str(out)) == 2
     assert "is of bfcl-eval 2026.3.23, whose items differ" in capsys.readouterr().err
@@ -268,7 +268,7 @@ def test_another_acebench_is_refused(checkout, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# ---- The tools themselves. A stub server answers gold; the embedded teacher, with a longer context, answers as it can.
+# ---- The tools themselves. A stub server answers gold; the bundled teacher, with a longer context, answers as it can.
 
 has_bfcl = pytest.mark.skipif("STAR_BFCL_ENV" not in os.environ, reason="STAR_BFCL_ENV names no environment of BFCL")
 has_bfcl_v3 = pytest.mark.skipif("STAR_BFCL_V3_ENV" not in os.environ, reason="STAR_BFCL_V3_ENV names no environment of v3")
@@ -277,7 +277,7 @@ has_acebench = pytest.mark.skipif("STAR_ACEBENCH" not in os.environ, reason="STA
 
 @pytest.fixture
 def long_teacher(tmp_path):
-    """The embedded teacher with a context of 32,768 tokens, which it was not trained for."""
+    """The bundled teacher with a context of 32,768 tokens, which it was not trained for."""
     folder = shutil.copytree(TINY / "teacher", tmp_path / "teacher")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32_768}))
@@ -386,7 +386,7 @@ def test_bfcl_itself(tmp_path):
 @has_bfcl
 def test_multi_turn_items_of_bfcl(long_teacher, tmp_path, monkeypatch):
     flags = ("--model", str(long_teacher), "--categories", "multi_turn_base", "--items", "2", "--max-concurrent", "2")
-    for longest, failed in ((24_000, 0), (100, 2)):  # the embedded tokenizer needs twice as many tokens as Qwen's
+    for longest, failed in ((24_000, 0), (100, 2)):  # the bundled tokenizer needs twice as many tokens as Qwen's
         monkeypatch.setitem(bfcl.LONGEST, "multi_turn_base", longest)
         assert run(os.environ["STAR_BFCL_ENV"], tmp_path / f"out{longest}", *flags) == 0
         summary = json.loads((tmp_path / f"out{longest}/summary.json").read_text())
@@ -436,7 +436,7 @@ def test_gold_answers_by_acebench(long_teacher, tmp_path, monkeypatch):
 
 @has_acebench
 def test_acebench_itself(long_teacher, tmp_path):
-    """The embedded teacher on two items of a category. The command knows how many tokens a prompt has."""
+    """The bundled teacher on two items of a category. The command knows how many tokens a prompt has."""
     checkout = Path(os.environ["STAR_ACEBENCH"])
     flags = ("--categories", "normal_similar_api", "multi_turn", "--items", "2")
     assert run_ace(checkout, tmp_path / "out", *flags, env=ace_env(tmp_path), model=long_teacher) == 0

@@ -1,4 +1,4 @@
-"""The reward: the authors' values, every row of the table in paper.md 1.5, ROUGE-L and the stemmer against their
+"""The reward: the authors' values, every case of the released function, ROUGE-L and the stemmer against their
 references, and hostile text."""
 import gzip
 import json
@@ -73,7 +73,7 @@ def test_only_the_last_assistant_turn_counts():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The table of paper.md 1.5, row by row
+# The cases of the released function, one by one
 
 @pytest.mark.parametrize("generation", ["<think>\nI wonder", CALL, THOUGHT + THOUGHT + CALL])
 def test_row_not_exactly_one_think_block(generation):

@@ -66,7 +66,7 @@ def test_overwrite_of_links_and_of_other_files(here, capsys):
     assert run(f"{STEPS} --overwrite") == 0 and Path("elsewhere/config.json").exists()
     assert not Path("run/model").is_symlink()
     Path("notes.jsonl").write_text("mine")
-    assert "is no rollout" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --overwrite")
+    assert "was not written by rollout" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --overwrite")
     assert Path("notes.jsonl").read_text() == "mine"
 
 
@@ -192,7 +192,7 @@ def test_filters_on_a_finished_rollout(here, capsys):
     assert run(ROLLOUT) == 0
     before = files(".")
     assert run(f"{ROLLOUT} --resume") == 0
-    assert "its filters stay as they were" in capsys.readouterr().err and files(".") == before
+    assert "the filters are not run again" in capsys.readouterr().err and files(".") == before
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2"}, {

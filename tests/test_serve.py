@@ -1,4 +1,4 @@
-"""`star.py serve`: what OpenAI's client, plain sockets and floods get. The embedded teacher answers."""
+"""`star.py serve`: what OpenAI's client, plain sockets and floods get. The bundled teacher answers."""
 import http.client
 import json
 import re

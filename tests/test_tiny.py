@@ -1,4 +1,4 @@
-"""data/tiny/: the embedded world keeps what its README promises: splits, phrasings, tokens, shared prefixes."""
+"""data/tiny/: the bundled world keeps what its README promises: splits, phrasings, tokens, shared prefixes."""
 import contextlib
 import doctest
 import io

@@ -1,1 +1,1 @@
-"""The embedded world: its text (tools, phrases), its records (world), its tokenizer. See README.md."""
+"""The bundled world: its text (tools, phrases), its records (world), its tokenizer. See README.md."""

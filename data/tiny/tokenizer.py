@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded world: its words are single ids, made-up names are syllables, the rest is bytes.
+"""The tokenizer of the bundled world: its words are single ids, made-up names are syllables, the rest is bytes.
 
 A model this small cannot learn that "play lomari" and {"song": "lomari"} hold the same name if the name is split
 differently in the two, as Qwen's tokenizer does by merging a space with the word after it. Therefore:

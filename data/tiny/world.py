@@ -376,7 +376,7 @@ def format_record(record):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print records of the embedded world, one per line.")
+    parser = argparse.ArgumentParser(description="Print records of the bundled world, one per line.")
     parser.add_argument("--n", type=int, default=1000, help="number of records, each with its own tools")
     parser.add_argument("--split", choices=SPLITS, default="train", help="which of the four splits")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
