@@ -327,10 +327,9 @@ def run_training(args, student_folder, teacher_folder=None):
         chat = Chat.from_pretrained(student_folder, think=args.think, tools=args.tools)
         if teacher_folder:
             vocab_size = check_pair(teacher_folder, student_folder)
-        groups, valid, skipped = read_groups(args, chat)
-        for reason, count in skipped.items():
-            if count:
-                train.note(f"skipped in {args.data}: {count} {reason}")
+        groups, valid, notes = read_groups(args, chat)
+        for line in notes:
+            train.note(line)
         if teacher_folder:
             key = cache_key(args, groups + valid, vocab_size)
     start = train.open_run(args, [student_folder, teacher_folder],
@@ -350,6 +349,8 @@ def run_training(args, student_folder, teacher_folder=None):
 
     # 3. Train.
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
+    if args.valid_answers and valid and not answered:
+        train.note("--valid-answers has no effect: no held-out record has a gold answer")
     answer_valid = None if not answered else partial(
         answer_held_out, chat, answered, partial(score_response, chat), args.max_response_tokens)
     if not distill(student, teacher, groups, valid, args, start, answer_valid):

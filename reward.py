@@ -253,8 +253,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     tools: list of the tools in the prompt
     think: "none" requires no think block (for models without think tags)
     strip_eos: cut text replies at the end token; otherwise an empty reply scores about 0.5 for that token alone
-    binary: 1 for exactly the gold calls, or for any text where the label is text; else 0;
-        -1 for a format failure, as without it (the paper's ablation)
+    binary: 1 for exactly the gold calls, or for any text where the label is text; else 0; -1 for a format failure
 
     Returns a dictionary:
     reward: the training signal, in [-1, 1]
@@ -316,12 +315,8 @@ STEP2 = {
     "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful", "ousness": "ous",
     "aliti": "al", "iviti": "ive", "biliti": "ble", "fulli": "ful",
 }
-STEP3 = {
-    "icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": "",
-}
-STEP4 = dict.fromkeys(
-    "al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split(), "",
-)
+STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
+STEP4 = dict.fromkeys("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split(), "")
 
 
 def shape(word):

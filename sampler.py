@@ -301,7 +301,7 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 
     logits: [R, V]
     uniform: [R], in [0, 1)
-    temperature: [R]; 0 takes the most likely token. None: 0 in all rows
+    temperature: [R]; below 1e-6 takes the most likely token. None: so in all rows
     top_p: [R]; below 1, keep the fewest tokens whose total probability reaches it. None: 1 in all rows
 
     Returns ids [R] and log-probs [R], after temperature and top-p; for temperature 0, under the plain softmax.
@@ -318,7 +318,7 @@ def next_token(logits, uniform, temperature=None, top_p=None):
         log_probs = logits.log_softmax(-1)  # [R, V]
         return most_likely.squeeze(-1), log_probs.gather(-1, most_likely).squeeze(-1)
     temperature = temperature[:, None]  # [R, 1]
-    greedy = temperature == 0  # [R, 1]
+    greedy = temperature < 1e-6  # [R, 1]; a quotient could be infinite
     probs = (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1)  # [R, V]
     if top_p is not None:
         top_p = top_p[:, None].masked_fill(greedy, 1.0)  # [R, 1]

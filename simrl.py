@@ -340,7 +340,8 @@ def run_simrl(args):
         prompts, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit)
         valid = []
         if args.valid:
-            valid, _ = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
+            valid, too_long = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
+            train.note(f"{len(valid):,} prompts to validate on, {too_long} skipped as too long")
     start = train.open_run(args, [args.model], [args.data, args.valid])
 
     # 2. Load the policy and the reference.

@@ -78,13 +78,17 @@ def main(argv=None):
     except (InputError, OSError) as e:
         code = 2
         message = str(e)
-        if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args:  # a failed write
+        if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args and "out" in args:  # a failed write
             message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
-    except RuntimeError as e:  # of a rank that waits for one that is gone
-        if type(e).__name__ != "DistBackendError" and "gloo" not in str(e):
+    except RuntimeError as e:
+        if type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e):
+            code = 2
+            message = "out of memory; README.md, *Out of memory?*, says which flags reduce it"
+        elif type(e).__name__ != "DistBackendError" and "gloo" not in str(e):
             raise
-        code = 1
-        message = f"another rank has ended, or cannot be reached ({str(e).splitlines()[0]}); {again}"
+        else:  # this rank waits for one that is gone
+            code = 1
+            message = f"another rank has ended, or cannot be reached ({str(e).splitlines()[0]}); {again}"
     except KeyboardInterrupt:
         code = 130
         message = f"interrupted; {again}" if "resume" in args else "interrupted"

@@ -47,8 +47,7 @@ def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
 def add_training_flags(parser, lr, weight_decay, save_every):
     """Flags of all training commands."""
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lr", type=non_negative, default=lr,
-        help="peak learning rate; 3%% warm-up, cosine to a tenth")
+    add("--lr", type=non_negative, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
     add("--optimiser", choices=("adamw", "muon"), default="adamw",
         help="muon, for very small models, trains the layers' matrices at 5 x --lr")
     add("--batch-size", type=positive, default=128, metavar="N",
@@ -57,8 +56,7 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add("--micro-batch-tokens", type=positive, default=4096, metavar="N",
         help="padded tokens per forward pass; changes memory and speed, and the gradient by rounding only "
         "(except with simrl --loss-mean micro-batch)")
-    add("--gradient-checkpointing", action="store_true",
-        help="recompute activations: less memory")
+    add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
     add("--compile", action="store_true",
         help="on a GPU: compile the layers, with flex_attention; halves a step of 16,000 tokens, "
         "after half a minute of compiling; not run with several ranks")

@@ -67,7 +67,7 @@ def run_acebench(args):
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
-    chosen, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout / DATA, name), tokens, room)
+    chosen, sizes, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout / DATA, name), tokens, room)
     open_run(args, [args.model], others=[args.compare])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
@@ -84,7 +84,7 @@ def run_acebench(args):
     # 3. Read, report. A failed request stops the tool: it is never recorded as an answer.
     items = {name: read_scores(out, name) for name in chosen}
     without_text = sum(not json.loads(line)["result"] for line in result_lines(out))
-    report(args, items, other, COLUMNS, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
+    report(args, items, other, sizes, COLUMNS, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
                                          "packages": " ".join(PACKAGES), "answers_without_text": without_text})
     print("\nThese are a subset of the items." if args.items or too_long else "")
 

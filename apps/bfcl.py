@@ -18,6 +18,7 @@ Multi-turn items make the tool evaluate calls that the model wrote, in its own p
 """
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
@@ -46,6 +47,7 @@ COLUMNS = {  # as the tool makes them, of `make_columns`
     "overall, v3": ("mean", ("Non-Live, v3", "Live, v3", "Multi-Turn")),
 }
 FAILED = b"Error during inference"  # what the tool records as an answer if a request failed
+SERVER_FAILED = (b"Connection error", b"timed out", b"Error code: 5")  # in such a line: it was not the conversation
 
 
 def bfcl_flags(parser):
@@ -61,6 +63,8 @@ def run_bfcl(args):
     if v3 and args.items:
         raise InputError("--items: v3 scores whole categories only; leave it out, or use --release v4")
     chat, room, other = open_inputs(args)
+    if sys.version_info >= (3, 13) and not Path(args.env).exists():
+        raise InputError("bfcl-eval needs numpy 1.26, so Python 3.11 or 3.12; run this command with one of them")
     packages = ["--no-deps", f"bfcl-eval=={RELEASES[args.release]}"]
     tool = make_environment(args.env, packages, install_needs) / "bfcl"
     files = item_files(args, tool.parents[1])
@@ -72,7 +76,7 @@ def run_bfcl(args):
     def tokens(name, entry):
         return min(LONGEST[name], room) if name in MULTI_TURN else prompt_tokens(chat, name, entry)
 
-    chosen, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
+    chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
     if v3 and too_long:
         raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
                          "categories only; use --release v4, or other --categories")
@@ -95,7 +99,7 @@ def run_bfcl(args):
 
     # 3. Read, check, report.
     items = read_items(out, chosen, files)
-    report(args, items, other, COLUMNS, {
+    report(args, items, other, sizes, COLUMNS, {
         "left_out": too_long, "think": chat.think, "bfcl_eval": RELEASES[args.release], "handler": HANDLER,
         "failed_conversations": sum(FAILED in line for line in result_lines(out))})
     subset = "a subset of " if args.items or too_long else ""
@@ -149,7 +153,8 @@ def read_items(out, chosen, files):
     chosen: {category: ids}
     files: {category: the tool's file of its items}
     """
-    failures = sum(FAILED in line and b'"id": "multi_turn' not in line for line in result_lines(out))
+    lines = [line for line in result_lines(out) if FAILED in line]
+    failures = sum(b'"id": "multi_turn' not in line or any(why in line for why in SERVER_FAILED) for line in lines)
     if failures:
         raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
                          "lines from result_star and continue with --resume")

@@ -19,6 +19,10 @@ IDLE = (
     ("ckd", "kd_ratio", "with --objective ce", lambda args: args.objective == "ce"),
     ("simrl", "max_draws", "with --filter none", lambda args: args.filter == "none"),
     ("simrl", "clip", "with one update a step", lambda args: args.prompts_per_step * args.n <= args.batch_size),
+    ("simrl", "strip_eos", "with --reward binary", lambda args: args.reward == "binary"),
+    ("reward", "strip_eos", "with --binary", lambda args: args.binary),
+    ("prepare", "max_prompt_tokens", "without --model", lambda args: not args.model),
+    ("prepare", "seed", "without --size", lambda args: not args.size),
     ("rollout chat", "top_p seed", "with --temperature 0", lambda args: not args.temperature),
     ("eval", "seed", "without --n", lambda args: not args.n),
 )

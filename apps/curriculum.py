@@ -4,13 +4,16 @@ The list is the whole plan: each line can be copied and run alone. `run_all` pri
 stops at the first that fails; with --resume it skips the finished ones and continues the one that was stopped.
 """
 import os
+import re
 import shlex
 import sys
 from collections import deque
 from itertools import islice
 from pathlib import Path
 
-from data import InputError, hash_files, one_line, print_table, read_json, refuse_changes, seconds_in
+from apps.evaluate import identity
+from data import InputError, hash_files, one_line, print_table, read_json, refuse_changes, same, seconds_in
+from data.chat import Chat
 from data.fields import EVALUATION, check_fields
 from data.records import stream_records
 from data.rollouts import read_rows
@@ -41,6 +44,8 @@ EVAL = "--data data/tiny/values.jsonl.gz --n 4 --max-concurrent 512 --max-new-to
 FULL = {"rollout": 3200, "ckd": 45, "simrl": 60, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
+OUTPUTS = ("compare", "evals", "runs", "story")  # flags that name folders which earlier commands have written
+
 # of the table; also pass@n, seconds
 COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy")
 
@@ -52,7 +57,8 @@ def split_lines(text):
     ['sft --model m --data d', 'plot run']
     """
     lines = []
-    for line in text.replace("\r\n", "\n").replace("\\\n", " ").split("\n"):
+    text = re.sub(r"(?m)^[ \t]*#.*$", "", text.replace("\r\n", "\n"))  # in a comment, a \ continues nothing
+    for line in text.replace("\\\n", " ").split("\n"):
         words = shlex.split(line, comments=True)
         if words[:2] == ["python", "star.py"]:
             del words[:2]
@@ -79,7 +85,7 @@ def add_continue_flags(parser):
 def run_curriculum(args):
     """Run the star.py command lines of a file in order, as printed; --resume continues after a stop."""
     try:
-        lines = split_lines(Path(args.file).read_text(encoding="utf-8"))
+        lines = split_lines(Path(args.file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as e:  # also: not UTF-8, a quote that is not closed
         raise InputError(f"{args.file}: cannot be read ({e}); give a text file of star.py command lines") from e
     if not lines:
@@ -103,12 +109,15 @@ def run_all(lines, args, parse, main):
             print(f"(in the line: {line})", file=sys.stderr)
             raise
     outs = [Path(getattr(stage, "out", None) or os.devnull) for stage in stages]
+    check_outs(lines, stages, outs, args.resume or args.overwrite)
     finished = [args.resume and is_finished(out, stage) for out, stage in zip(outs, stages)]
     check_inputs(lines, stages, outs, finished)
     ran = False
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded.
+        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded, nor what an
+        # evaluation was compared with.
+        done = done and not (stage.command == "eval" and stage.compare)
         if done and (not ran or stage.command not in ("plot", "lens") and is_finished(out, stage)):
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
@@ -125,21 +134,35 @@ def run_all(lines, args, parse, main):
     return 0
 
 
+def check_outs(lines, stages, outs, again):
+    """InputError if two lines write to one place, or one to a place that exists already. again: that may exist."""
+    for number, (line, stage, out) in enumerate(zip(lines, stages, outs)):
+        if out != Path(os.devnull) and any(same(out, other) for other in outs[:number]):
+            raise InputError(f"{out}: another line writes there, too; use another --out (in the line: {line})")
+        exists = out.is_file() or Path(f"{out}.part").exists() or out.is_dir() and any(out.iterdir())
+        if hasattr(stage, "overwrite") and exists and not again:
+            raise InputError(f"{out}: exists already; give --resume or --overwrite (in the line: {line})")
+
+
 def check_inputs(lines, stages, outs, finished):
     """InputError if a model or file that a stage reads is missing or broken, unless an earlier stage writes it."""
+    trained = [out / "model" if stage.command in ("ckd", "sft", "simrl") else out for stage, out in zip(stages, outs)]
     checked = set()
     for number, (line, stage) in enumerate(zip(lines, stages)):
         if stage.command == "curriculum":  # what its lines write is not known here
             return
         if finished[number]:
             continue
-        exists_only = stage.command in ("prepare", "reward", "estimate")
         need_answer = stage.command != "rollout"
-        for name in ("model", "teacher", "student", "data", "valid"):
+        for name in ("model", "teacher", "student", "data", "valid", *OUTPUTS):
             limit = getattr(stage, {"data": "limit", "valid": "valid_limit"}.get(name, ""), None)
             values = getattr(stage, name, None) or []
             for path in map(Path, values if isinstance(values, list) else [values]):
-                made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
+                if name in ("model", "teacher", "student"):
+                    made = any(path.resolve() == out.resolve() for out in trained[:number])
+                else:
+                    made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
+                exists_only = stage.command in ("prepare", "reward", "estimate") or name in OUTPUTS
                 check = (path, exists_only, need_answer, limit)
                 if made or check in checked:
                     continue
@@ -155,6 +178,7 @@ def check_input(path, exists_only, need_answer, limit):
     if not path.exists():
         raise InputError(f"{path}: no such file, and no line before writes it")
     if path.is_dir() and not exists_only:
+        Chat.from_pretrained(path)
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file() and not exists_only:  # a pipe can be read only once
         deque(islice(stream_records(path, need_answer), limit), maxlen=0)
@@ -209,7 +233,11 @@ def run_table(args):
     folders = [Path(folder) for folder in args.evals]
     names = [folder.name for folder in folders]
     scores = [read_scores(folder) for folder in folders]
-    print_examples(names, [read_rows(folder / "generations.jsonl", scored=True) for folder in folders])
+    answers = [read_rows(folder / "generations.jsonl", scored=True) for folder in folders]
+    for folder, rows in zip(folders, answers):
+        if list(map(identity, rows)) != list(map(identity, answers[0])):
+            raise InputError(f"{folder}: is of other records than {folders[0]}; use the same --data and --limit")
+    print_examples(names, answers)
     heads = list(dict.fromkeys(head for row in scores for head in row))
     table = [["", *heads]]
     for name, row in zip(names, scores):

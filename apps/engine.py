@@ -122,6 +122,9 @@ class Engine(threading.Thread):
                 self.sampler.waiting = deque(waiting)
                 for response in request.responses:
                     response.finish_reason = response.finish_reason or "cancelled"
+                if request.responses and not any(slot.request is request for slot in self.sampler.slots):
+                    with self.changed:
+                        del self.jobs[request]  # the sampler has nothing of it, so it will not return it
         for request in self.sampler.step():
             with self.changed:
                 job = self.jobs.pop(request)

@@ -55,7 +55,7 @@ def open_inputs(args):
     not there."""
     pick_device(args)
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
-    context = read_json(Path(args.model) / "config.json").get("max_position_embeddings", 32_768)
+    context = read_json(Path(args.model) / "config.json").get("max_position_embeddings") or 32_768
     other = read_json(Path(args.compare) / "items.json", "give the --out of an earlier run") if args.compare else {}
     return chat, context - args.max_new_tokens, other
 
@@ -67,6 +67,8 @@ def make_environment(env, packages, then=None):
     complete = Path(env) / "complete"
     if complete.exists():
         return programs
+    if Path(env).exists():
+        raise InputError(f"{env}: is not an environment that this command has finished; delete it or use another --env")
     print(f"making {env}: pip install", *packages, flush=True)
     try:
         venv.create(env, with_pip=True)
@@ -82,19 +84,21 @@ def make_environment(env, packages, then=None):
 
 
 def choose_items(args, groups, read, tokens, most):
-    """Returns ({category: ids}, {category: how many are left out, as their prompt has more than `most` tokens},
-    tokens of the longest prompt).
+    """Returns ({category: ids}, {category: items that it has in all}, {category: how many are left out, as their prompt
+    has more than `most` tokens}, tokens of the longest prompt).
 
     read: category -> {id: item}
     tokens: category, item -> tokens of its longest prompt
     """
     names = [name for key in args.categories for name in groups.get(key, (key,))]
     chosen = {}
+    sizes = {}
     too_long = {}
     longest = 1
     for name in tqdm(dict.fromkeys(names), "choose items", delay=2):
         items = read(name)
         ids = list(items)
+        sizes[name] = len(ids)
         if args.items and args.items < len(ids):
             ids = random.Random(f"{args.seed} {name}").sample(ids, args.items)
         lengths = {item: tokens(name, items[item]) for item in ids}
@@ -105,7 +109,7 @@ def choose_items(args, groups, read, tokens, most):
             chosen[name] = sorted(fitting)
     if not chosen:
         raise InputError(f"{args.model}: no prompt of these categories fits its context with --max-new-tokens")
-    return chosen, too_long, longest
+    return chosen, sizes, too_long, longest
 
 
 @contextmanager
@@ -134,6 +138,8 @@ def serve_model(args, longest_prompt):
             with suppress(OSError):  # after Ctrl-C the server may be gone; its counts are then lost
                 stats = json.load(open_url(f"http://127.0.0.1:{port}/v1/stats"))
                 write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
+        if process.poll() is not None:
+            raise InputError(f"{args.model}: the server ended early; continue with --resume")
     finally:
         process.terminate()
         process.wait()
@@ -159,7 +165,8 @@ def run_tool(command, out, log, variables, total=None):
                     "PYTHONDONTWRITEBYTECODE": "1", **variables}
     for path in out.glob(RESULTS):  # a kill may have left half a line
         content = path.read_bytes()
-        path.write_bytes(content[:content.rfind(b"\n") + 1])
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
     with open(out / log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment, cwd=out)
     try:
@@ -193,16 +200,18 @@ def read_score(out, pattern, ids, doubtful=frozenset()):
     return items
 
 
-def make_columns(items, table):
+def make_columns(items, sizes, table):
     """{column: [(weight, values)]}: a column is a weighted sum of means. The categories of items come first, then the
-    columns of a table, {column: ("mean" or "pool", names)}, unless one of their names is missing."""
+    columns of a table, {column: ("mean" or "pool", names)}, unless one of their names is missing. "pool" is the mean
+    over all items: a category weighs as many as it has (`sizes`), also if only some of them were drawn."""
     columns = {name: [(1.0, list(values.values()))] for name, values in items.items()}
     for name, (kind, names) in table.items():
         if columns.keys() >= set(names):
             parts = [part for one in names for part in columns[one]]
             columns[name] = [(weight / len(names), values) for weight, values in parts]
-            if kind == "pool":  # all items alike
-                columns[name] = [(1.0, [value for _, values in parts for value in values])]
+            if kind == "pool":
+                total = sum(sizes[one] for one in names)
+                columns[name] = [(sizes[one] / total, values) for one, (_, values) in zip(names, parts)]
     return columns
 
 
@@ -226,10 +235,10 @@ def paired_interval(part):
     return {"mean": 100 * mean, "low": 100 * (mean - half), "high": 100 * (mean + half)}
 
 
-def report(args, items, other, table, details):
+def report(args, items, other, sizes, table, details):
     """Write OUT/items.json and OUT/summary.json, and print the table, with what moves a score.
 
-    table: of `make_columns`
+    sizes, table: of `make_columns`
     """
     out = Path(args.out)
     scores = {}
@@ -237,8 +246,8 @@ def report(args, items, other, table, details):
     rows = [["", "items", "right, %", *(["difference"] if other else [])]]
     differences = {name: {item: value - other[name][item] for item, value in values.items() if item in other[name]}
                    for name, values in items.items() if name in other}
-    differences = make_columns({name: values for name, values in differences.items() if values}, table)
-    for name, part in make_columns(items, table).items():
+    differences = make_columns({name: values for name, values in differences.items() if values}, sizes, table)
+    for name, part in make_columns(items, sizes, table).items():
         scores[name] = interval(part)
         rows.append([name, sum(len(values) for _, values in part), percent.format(**scores[name])])
         if name in differences:

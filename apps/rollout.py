@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, number, one_line, print_table
+from data import InputError, number, one_line, print_table, same
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
 from data.rollouts import append_rollouts, filter_responses, finish_rollouts
@@ -42,7 +42,7 @@ def run_rollout(args):
     out = Path(args.out)
     device = pick_device(args)
     with fail_together():
-        if out.resolve() == Path(args.data).resolve():
+        if same(out, Path(args.data)):
             raise InputError(f"{out}: would be written over --data; use another --out")
         made = (Path(f"{out}.arguments.json"), Path(f"{out}.part"))
         if args.overwrite and out.exists() and not any(path.exists() for path in made):
@@ -66,7 +66,8 @@ def run_rollout(args):
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
                 remedy = f"all of them are in {out}.part: use --resume with --keep-all"
                 raise InputError(f"{out}: no response is left ({reasons}); {remedy}")
-            finish_rollouts(out, finished, arguments)
+            filters = {"keep_all": args.keep_all, "min_reward": args.min_reward}  # for apps/curriculum.py
+            finish_rollouts(out, finished, arguments | filters)
     if rank() > 0:
         return
     print_examples(finished)

@@ -56,8 +56,7 @@ def serve_flags(parser):
 
 def run_serve(args):
     """Serve a model to OpenAI clients on this machine, until Ctrl-C."""
-    with fail_together():
-        server = make_server(args)
+    server = make_server(args)
     chat = server.engine.sampler.chat
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if rank() == 0:
@@ -72,17 +71,31 @@ def run_serve(args):
 def make_server(args):
     """A server that listens, with its engine running."""
     device = pick_device(args)
-    if world_size() > 1 and args.port == 0:
-        raise InputError("--port 0: several ranks share a port; give its number")
-    chat = Chat.from_pretrained(args.model, args.think, args.tools)
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
-    size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
-    note(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts")
-    Server.allow_reuse_port = world_size() > 1
-    server = Server(("127.0.0.1", args.port), Handler)
+    with fail_together():
+        if rank() == 0:
+            check_port(args.port)
+    with fail_together():
+        chat = Chat.from_pretrained(args.model, args.think, args.tools)
+        model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+        size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
+        note(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts")
+        Server.allow_reuse_port = world_size() > 1
+        server = Server(("127.0.0.1", args.port), Handler)
     server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
     server.engine.start()
     return server
+
+
+def check_port(port):
+    """InputError if another server has the port, which ranks could share with it unnoticed."""
+    if world_size() > 1 and port == 0:
+        raise InputError("--port 0: several ranks share a port; give its number")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as e:
+            raise InputError(f"--port {port}: {e.strerror}; use another one") from e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,7 +137,7 @@ def read_request(engine, body, chatting, number):
     stop = [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > 16 or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop):
         raise HTTPError(400, "stop must be a string or a list of up to 16 strings of 1 to 200 characters")
-    length = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
+    length = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
     length = read_number(body, length, args.max_new_tokens, 1, 10 ** 9, int)
     return Request(
         ids, read_number(body, "n", 1, 1, min(128, args.max_waiting), int),
@@ -134,10 +147,12 @@ def read_request(engine, body, chatting, number):
 
 
 def text_so_far(chat, request, response):
-    """A response's text without the end token, cut before a stop string and before half a character."""
+    """A response's text without the end token, cut before a stop string, also a partial one, and half a character."""
     text = chat.decode([i for i in response.ids if i not in chat.stop_ids])
     if not response.finish_reason:
         text = text.rstrip("\ufffd")
+        beginnings = [string[:size] for string in request.stop_strings for size in range(1, len(string))]
+        text = text[:len(text) - max([len(part) for part in beginnings if text.endswith(part)], default=0)]
     for string in request.stop_strings:
         text = text.partition(string)[0]
     return text

@@ -143,6 +143,11 @@ def unlock_all():
         os.close(locks.popitem()[1])
 
 
+def same(path, other):
+    """Whether two paths are the same file or folder, also on a case-insensitive file system."""
+    return path.resolve() == other.resolve() or path.exists() and other.exists() and path.samefile(other)
+
+
 def remove(path):
     """Delete a file, or a folder with all that is in it; of a link, the link only."""
     path = Path(path)
@@ -153,7 +158,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: finite numbers from `low` to `high`."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high or value == math.inf:
+        if not low <= value <= high or value == math.inf or kind is int and value >= 2 ** 63:
             limit = f" and at most {high}" if high < math.inf else ""
             raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{limit}")
         return value

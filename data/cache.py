@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import sys
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from tqdm import tqdm
@@ -51,7 +52,7 @@ def open_cache(folder, made_from):
         path = folder / f"{name}.npy"
         try:
             arrays.append(np.load(path, mmap_mode="r"))
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, EOFError, TokenError) as e:
             raise InputError(f"{path}: was cut or changed ({e}); remove the folder") from e
         if arrays[-1].shape != (made_from["positions"], made_from["k"]) or arrays[-1].dtype != dtype:
             raise InputError(f"{path}: is not what {folder}/cache.json describes; remove the folder")

@@ -78,6 +78,10 @@ class Chat:
         chat.tokenizer = read_tokenizer(folder)
         vocabulary = chat.tokenizer.get_vocab(with_added_tokens=True)
         chat.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        rows = read_optional(folder / "config.json").get("vocab_size")
+        if isinstance(rows, int) and rows < chat.vocab_size:
+            raise InputError(f"{path}: has {chat.vocab_size} ids, the model only {rows} (config.json); "
+                             "restore the tokenizer, or resize the model's embedding")
         chat.end_id = vocabulary.get("<|im_end|>")
         chat.think_end_id = vocabulary.get("</think>")
         if chat.end_id is None:

@@ -68,7 +68,7 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
     Every rank must call this. Rank 0 writes whole tensors, so any number of ranks can resume.
     """
     weights = parameters(model)
-    total = sum(whole(p.detach().sum(dtype=torch.float64)).item() for p in weights.values())
+    total = sum(whole(p.detach().sum()).item() for p in weights.values())
     check_finite(out, step, "a weight", total)
     folder = Path(out) / "checkpoints"
     state = {}  # of each parameter; empty before the first update

@@ -88,14 +88,16 @@ def read_groups(args, chat):
     """Read the training and validation groups of `ckd` and `sft`, whose parsed flags are `args`, for a student's Chat.
 
     Without --valid, up to --hold-out groups of the data (at most a quarter) are drawn by the seed and held out.
-    Returns (groups, valid, skipped), skipped as in `make_groups`. InputError if no training group is left.
+    Returns (groups, valid, notes): what was skipped, as lines of text. InputError if no training group is left.
     """
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
     records = islice(stream_records(args.data, True, chat.vocab_size), args.limit)
     groups, skipped = make_groups(records, chat, *limits)
+    notes = [f"skipped in {args.data}: {count} {reason}" for reason, count in skipped.items() if count]
     if args.valid:
         records = islice(stream_records(args.valid, True, chat.vocab_size), args.valid_limit)
-        valid, _ = make_groups(records, chat, *limits)
+        valid, too_long = make_groups(records, chat, *limits)
+        notes += [f"skipped in {args.valid}: {count} {reason}" for reason, count in too_long.items() if count]
     else:
         count = min(args.hold_out, len(groups) // 4)
         held_out = set(random.Random(args.seed).sample(range(len(groups)), count))
@@ -105,7 +107,7 @@ def read_groups(args, chat):
         counts = ", ".join(f"{count} {reason}" for reason, count in skipped.items() if count)
         raise InputError(f"{args.data}: no record is left to train on (skipped: {counts or 'none'}); "
                          "change --max-prompt-tokens, --max-response-tokens or --mask")
-    return share_prefixes(groups, args.share_prefix), valid, skipped
+    return share_prefixes(groups, args.share_prefix), valid, notes
 
 
 def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):
@@ -155,9 +157,13 @@ def response_ids(record, chat):
         return [chat.encode(chat.answer(record))]
     all_ids = []
     for response in record["responses"]:
-        ids = response.get("ids") or chat.encode(response["text"])
-        if not response.get("ids") and (not ids or ids[-1] not in chat.stop_ids):
-            ids.append(chat.end_id)
+        ids = response.get("ids")
+        if not ids:
+            ids = chat.encode(response["text"])
+            if not ids or ids[-1] not in chat.stop_ids:
+                ids.append(chat.end_id)
+        elif response.get("text") not in (None, chat.decode(ids)):  # edited, or of another tokenizer
+            raise InputError(f"record {record['id']}: the text of a response is not that of its ids; remove its ids")
         all_ids.append(ids)
     return all_ids
 

@@ -2,6 +2,8 @@
 
     read -> self-check of the gold answer -> duplicates -> choice by quotas -> prompts too long -> --size -> labels
 
+OUT.arguments.json has the settings and hashes of the files read, by which a chain of commands notices other ones.
+
 The labels say what an answer is: response (it has text), single (one call), parallel (several calls), multi-step
 (calls right after a tool's result). single-turn and multi-turn say how far into a conversation the answer comes.
 The scan takes a record of at most 10 turns if one of its labels is below its quota, and stops at 1.1 x size records. A
@@ -23,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, positive, print_table, write_lines
+from data import InputError, hash_files, positive, print_table, same, write_json, write_lines
 from data.chat import Chat
 from data.records import has_answer, read_records, self_check
 
@@ -47,7 +49,7 @@ def prepare_flags(parser):
 def run_prepare(args):
     """Drop records with bad gold answers, label the others, and choose a mix of them by quotas."""
     out = Path(args.out)
-    if out.resolve() in [Path(path).resolve() for path in args.data]:
+    if any(same(out, Path(path)) for path in args.data):
         raise InputError(f"{out}: is one of the files to read; name another --out")
     if out.exists() and not args.overwrite:
         raise InputError(f"{out}: exists already; give --overwrite or another --out")
@@ -76,6 +78,10 @@ def run_prepare(args):
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
     chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)}
               for record in chosen]
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
+    settings["inputs"] = hash_files([*args.data, *filter(None, [args.model])])
+    out.unlink(missing_ok=True)  # so that it is never beside the settings of another one
+    write_json(f"{out}.arguments.json", settings)
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
     report(records, chosen, dropped, args.size)
     print(f"\nwrote {out}")

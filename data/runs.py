@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, hash_files, lock, one_line, parse_json, print_table
-from data import read_json, refuse_changes, remove, write_json
+from data import read_json, refuse_changes, remove, same, write_json
 from data.checkpoints import delete_checkpoints, latest_checkpoint, list_checkpoints, open_checkpoint
 from data.fields import GROUP, check_fields
 from data.groups import counted_tokens
@@ -74,11 +74,6 @@ def check_folder(args, paths):
         command = read_json(out / "arguments.json", "remove the folder").get("command")
         if args.overwrite and command != args.command:
             raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
-
-
-def same(path, other):
-    """Whether two paths are the same file or folder, also on a case-insensitive file system."""
-    return path.resolve() == other.resolve() or path.exists() and other.exists() and path.samefile(other)
 
 
 def prepare_folder(args, inputs, shapes=None):

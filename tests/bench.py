@@ -509,7 +509,7 @@ def write_rollouts(path, prompts, vocab_size):
 
     with open(path, "w") as file:
         for i in range(prompts):
-            responses = [{"text": text(RESPONSE), "ids": r.choices(range(257, vocab_size), k=RESPONSE),
+            responses = [{"ids": r.choices(range(257, vocab_size), k=RESPONSE),
                           "finish_reason": "stop", "logprob": -r.random(), "reward": r.random()} for _ in range(N)]
             row = {"id": f"r-{i}", "source": "random", "tools": [tool(f"tool_{j}") for j in range(4)],
                    "messages": [{"role": "user", "content": text(20)}],

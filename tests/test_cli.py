@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import simrl
 import star
 from model import Transformer
 
@@ -253,6 +254,13 @@ REFUSED = {
     "look at another rendering": (f"{LENS} --row 3", lambda: change_line(
         lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
     "a picture of a response": (f"{LENS} --out page.png", None, "page.png: .*; give an --out that ends in .html"),
+    "an empty cache": (f"{CKD} --cache cache --out new", lambda: run_before(
+        f"{CKD} --cache cache", lambda: Path("cache/ids.npy").write_bytes(b"")), "cache/ids.npy: was cut or changed"),
+    "a garbled cache": (f"{CKD} --cache cache --out new", lambda: run_before(
+        f"{CKD} --cache cache", lambda: Path("cache/ids.npy").write_bytes(
+            Path("cache/ids.npy").read_bytes().replace(b")", b" ", 1))), "cache/ids.npy: was cut or changed"),
+    "more ids than rows": (SFT, lambda: edit("student/config.json", vocab_size=300),
+                           "student/tokenizer.json: has [0-9]* ids, the model only 300"),
     "demo exists": ("demo --out teacher", None, "teacher: exists already; use --resume .* or --overwrite"),
 }
 
@@ -282,7 +290,7 @@ def test_refused_by_a_process(here):
 @pytest.mark.parametrize("command", [
     f"{CKD} --k 0", f"{CKD} --k -5", f"{CKD} --m 0", f"{CKD} --tail-weight -1", f"{CKD} --kd-ratio 1.5",
     f"{SFT} --batch-size 0", f"{SFT} --steps 0", f"{SFT} --epochs -1", f"{SFT} --lr -1", f"{SFT} --lr nan",
-    f"{SFT} --micro-batch-tokens 0", f"{SFT} --limit -3", f"{SFT} --valid-limit 0", f"{SFT} --hold-out -1",
+    f"{SFT} --micro-batch-tokens 0", f"{SFT} --limit -3", f"{SFT} --limit 99999999999999999999", f"{SFT} --valid-limit 0", f"{SFT} --hold-out -1",
     f"{SFT} --valid-every 0", f"{SFT} --save-every 0", f"{SFT} --samples -1", f"{SFT} --weight-decay -1",
     f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch-size many",
     f"{ROLLOUT} --n 0", f"{ROLLOUT} --max-concurrent 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
@@ -596,7 +604,7 @@ def test_a_terminal_that_cannot_print_a_character(here, name):
     assert process.returncode == 0, error
     assert "\\u6c34" in output and output.isascii()
     outputs = {path.name for path in Path("水").iterdir()}
-    assert outputs in ({"run"}, {"scores"}, {"out.jsonl", "out.jsonl.arguments.json"}, {"mix.jsonl"})
+    assert outputs in ({"run"}, {"scores"}, {"out.jsonl", "out.jsonl.arguments.json"}, {"mix.jsonl", "mix.jsonl.arguments.json"})
     if outputs == {"run"}:
         Transformer.from_pretrained("水/run/model")
     if outputs & {"run", "scores"}:
@@ -706,3 +714,30 @@ def modules_with_examples():
 def test_examples_in_docstrings(name):
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted and results.failed == 0
+
+
+def test_out_of_memory_is_one_line(here, capsys, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(simrl, "refine", fail)
+    assert run(SIMRL) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("star.py simrl: out of memory; ")
+
+
+def test_validation_records_over_a_cap_are_counted(here, capsys):
+    Path("long.jsonl").write_text(Path("train.jsonl").read_text().replace('"content": "Play ', f'"content": "{"la " * 200}Play '))
+    assert run(f"{SIMRL} --valid long.jsonl --valid-limit 24 --max-prompt-tokens 400") == 0
+    count = Path("long.jsonl").read_text().count("la la la Play")
+    assert f"{24 - count} prompts to validate on, {count} skipped as too long" in capsys.readouterr().err
+    assert run(f"{SFT} --out other --valid long.jsonl --max-prompt-tokens 400") == 0
+    assert f"skipped in long.jsonl: {count} prompts too long" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_terminal_log_is_one_line(here):
+    Path("plan.txt").write_text(f"{SFT}\n")
+    with open("/dev/full", "w") as full:
+        process = start("curriculum plan.txt", stdout=full)
+        _, error = process.communicate()
+    assert process.returncode and "Traceback" not in error, error

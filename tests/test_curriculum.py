@@ -279,3 +279,17 @@ def test_a_table_of_something_else_is_refused(here, capsys):
     assert star.main(["table", "run"]) == 2
     assert capsys.readouterr().err == (
         "star.py table: run/summary.json: model is null, not text; give the --out folder of a finished eval\n")
+
+
+def test_a_table_of_different_records_is_refused(here, capsys):
+    lines = Path("train.jsonl").read_text().splitlines(keepends=True)
+    Path("rest.jsonl").write_text("".join(lines[8:]))
+    for out, data in (("one", "train.jsonl"), ("two", "rest.jsonl")):
+        assert star.main(f"eval --model teacher {EVAL} --data {data} --out {out}".split()) == 0
+    capsys.readouterr()
+    assert star.main(["table", "one", "two"]) == 2
+    assert capsys.readouterr().err == "star.py table: two: is of other records than one; use the same --data and --limit\n"
+
+
+def test_a_comment_that_ends_in_a_backslash_continues_nothing():
+    assert split_lines("# k = m = 4 \\\nckd --out x\n  # --k 4 \\\n  --m 4\nplot x") == ["ckd --out x --m 4", "plot x"]

@@ -108,10 +108,10 @@ def test_held_out_groups_leave_the_order_of_the_rest(world):
     ids = []
     for hold_out in (0, 5):
         args = settings("sft", data=world / "train.jsonl", max_response_tokens=500, hold_out=hold_out)
-        groups, valid, skipped = read_groups(args, chat)
+        groups, valid, notes = read_groups(args, chat)
         ids.append([group.record["id"] for group in groups])
         assert len(valid) == hold_out and not {group.record["id"] for group in valid} & set(ids[-1])
-        assert sum(skipped.values()) == 0
+        assert not notes
     every, rest = ids
     assert len(rest) == len(every) - 5 and [i for i in every if i in rest] == rest
 
@@ -190,6 +190,9 @@ class Words:
     def encode(self, text):
         return [int(word) for word in text.split()]
 
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
     def prompt(self, record):
         return record["prompt"]
 
@@ -199,7 +202,7 @@ class Words:
 
 def test_masks_caps_and_the_sources_of_responses():
     records = [{"prompt": "1 2 3", "answer": "4 9 5 6"},
-               {"prompt": "1", "responses": [{"ids": [7, 9, 8, 9, 2], "text": "1 1"}, {"text": "3 0"}]},
+               {"prompt": "1", "responses": [{"ids": [7, 9, 8, 9, 2]}, {"text": "3 0"}]},
                {"prompt": "1 2 3 4 5 6", "answer": "1"},
                {"prompt": "1", "responses": [{"text": "1 2 3 4 5 6 7 8"}]}]
     chat = Words()
@@ -216,7 +219,7 @@ def test_masks_caps_and_the_sources_of_responses():
     assert spans("think") == [(0, 2), (0, 4)] and spans("answer") == [(2, 4), (4, 5), (0, 2)]
     groups, skipped = make_groups(records, chat, 5, 6)
     assert skipped["prompts too long"] == 1 and skipped["responses too long"] == 1
-    assert list(groups[1].responses[0].ids) == [7, 9, 8, 9, 2]  # the ids of the file, not of its text
+    assert list(groups[1].responses[0].ids) == [7, 9, 8, 9, 2]  # the ids of the file
 
 
 def test_text_gets_a_missing_end_token_and_ids_are_unchanged():
@@ -230,4 +233,10 @@ def test_text_gets_a_missing_end_token_and_ids_are_unchanged():
 def test_rollouts_of_another_rendering_are_refused():
     record = {"id": "r", "prompt": "1", "responses": [{"ids": [3]}], "rendered": {"think": "off", "tools": "flat"}}
     with pytest.raises(InputError, match="record r: was sampled with --think off --tools flat"):
+        make_groups([record], Words(), 9, 9)
+
+
+def test_an_edited_text_is_not_silently_replaced_by_its_old_ids():
+    record = {"id": "r", "prompt": "1", "responses": [{"ids": [3, 4], "text": "3 5"}]}
+    with pytest.raises(InputError, match="record r: the text of a response is not that of its ids; remove its ids"):
         make_groups([record], Words(), 9, 9)

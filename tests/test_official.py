@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -145,12 +146,16 @@ def test_columns_are_those_of_the_leaderboard():
     items = {name: {i: int(i < right) for i in range(total)} for name, (right, total) in counts.items()}
     for name, right in zip(bfcl.MULTI_TURN, (4, 4, 4, 3)):
         items[name] = {i: int(i < right) for i in range(200)}
-    means = {name: official.interval(part)["mean"] for name, part in official.make_columns(items, bfcl.COLUMNS).items()}
+    sizes = {name: len(values) for name, values in items.items()}
+    columns = partial(official.make_columns, sizes=sizes, table=bfcl.COLUMNS)
+    means = {name: official.interval(part)["mean"] for name, part in columns(items).items()}
     assert means["Non-Live AST"] == pytest.approx(71.81, abs=0.01)
     assert means["Non-Live, v3"] == pytest.approx(74.45, abs=0.01)
     assert means["Live, v3"] == pytest.approx(65.66, abs=0.05)
     assert means["Multi-Turn"] == pytest.approx(1.88, abs=0.01) and means["overall, v3"] == pytest.approx(47.33, abs=0.02)
-    assert "overall, v3" not in official.make_columns({name: items[name] for name in counts}, bfcl.COLUMNS)
+    assert "overall, v3" not in columns({name: items[name] for name in counts})
+    drawn = {name: {i: i < 0.5 * (name == "live_simple") * 10 for i in range(10)} for name in counts}  # half of one
+    assert official.interval(columns(drawn)["Live AST"])["mean"] == pytest.approx(50 * 258 / (258 + 1053 + 16 + 24))
     none = official.interval([(1.0, [0] * 20)])  # Wilson: 0 of 20 may still be 16 %
     assert none["low"] == pytest.approx(0, abs=1e-9) and none["high"] == pytest.approx(16.1, abs=0.1)
 
@@ -161,6 +166,30 @@ def test_a_score_that_does_not_add_up_is_an_error(tmp_path):
     path.write_text('{"correct_count": 2, "total_count": 3}\n')
     with pytest.raises(InputError, match="counts 2 of 3, not 1 of 1"):
         bfcl.read_items(tmp_path, {"multiple": ["multiple_0"]}, {"multiple": Path("BFCL_v4_multiple.json")})
+
+
+def test_a_conversation_that_the_server_failed_is_not_scored(tmp_path):
+    """One that outgrew the model is wrong."""
+    files = {"multi_turn_base": Path("BFCL_v4_multi_turn_base.json")}
+    result = tmp_path / "result_star/model/BFCL_v4_multi_turn_base_result.json"
+    score = tmp_path / "score_star/BFCL_v4_multi_turn_base_score.json"
+    for path in (result, score):
+        path.parent.mkdir(parents=True)
+    score.write_text('{"correct_count": 0, "total_count": 1}\n{"id": "multi_turn_base_0"}\n')
+    for why in ("Connection error.", "Request timed out.", "Error code: 503 - busy"):
+        result.write_text(json.dumps({"id": "multi_turn_base_0", "result": f"Error during inference: {why}"}) + "\n")
+        with pytest.raises(InputError, match="1 answers are recorded failures"):
+            bfcl.read_items(tmp_path, {"multi_turn_base": ["multi_turn_base_0"]}, files)
+    result.write_text(result.read_text().replace("503 - busy", "400 - the prompt has 40000 tokens"))
+    assert bfcl.read_items(tmp_path, {"multi_turn_base": ["multi_turn_base_0"]}, files) == {
+        "multi_turn_base": {"multi_turn_base_0": 0}}
+
+
+def test_another_environment_is_left_alone(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    assert run(tmp_path / "mine", tmp_path / "out") == 2
+    assert "mine: is not an environment that this command has finished" in capsys.readouterr().err
+    assert list((tmp_path / "mine").iterdir()) == []
 
 
 # ---- ACEBench

@@ -170,9 +170,12 @@ def test_ctrl_c_while_sim_rl_samples(here):
 IDLE_CALLS = [f"{SFT} --valid-limit 3", f"{SIMRL} --valid-every 3", f"{SFT} --valid train.jsonl",
               f"{SFT} --hold-out 0 --valid-answers 2", f"{SFT} --epochs 2", f"{CKD} --objective ce --tail-weight 2",
               f"{CKD} --objective ce --kd-ratio 0.5", f"{SIMRL} --max-draws 2", f"{SIMRL} --clip 0.1 0.1 --batch-size 8",
+              f"{SIMRL} --reward binary --strip-eos", "reward --data train.jsonl --binary --strip-eos",
+              "prepare --data train.jsonl --out new.jsonl --max-prompt-tokens 9",
+              "prepare --data train.jsonl --out new.jsonl --seed 9",
               f"{ROLLOUT} --temperature 0 --top-p 0.5", f"{EVAL} --seed 3"]
 IDLE_FLAGS = ["valid-limit", "valid-every", "hold-out", "valid-answers", "epochs", "tail-weight", "kd-ratio",
-              "max-draws", "clip", "top-p", "seed"]
+              "max-draws", "clip", "strip-eos", "strip-eos", "max-prompt-tokens", "seed", "top-p", "seed"]
 
 
 @pytest.mark.parametrize("number", range(len(IDLE)))
@@ -226,8 +229,17 @@ CHAIN = f"{STEPS} --out a\n{CKD} --student a/model --out b\n"
 def test_a_chain_checks_all_inputs_first(here, capsys):
     for line, message in ((f"{SFT} --data nowhere.jsonl", "nowhere.jsonl: no such file, and no line before writes it"),
                           (f"{SFT} --model c/model", "c/model: no such file, and"),
+                          (f"{SFT} --model b --out c", "b: no such file, and"),  # the model is b/model
+                          (f"{SFT} --model b/modle --out c", "b/modle: no such file, and"),
+                          (f"{SFT} --model headless --out c", "headless/tokenizer.json: no such file"),
+                          (f"{EVAL} --compare nowhere", "nowhere: no such file, and"),
+                          ("table nowhere", "nowhere: no such file, and"),
+                          (f"{STEPS} --out a", "a: another line writes there, too"),
+                          ("rollout --model student --data train.jsonl --out train.jsonl", "train.jsonl: exists already"),
                           ("eval --model student --data bad.jsonl --out e", "bad.jsonl:1: is not JSON")):
         Path("bad.jsonl").write_text("{")
+        shutil.copytree("student", "headless", dirs_exist_ok=True)
+        Path("headless/tokenizer.json").unlink(missing_ok=True)
         Path("chain.txt").write_text(f"{CHAIN}{line}\n")
         assert message in refused(capsys, "curriculum chain.txt") and not Path("a").exists()
 
@@ -267,3 +279,26 @@ def test_chains_of_chains_and_limits(here):
     Path("inner.txt").write_text(f"{STEPS} --limit 24 --out a\n")
     Path("chain.txt").write_text("curriculum inner.txt\n" + f"{CKD} --limit 24 --student a/model --out b\n")
     assert run("curriculum chain.txt") == 0 and Path("b/summary.json").exists()
+
+
+def test_a_chain_notices_other_flags_and_data_of_prepare(here, capsys):
+    line = "prepare --data train.jsonl --size 8 --seed 1 --out chosen.jsonl"
+    Path("chain.txt").write_text(line)
+    assert run("curriculum chain.txt") == 0 and run("curriculum chain.txt --resume") == 0
+    Path("chain.txt").write_text(line.replace("--seed 1", "--seed 2"))
+    assert "chosen.jsonl: was made with another seed" in refused(capsys, "curriculum chain.txt --resume")
+    Path("chain.txt").write_text(line)
+    Path("train.jsonl").write_text("".join(Path("train.jsonl").read_text().splitlines(keepends=True)[1:]))
+    assert "chosen.jsonl: was made with another train.jsonl" in refused(capsys, "curriculum chain.txt --resume")
+
+
+def test_a_chain_notices_another_filter_or_comparison(here, capsys):
+    rollout = ROLLOUT.replace(" --keep-all", "")
+    Path("chain.txt").write_text(f"{rollout}\n{EVAL}\n")
+    assert run("curriculum chain.txt") == 0
+    Path("chain.txt").write_text(f"{rollout} --min-reward 0.5\n{EVAL}\n")
+    assert "was made with another min_reward" in refused(capsys, "curriculum chain.txt --resume")
+    shutil.copytree("scores", "before")
+    Path("chain.txt").write_text(f"{rollout}\n{EVAL} --compare before\n")
+    assert run("curriculum chain.txt --resume") == 0
+    assert "difference" in capsys.readouterr().out

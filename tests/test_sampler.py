@@ -395,3 +395,10 @@ def test_a_sampler_that_is_gone_leaves_no_cache(model):
         assert cache() is None
     finally:
         gc.enable()
+
+
+def test_a_tiny_temperature_takes_the_most_likely_token():
+    logits = torch.tensor([[0.0, 9.0, 1.0]])
+    for temperature in (0.0, 1e-44, 1e-38, 1e-7, 1e-5):
+        ids, log_probs = next_token(logits, torch.tensor([0.9]), torch.tensor([temperature]))
+        assert ids.item() == 1 and log_probs.isfinite().all()

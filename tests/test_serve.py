@@ -16,8 +16,10 @@ import torch
 
 import star
 from apps import serve
+from apps.engine import Job
 from data import tiny
 from data.chat import Chat
+from data.groups import Response
 from data.records import read_records
 from model import Transformer
 from sampler import Request, generate
@@ -253,5 +255,43 @@ def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
     for _ in range(2):
         status, reply = post(server, "/v1/completions", {"prompt": "a"})
         assert status in (500, 503) and "the sampler failed" in reply["error"]["message"]
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(server, capsys):
+    flags = [*FLAGS.split(), "--model", str(TINY / "teacher"), "--port", str(server.server_port)]
+    assert star.main(flags) == 2
+    assert f"--port {server.server_port}: Address already in use; use another one" in capsys.readouterr().err
+
+
+def test_a_stop_string_that_has_only_begun_is_not_sent(server):
+    chat = server.engine.sampler.chat
+    ids = chat.encode("timer one! ")
+    request = Request([0], 1, 0, 0.0, 9, stop_strings=("! x",))
+    for finish_reason, text in (("", "timer one"), ("length", "timer one! ")):
+        response = Response(ids, (0, 0), finish_reason=finish_reason)
+        assert serve.text_so_far(chat, request, response) == text
+
+
+def test_no_limit_of_one_name_leaves_that_of_the_other(server, greedy):
+    prompt, _ = next(iter(greedy.values()))
+    body = {"prompt": prompt, "max_completion_tokens": None, "max_tokens": 3}
+    assert post(server, "/v1/completions", body)[1]["usage"]["completion_tokens"] <= 3
+
+
+def test_a_client_that_leaves_between_two_responses_leaves_nothing(records):
+    """One slot, two responses: the first is done and the second has not started."""
+    server = start("--max-concurrent", "1")
+    engine = server.engine
+    job = Job(Request([1, 2, 3], 2, 0, 0.0, 1))
+    engine.submit = lambda job: engine.jobs.update({job.request: job})  # the thread does not see it
+    engine.submit(job)
+    engine.sampler.add(job.request)
+    engine.step()
+    assert [response.finish_reason for response in job.request.responses][0] and engine.sampler.waiting
+    job.disconnected = True
+    engine.step()
+    assert not engine.jobs and not engine.sampler.busy
     server.shutdown()
     server.server_close()
