@@ -77,7 +77,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
         while not full() and groups[len(accepted)].responses:
             group = groups[len(accepted)]
             accepted.append(group)
-            if has_signal(group.rewards, group.answer_scores):
+            if has_signal(group.rewards, [response.answer_score for response in group.responses]):
                 kept.append(group)
     sampler.clear()
     return accepted, kept, seconds

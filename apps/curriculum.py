@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-from collections import deque
 from itertools import islice
 from pathlib import Path
 
@@ -57,9 +56,9 @@ def split_lines(text):
     ['sft --model m --data d', 'plot run']
     """
     lines = []
-    text = re.sub(r"(?m)^[ \t]*#.*$", "", text.replace("\r\n", "\n"))  # in a comment, a \ continues nothing
+    text = re.sub(r"""("[^"\n]*"|'[^'\n]*')|(?<!\S)#.*""", r"\1", text.replace("\r\n", "\n"))  # without comments
     for line in text.replace("\\\n", " ").split("\n"):
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line)
         if words[:2] == ["python", "star.py"]:
             del words[:2]
         if words and line[0].isspace() and lines:
@@ -117,7 +116,7 @@ def run_all(lines, args, parse, main):
         words = shlex.split(line)
         # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded, nor what an
         # evaluation was compared with.
-        done = done and not (stage.command == "eval" and stage.compare)
+        done = done and not getattr(stage, "compare", None)
         if done and (not ran or stage.command not in ("plot", "lens") and is_finished(out, stage)):
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
@@ -153,35 +152,38 @@ def check_inputs(lines, stages, outs, finished):
             return
         if finished[number]:
             continue
-        need_answer = stage.command != "rollout"
         for name in ("model", "teacher", "student", "data", "valid", *OUTPUTS):
-            limit = getattr(stage, {"data": "limit", "valid": "valid_limit"}.get(name, ""), None)
             values = getattr(stage, name, None) or []
             for path in map(Path, values if isinstance(values, list) else [values]):
                 if name in ("model", "teacher", "student"):
                     made = any(path.resolve() == out.resolve() for out in trained[:number])
                 else:
                     made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
-                exists_only = stage.command in ("prepare", "reward", "estimate") or name in OUTPUTS
-                check = (path, exists_only, need_answer, limit)
+                flags = [getattr(stage, flag, None) for flag in ("think", "limit", "valid_limit")]
+                check = (path, name == "teacher", stage.command == "rollout", *flags)
                 if made or check in checked:
                     continue
                 checked.add(check)
                 try:
-                    check_input(*check)
+                    check_input(path, name, stage)
                 except InputError as e:
                     raise InputError(f"{e} (in the line: {line})") from e
 
 
-def check_input(path, exists_only, need_answer, limit):
-    """InputError if a model folder or a file of records is missing, or is broken."""
+def check_input(path, name, stage):
+    """InputError if the model folder or file that the flag `name` of a stage gives is missing, or is broken."""
     if not path.exists():
         raise InputError(f"{path}: no such file, and no line before writes it")
-    if path.is_dir() and not exists_only:
-        Chat.from_pretrained(path)
+    if stage.command in ("prepare", "reward", "estimate") or name in OUTPUTS:
+        return
+    if path.is_dir():
+        if name != "teacher":  # of which only the tokenizer is used
+            Chat.from_pretrained(path, stage.think)
         Transformer.from_pretrained(path, device="meta")
-    elif path.is_file() and not exists_only:  # a pipe can be read only once
-        deque(islice(stream_records(path, need_answer), limit), maxlen=0)
+    elif path.is_file():  # a pipe can be read only once
+        limit = getattr(stage, "valid_limit" if name == "valid" else "limit", None)
+        for _ in islice(stream_records(path, stage.command != "rollout"), limit):
+            pass
 
 
 def is_finished(out, stage):
@@ -189,6 +191,8 @@ def is_finished(out, stage):
     if Path(f"{out}.part").exists() or not (out.is_file() or (out / "summary.json").exists()):
         return False
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
+    if hasattr(stage, "overwrite") and stage.command != "reward" and not saved.exists():
+        return False  # the command itself says what is there
     before = read_json(saved) if saved.exists() else {}
     now = {name: value for name, value in vars(stage).items() if name in before}
     if isinstance(inputs := before.get("inputs"), dict):

@@ -125,6 +125,8 @@ class Engine(threading.Thread):
                 if request.responses and not any(slot.request is request for slot in self.sampler.slots):
                     with self.changed:
                         del self.jobs[request]  # the sampler has nothing of it, so it will not return it
+        if not self.sampler.slots and not self.sampler.waiting:
+            self.sampler.prompts.clear()  # of cancelled requests
         for request in self.sampler.step():
             with self.changed:
                 job = self.jobs.pop(request)

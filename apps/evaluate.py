@@ -12,7 +12,8 @@ records it applies to:
     entropy            all records: -log p per sampled token, in nats; it estimates the policy's entropy
 
 Intervals are 95 % percentile bootstraps over records. Two models are compared on the same records: a
-bootstrap of the paired differences, and a permutation test that flips their signs.
+bootstrap of the paired differences, and a permutation test that flips their signs. An interval of values that are all
+equal, such as 0 of 200, has no width: read it as "about 3 in 200 at most".
 """
 import json
 import sys
@@ -141,8 +142,7 @@ def bootstrap_ci(values):
     """{"mean", "low", "high"}: the mean and its 95 % bootstrap interval."""
     values = np.asarray(values, dtype=float)
     generator = np.random.default_rng(0)
-    samples = (generator.integers(len(values), size=len(values)) for _ in range(RESAMPLES))
-    means = [values[sample].mean() for sample in samples]
+    means = [generator.choice(values, len(values)).mean() for _ in range(RESAMPLES)]
     low, high = np.percentile(means, [2.5, 97.5])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
@@ -167,20 +167,16 @@ def summarise(rows):
     """The metrics with intervals, and their means "by" kind and source."""
     metrics = {name: bootstrap_ci(values) | {"items": len(values)}
                for name, values in metric_values(rows).items()}
-    kinds = {}
-    sources = {}
+    parts = {}
     for row in rows:
         calls = min(2, len(row["answer"]["tool_calls"]))
         length = "multi-turn" if turns(row) > 1 else "single-turn"
-        for kind in (("text", "one call", "several calls")[calls], length):
-            kinds.setdefault(kind, []).append(row)
-        sources.setdefault(row["source"], []).append(row)
+        for name in (("text", "one call", "several calls")[calls], length, row["source"]):
+            parts.setdefault(name, []).append(row)
     by = {}
-    for groups in (kinds, sources):
-        for name in sorted(groups, key=lambda name: -len(groups[name])):
-            values = metric_values(groups[name])
-            means = {metric: float(np.mean(values[metric])) for metric in values}
-            by[name] = {"items": len(groups[name])} | means
+    for name, part in parts.items():
+        means = {metric: float(np.mean(values)) for metric, values in metric_values(part).items()}
+        by[name] = {"items": len(part)} | means
     return {"items": len(rows), "metrics": metrics, "by": by}
 
 
@@ -232,6 +228,7 @@ def reward_flags(parser):
     add = parser.add_argument
     add("--data", required=True, help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
     add("--out", metavar="FILE", help="file to write; default: the terminal")
+    add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--explain", type=positive, metavar="LINE", help="explain the reward of this line instead")
     add("--think", choices=("on", "none"), default="on",
         help="none: for models without think tags, require no think block")
@@ -242,8 +239,8 @@ def reward_flags(parser):
 
 def run_reward(args):
     """Print the reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines."""
-    if args.out and Path(args.out).exists():
-        raise InputError(f"{args.out}: exists already; use another --out")
+    if args.out and Path(args.out).exists() and not args.overwrite:
+        raise InputError(f"{args.out}: exists already; use --overwrite or another --out")
     if args.out:
         write_lines(args.out, score_file(args))
     else:
@@ -252,12 +249,11 @@ def run_reward(args):
 
 def score_file(args):
     """Yield {"reward", "answer_score"} of each line as JSON, or only the explanation of line --explain."""
-    count = 0
+    number = 0
     lines = read_lines(Path(args.data))
     for number, line in tqdm(lines, "reward", unit=" lines", disable=bool(args.explain)):
         if args.explain not in (None, number):
             continue
-        count += 1
         where = f"{args.data}:{number}"
         item = parse_json(line, where, "each line must be one JSON object")
         check_fields(item, LINE_KEYS, where, "each line has a prompt, a generation and a label", needed=True)
@@ -269,9 +265,8 @@ def score_file(args):
             yield page + explain(result) + "\n"
             return
         yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
-    if not count:
-        number = args.explain or 1
-        raise InputError(f"{args.data}: has no line {number}; give one JSON object a line")
+    if args.explain or not number:
+        raise InputError(f"{args.data}: has no line {args.explain or 1}; give one JSON object a line")
 
 
 def explain(result):

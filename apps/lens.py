@@ -8,6 +8,7 @@ import html
 import json
 import math
 import re
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from ckd import ckd_loss
 from data import InputError, non_negative, natural, positive, write_lines
 from data.chat import Chat, add_prompt_flags, text_of
 from data.groups import make_groups, pack
-from data.records import has_answer, read_records
+from data.records import has_answer, stream_records
 from head import hidden_states
 from model import Transformer
 from teacher import Teacher, check_pair, clamp_to_vocab
@@ -45,7 +46,7 @@ def run_lens(args):
         raise InputError(f"{args.out}: is not a page; give an --out that ends in .html")
     chat = Chat.from_pretrained(args.student, args.think, args.tools)
     vocab_size = check_pair(args.teacher, args.student)
-    records = read_records(args.data, vocab_size=chat.vocab_size)
+    records = list(islice(stream_records(args.data, vocab_size=chat.vocab_size), args.row))
     group, title = choose_response(records, chat, args)
     k = clamp_to_vocab("k", args.k, vocab_size)
     m = clamp_to_vocab("m", args.m, vocab_size)
@@ -62,10 +63,8 @@ def run_lens(args):
     means = {}
     for name in ("loss", "kl", "tail", "inside", "captured", "nll", "entropy"):
         means[name] = sum(token[name] for token in tokens) / len(tokens)
-    rows = []
-    for token in tokens:
-        rows += token["teacher"] + token["student"]
-    ids = {token["id"] for token in tokens} | {row[0] for row in rows}
+    ids = {token["id"] for token in tokens}
+    ids |= {row[0] for token in tokens for row in token["teacher"] + token["student"]}
     texts = {i: token_text(chat, i) for i in sorted(ids)}
     data = {
         "k": k, "m": m, "weight": args.tail_weight,
@@ -100,7 +99,7 @@ def choose_response(records, chat, args):
         raise InputError(f"{where} no gold answer; give a --response up to {count}")
     # For 0 no response is left, and the group is made with the gold answer.
     record = record | {"responses": responses[number - 1:number]}
-    (group,), _ = make_groups([record], chat, math.inf, math.inf)
+    (group,), _ = make_groups([record], chat, math.inf, math.inf, where=f"{args.data}: ")
     return group, f"response {number} of {count}" if number else "the gold answer"
 
 

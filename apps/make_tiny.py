@@ -107,13 +107,15 @@ def main():
     args = parser.parse_args()
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    write_inputs(out, args.seed)
     machine = f"--think off --dtype float32 --device cpu --seed {args.seed}"
     plan = PLAN.format(sft=f"{SFT} {machine}")
     for name in ("teacher", "student"):
         for split in SPLITS[1:]:
             plan += EVAL.format(name=name, split=split) + f" {machine}"
+    if (out / "plan.txt").exists() and (out / "plan.txt").read_text() != plan:
+        parser.error(f"{out}: was made with another --seed or version; use another --out")
     (out / "plan.txt").write_text(plan)
+    write_inputs(out, args.seed)
     print(f"$ cd {out}", flush=True)
     os.chdir(out)
     star = str(Path(__file__).resolve().parents[1] / "star.py")

@@ -117,6 +117,8 @@ def sample_responses(args, out, chat, groups, draws, device, **options):
             finished, rows = open_rollouts(out, groups, **options)
     done = set(gather_over_ranks(list(rows if finished is None else range(len(groups)))))
     missing = [i for i in range(len(groups)) if i not in done]
+    if missing:
+        rows = {}  # they are in the part file, and would take memory
     missing.sort(key=lambda i: -len(groups[i].prompt))  # prompts that run together have similar lengths
     with fail_together():
         if share := missing[rank()::world_size()]:

@@ -70,12 +70,13 @@ def write_lines(path, lines):
 @contextmanager
 def atomic_folder(folder):
     """Yield a temporary folder, which replaces `folder` at the end, or is removed after an error."""
+    folder = Path(folder).resolve()  # of a link, what it points to
     new = Path(f"{folder}.tmp")
     shutil.rmtree(new, ignore_errors=True)  # left by a killed run
     new.mkdir(parents=True)
     try:
         yield new
-        if Path(folder).exists():
+        if folder.exists():
             shutil.rmtree(folder)
         os.replace(new, folder)
     finally:

@@ -7,6 +7,7 @@
 A cache made from anything else is refused. teacher.py says which k ids a position has.
 """
 import hashlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -72,6 +73,8 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
     print(f"Teacher cache: {shape[0]:,} positions x {shape[1]} x 6 bytes, "
           f"{size / 1e9:.2f} GB in {folder}", file=sys.stderr)
     Path(folder).mkdir(parents=True, exist_ok=True)
+    if os.path.ismount(folder):
+        raise InputError(f"{folder}: is a mount point, which cannot be replaced; name a folder in it")
     lock(folder)
     with atomic_folder(folder) as new:
         if shutil.disk_usage(new).free < size:

@@ -72,10 +72,6 @@ class Group:
     def rewards(self):
         return [r.reward for r in self.responses]
 
-    @property
-    def answer_scores(self):
-        return [r.answer_score for r in self.responses]
-
 
 def counted_tokens(groups):
     """Number of response tokens of these groups in the loss."""
@@ -92,11 +88,11 @@ def read_groups(args, chat):
     """
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
     records = islice(stream_records(args.data, True, chat.vocab_size), args.limit)
-    groups, skipped = make_groups(records, chat, *limits)
+    groups, skipped = make_groups(records, chat, *limits, where=f"{args.data}: ")
     notes = [f"skipped in {args.data}: {count} {reason}" for reason, count in skipped.items() if count]
     if args.valid:
         records = islice(stream_records(args.valid, True, chat.vocab_size), args.valid_limit)
-        valid, too_long = make_groups(records, chat, *limits)
+        valid, too_long = make_groups(records, chat, *limits, where=f"{args.valid}: ")
         notes += [f"skipped in {args.valid}: {count} {reason}" for reason, count in too_long.items() if count]
     else:
         count = min(args.hold_out, len(groups) // 4)
@@ -110,7 +106,7 @@ def read_groups(args, chat):
     return share_prefixes(groups, args.share_prefix), valid, notes
 
 
-def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all"):
+def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all", where=""):
     """Turn records into groups. Returns (groups, skipped), skipped as {reason: count}.
 
     records: train on their `responses`, by the stored token ids if there are any, else on their gold answer
@@ -119,6 +115,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     mask: the response tokens in the loss: all; think, up to and including the last `</think>`;
         answer, the rest; alter, think and answer alternately. A response without `</think>` is all think if the
         prompt opened a think block, else all answer
+    where: "FILE: ", for errors
     """
     if mask != "all" and chat.think_end_id is None:
         raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
@@ -128,7 +125,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     for record in records:
         rendered = record.get("rendered")
         if rendered not in (None, {"think": chat.think, "tools": chat.tools}):
-            raise InputError(f"record {record['id']}: was sampled with --think {rendered.get('think')} "
+            raise InputError(f"{where}record {record['id']}: was sampled with --think {rendered.get('think')} "
                              f"--tools {rendered.get('tools')}; give the same flags to this command")
         prompt = chat.encode(chat.prompt(record))
         if len(prompt) > max_prompt_tokens:
@@ -136,7 +133,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
             continue
         without = {key: value for key, value in record.items() if key != "responses"}
         group = Group(json.dumps(without).encode(), array("i", prompt), [])
-        for ids in response_ids(record, chat):
+        for ids in response_ids(record, chat, where):
             part = ("think", "answer")[number % 2] if mask == "alter" else mask
             number += 1
             start, end = counted_span(ids, chat, part)
@@ -151,7 +148,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     return groups, skipped
 
 
-def response_ids(record, chat):
+def response_ids(record, chat, where):
     """Token ids of each response of a record, or of its gold answer. An end token is added to text that lacks one."""
     if not record.get("responses"):
         return [chat.encode(chat.answer(record))]
@@ -160,10 +157,11 @@ def response_ids(record, chat):
         ids = response.get("ids")
         if not ids:
             ids = chat.encode(response["text"])
-            if not ids or ids[-1] not in chat.stop_ids:
+            if response.get("finish_reason") != "length" and (not ids or ids[-1] not in chat.stop_ids):
                 ids.append(chat.end_id)
         elif response.get("text") not in (None, chat.decode(ids)):  # edited, or of another tokenizer
-            raise InputError(f"record {record['id']}: the text of a response is not that of its ids; remove its ids")
+            raise InputError(f"{where}record {record['id']}: the text of a response is not that of its ids; "
+                             "remove its ids")
         all_ids.append(ids)
     return all_ids
 

@@ -80,9 +80,9 @@ def run_prepare(args):
               for record in chosen]
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
     settings["inputs"] = hash_files([*args.data, *filter(None, [args.model])])
-    out.unlink(missing_ok=True)  # so that it is never beside the settings of another one
-    write_json(f"{out}.arguments.json", settings)
+    Path(f"{out}.arguments.json").unlink(missing_ok=True)  # of an earlier file
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
+    write_json(f"{out}.arguments.json", settings)
     report(records, chosen, dropped, args.size)
     print(f"\nwrote {out}")
 

@@ -115,6 +115,7 @@ def read_record(item, default_id, check):
     check_fields(item if our_format else {}, RECORD, "the record", "give it as README.md says")
     if not our_format:
         item = {key: str(item[key]) for key in record if item.get(key) is not None}
+    item = {key: value for key, value in item.items() if value is not None or key not in record}
     record |= item | {"tools": [read_tool(tool) for tool in tools], "messages": messages}
     answer = item.get("answer")
     if not our_format and messages[-1]["role"] == "assistant":
@@ -142,7 +143,7 @@ def read_message(message, check=True):
     if role != "assistant":
         return {"role": ROLES[role], "content": content}
     calls = message.get("tool_calls") or message.get("function_call") or []
-    reasoning = message.get("reasoning_content")
+    reasoning = read_text(message.get("reasoning_content"))
     block = re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S)
     if block:
         reasoning = reasoning or block[1].strip("\n")
@@ -190,7 +191,9 @@ def read_calls(calls, check=True):
 def parse(string, what, check=True):
     """The value of a JSON string. check: False returns a string that is not JSON unchanged."""
     try:
-        return json.loads(string)
+        value = json.loads(string)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
     except (ValueError, RecursionError) as e:
         if not check:
             return string

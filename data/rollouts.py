@@ -45,6 +45,7 @@ def prompt_groups(path, chat, max_prompt_tokens, limit=None, need_gold=True):
         if need_gold and not has_answer(record):
             raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
                              "add one, or remove the record")
+        record.pop("responses", None)  # of a rollout file
         record["rendered"] = {"think": chat.think, "tools": chat.tools}
         ids = chat.encode(chat.prompt(record))
         if len(ids) > max_prompt_tokens:
@@ -94,10 +95,12 @@ def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, sc
     part.touch(exist_ok=resume or overwrite)
     lock(part)
     lines = []
-    for path in (part, *others) if begun else ():  # a kill may have left half a line, or half a character
-        for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-            where = f"{path}:{number}"
-            lines.append((where, parse_json(line, where, CHANGED)))
+    for path in (part, *others) if begun else ():
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):  # a kill may have left half a line, or half a character
+                    where = f"{path}:{number}"
+                    lines.append((where, parse_json(line, where, CHANGED)))
     if lines:
         remedy = "resume with the settings in its first line, or start again with --overwrite"
         where, saved = lines[0]

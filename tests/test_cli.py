@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import simrl
 import star
+from data.chat import Chat
+from data.rollouts import prompt_groups
 from model import Transformer
 
 PROGRAM = str(Path(star.__file__))
@@ -741,3 +743,16 @@ def test_a_full_terminal_log_is_one_line(here):
         process = start("curriculum plan.txt", stdout=full)
         _, error = process.communicate()
     assert process.returncode and "Traceback" not in error, error
+
+
+def test_a_cache_behind_a_link(here):
+    Path("disk").mkdir()
+    Path("cache").symlink_to("disk", target_is_directory=True)
+    assert run(f"{CKD} --cache cache") == 0
+    assert Path("cache").is_symlink() and Path("disk/cache.json").exists()
+
+
+def test_prompts_of_a_rollout_file_keep_no_responses(here):
+    assert run(ROLLOUT) == 0
+    groups, _ = prompt_groups("out.jsonl", Chat.from_pretrained("teacher"), 9999)
+    assert "responses" not in groups[0].record

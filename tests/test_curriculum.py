@@ -293,3 +293,5 @@ def test_a_table_of_different_records_is_refused(here, capsys):
 
 def test_a_comment_that_ends_in_a_backslash_continues_nothing():
     assert split_lines("# k = m = 4 \\\nckd --out x\n  # --k 4 \\\n  --m 4\nplot x") == ["ckd --out x --m 4", "plot x"]
+    assert split_lines("sft --out x # lower \\\nplot x") == ["sft --out x", "plot x"]
+    assert split_lines("sft --out run#3 --data 'a # b' # c") == ["sft --out 'run#3' --data 'a # b'"]

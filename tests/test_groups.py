@@ -240,3 +240,9 @@ def test_an_edited_text_is_not_silently_replaced_by_its_old_ids():
     record = {"id": "r", "prompt": "1", "responses": [{"ids": [3, 4], "text": "3 5"}]}
     with pytest.raises(InputError, match="record r: the text of a response is not that of its ids; remove its ids"):
         make_groups([record], Words(), 9, 9)
+
+
+def test_a_cut_text_is_not_taught_to_stop():
+    record = {"id": "r", "prompt": "1", "responses": [{"text": "3 4", "finish_reason": "length"}]}
+    groups, _ = make_groups([record], Words(), 9, 9)
+    assert list(groups[0].responses[0].ids) == [3, 4]

@@ -264,3 +264,19 @@ def test_parameters_named_like_schema_words():
 
 def test_examples_in_docstrings():
     assert doctest.testmod(records).failed == 0
+
+
+def test_half_a_character_in_a_json_string_and_reasoning_in_parts(write):
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"q": "\\ud83d"}'}}
+    question = {"role": "user", "content": "?"}
+    with pytest.raises(InputError, match="arguments is not JSON"):
+        read_records(write({"messages": [question, {"role": "assistant", "tool_calls": [call]}], "tools": [TOOL]}))
+    reply = {"role": "assistant", "content": "so", "reasoning_content": [{"type": "text", "text": "because"}]}
+    assert read_records(write({"messages": [question, reply]}))[0]["answer"]["reasoning"] == "because"
+
+
+def test_a_null_id_is_none(write):
+    record = {"id": None, "source": None, "messages": [{"role": "user", "content": "?"}], "tools": [],
+              "answer": {"content": "so"}}
+    read, = read_records(write(record))
+    assert read["id"].endswith(":1") and isinstance(read["source"], str)

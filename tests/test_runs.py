@@ -302,3 +302,13 @@ def test_a_chain_notices_another_filter_or_comparison(here, capsys):
     Path("chain.txt").write_text(f"{rollout}\n{EVAL} --compare before\n")
     assert run("curriculum chain.txt --resume") == 0
     assert "difference" in capsys.readouterr().out
+
+
+def test_a_file_without_settings_is_not_finished(here, capsys):
+    Path("mine.jsonl").write_text("{}")
+    Path("chain.txt").write_text("prepare --data train.jsonl --out mine.jsonl")
+    assert "mine.jsonl: exists already" in refused(capsys, "curriculum chain.txt --resume")
+    Path("chain.txt").write_text(f"{CKD} --teacher other --out new")
+    shutil.copytree("teacher", "other")
+    (Path("other") / "chat_template.jinja").write_text("{{ another }}")
+    assert run("curriculum chain.txt") == 0  # of a teacher only the tokenizer is used

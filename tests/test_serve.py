@@ -292,6 +292,6 @@ def test_a_client_that_leaves_between_two_responses_leaves_nothing(records):
     assert [response.finish_reason for response in job.request.responses][0] and engine.sampler.waiting
     job.disconnected = True
     engine.step()
-    assert not engine.jobs and not engine.sampler.busy
+    assert not engine.jobs and not engine.sampler.busy and not engine.sampler.prompts
     server.shutdown()
     server.server_close()

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 import re
+import signal
 import zlib
 from functools import cache
 
@@ -211,10 +212,8 @@ def make_tools(r, split, settings):
     offered = {}
     for key in keys:
         names = [tool["name"] for tool, _ in offered.values()]
-        tool, parameter_names = make_tool(r, key, settings["random_names"])
-        while tool["name"] in names:
-            tool, parameter_names = make_tool(r, key, settings["random_names"])
-        offered[key] = (tool, parameter_names)
+        while key not in offered or offered[key][0]["name"] in names:
+            offered[key] = make_tool(r, key, settings["random_names"])
     return offered, targets
 
 
@@ -383,6 +382,7 @@ def main():
     parser.add_argument("--reasoning", type=float, default=0.0, help="share of answers with a think line")
     parser.add_argument("--show", action="store_true", help="print text for reading instead of JSON")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends it
     r = random.Random(args.seed)
     for _ in range(args.n):
         record = make_record(r, args.split, reasoning=args.reasoning)
