@@ -143,10 +143,9 @@ def cross_entropy(logits, target):
 
 def objective_loss(args):
     """The loss function that `--objective` names, with the settings of its flags."""
-    default = 10.0 if args.objective == "ckd" else 0.0
-    tail_weight = default if args.tail_weight is None else args.tail_weight
-    if args.objective == "rskd":  # as released
-        tail_weight = 0.0
+    tail_weight = args.tail_weight
+    if tail_weight is None or args.objective == "rskd":  # rskd: no penalty, as released
+        tail_weight = 10.0 if args.objective == "ckd" else 0.0
     kd_ratio = 0.0 if args.objective == "ce" else args.kd_ratio
     return partial(ckd_loss, m=args.m, tail_weight=tail_weight,
                    divergence=DIVERGENCES[args.objective], kd_ratio=kd_ratio)
@@ -367,8 +366,8 @@ def run_training(args, student_folder, teacher_folder=None):
 
 
 def answer_before_and_after(student, folder, chat, groups, args):
-    """Greedy answers to a few groups' prompts by the student's folder, which is untrained, and by the student. All ranks
-    answer, as the weights are gathered from all."""
+    """Greedy answers to a few groups' prompts by the student's folder, which is untrained, and by the student. All
+    ranks answer, as the weights are gathered from all."""
     dtype = getattr(torch, args.dtype)
     after = greedy_answers(student.in_dtype(dtype), chat, groups, "after")
     with train.fail_together():  # the folder may be gone by now

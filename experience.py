@@ -6,13 +6,11 @@ not change what is trained on.
 
 Departure from the released code: it samples whole batches of prompts; here a step stops as soon as it has its groups.
 """
-from dataclasses import asdict
-
 import torch
 from tqdm import tqdm
 
 import train
-from data.groups import Response, next_prompts
+from data.groups import next_prompts
 from sampler import Request, Sampler, cache_size, describe_cache
 
 STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished groups, if there are several ranks
@@ -95,14 +93,9 @@ def score_responses(responses, record, score, chat):
 
 def exchange(sampler, finished, stop):
     """Exchange between ranks. Returns each one's free slots, whether any should stop, all {number: responses}."""
-    if train.world_size() == 1:
-        return [sampler.num_free], stop, {request.number: request.responses for request in finished}
-    rows = [[request.number, [asdict(response) for response in request.responses]] for request in finished]
-    state = {"free": sampler.num_free, "stop": stop, "groups": rows}
-    states = train.gather_over_ranks([state])
-    rows = [row for state in states for row in state["groups"]]
-    done = {number: [Response(**fields) for fields in responses] for number, responses in rows}
-    return [state["free"] for state in states], any(state["stop"] for state in states), done
+    state = (sampler.num_free, stop, {request.number: request.responses for request in finished})
+    free, stops, done = zip(*train.gather_over_ranks([state]))
+    return list(free), any(stops), {number: responses for part in done for number, responses in part.items()}
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):

@@ -32,7 +32,7 @@ class KVCache:
         """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
         self.row = row
         self.known = known
-        self.in_step = False  # not a bound method: that reference cycle would keep the buffers until garbage collection
+        self.attend = KVCache.attend_in_prompts  # unbound: a reference cycle would keep the buffers until collected
 
     def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.
@@ -47,13 +47,13 @@ class KVCache:
         self.rows = torch.arange(len(self.lengths), device=grid.device)  # [B]
         after_prompt = torch.arange(prompt_keys, device=grid.device) >= prompt_lengths[:, None]  # [B, S]
         after_own = torch.arange(response_keys, device=grid.device) > self.lengths[:, None]  # [B, S]
-        self.unseen = [mask[:, None, None] for mask in (after_prompt, after_own)]  # [B, 1, 1, S] each
-        self.in_step = True
+        self.unseen = torch.cat((after_prompt, after_own), dim=-1)[:, None, None]  # [B, 1, 1, S]
+        self.widths = (prompt_keys, response_keys)
+        self.attend = KVCache.attend_in_step
 
     def attention(self, layer):
         """The function (q, k, v) -> attention of a layer."""
-        attend = self.attend_in_step if self.in_step else self.attend_in_prompts
-        return partial(attend, self.prompts[layer], self.responses[layer])
+        return partial(self.attend, self, self.prompts[layer], self.responses[layer])
 
     @torch.compiler.disable  # its shapes change at every step
     def attend_in_prompts(self, prompts, responses, q, k, v):
@@ -73,17 +73,16 @@ class KVCache:
         kv = torch.stack((k, v))  # [2, B, Hkv, 1, D]
         B, H, _, D = q.shape
         responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
-        widths = [mask.shape[-1] for mask in self.unseen]
-        prompt_k, prompt_v = prompts[:, :len(self.grid), :, :widths[0]]  # [P, Hkv, S, D] each
-        own_k, own_v = responses[:, :B, :, :widths[1]]  # [B, Hkv, S, D] each
-        # One softmax over the keys of the prompt and of the response.
-        q = q.view(B, k.shape[1], -1, D) * D ** -0.5  # [B, Hkv, R, D]
-        scores = self.by_prompt(q, prompt_k.transpose(2, 3)), q @ own_k.transpose(2, 3)
-        unseen = torch.cat(self.unseen, dim=-1)  # [B, 1, 1, S]
-        scores = torch.cat(scores, dim=-1).masked_fill(unseen, -torch.inf)  # [B, Hkv, R, S]
+        prompt_k, prompt_v = prompts[:, :len(self.grid), :, :self.widths[0]]  # [P, Hkv, S, D] each
+        own_k, own_v = responses[:, :B, :, :self.widths[1]]  # [B, Hkv, S, D] each
+        # One softmax over the keys of the prompt and of the response. On a CPU the scores are in float32, as in
+        # training: Qwen2.5 has scores above 1,000, where a step of bfloat16 is 8. On a GPU this would copy all keys.
         exact = torch.promote_types(q.dtype, torch.float32)
-        weights = scores.softmax(-1, dtype=exact).to(q.dtype)
-        on_prompt, on_own = weights.split(widths, dim=-1)
+        dtype = exact if q.device.type == "cpu" else q.dtype
+        q = q.view(B, k.shape[1], -1, D).to(dtype) * D ** -0.5  # [B, Hkv, R, D]
+        scores = self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)
+        scores = torch.cat(scores, dim=-1).masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
+        on_prompt, on_own = scores.softmax(-1, dtype=exact).to(k.dtype).split(self.widths, dim=-1)
         x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]
         return x.view(B, H, 1, D)
 

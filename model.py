@@ -43,15 +43,14 @@ def read_config(config, where):
     where: its path, for error messages
     """
     check_fields(config, CONFIG, where)
-    rope = check_fields(config.get("rope_parameters") or config.get("rope_scaling") or {}, ROPE, where)
+    rope = check_fields(config.get("rope_scaling") or config.get("rope_parameters") or {}, ROPE, where)
     config = {name: value for name, value in config.items() if value is not None}
     refuse_unsupported(config, rope, where)
     c = DEFAULTS | config
     qwen3 = c["model_type"] == "qwen3"
     bias = bool(c.get("attention_bias"))
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
-    if not c.get("head_dim"):
-        c["head_dim"] = 128 if qwen3 else c["hidden_size"] // c["num_attention_heads"]
+    c.setdefault("head_dim", 128 if qwen3 else c["hidden_size"] // c["num_attention_heads"])
     if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
         raise InputError(f"{where}: head_dim {c['head_dim']}, {c['num_attention_heads']} query heads and "
                          f"{c['num_key_value_heads']} key/value heads do not fit together; {MODEL_FOLDER}")
@@ -310,6 +309,8 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
+        if self.folder and not self.folder.exists():
+            raise InputError(f"{self.folder}: is gone, and with it the tokenizer; restore it, and use --resume")
         weights = parameters(self)
         dtype = dtype or self.head_weight.dtype
         config = {**self.config, "torch_dtype": str(dtype).removeprefix("torch.")}
@@ -347,10 +348,9 @@ def read_tensors(folder, known):
     """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: expected names."""
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
-    if index.exists():
+    if index.exists() and not paths[0].exists():  # the same order as in transformers
         weight_map = check_fields(read_json(index), WEIGHT_INDEX, index).get("weight_map") or {}
-        shards = set(weight_map.values())
-        paths = [folder / shard for shard in sorted(shards)]
+        paths = [folder / shard for shard in sorted(set(weight_map.values()))]
     elif not paths[0].exists():
         raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")
     for path in paths:

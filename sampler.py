@@ -350,8 +350,10 @@ def describe_cache(model, num_slots, num_prompts, prompt_tokens, max_new_tokens)
     c = model.model.c
     tokens = num_prompts * prompt_tokens + num_slots * max_new_tokens
     size = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * model.head_weight.itemsize
+    positions = c.get("max_position_embeddings", math.inf)
+    beyond = f", beyond the model's {positions:,} positions" if prompt_tokens + max_new_tokens > positions else ""
     return (f"keys and values of {num_prompts} prompts x {prompt_tokens:,} and {num_slots} responses x "
-            f"{max_new_tokens:,} tokens: at most {tokens * size / 1e9:.2f} GB")
+            f"{max_new_tokens:,} tokens{beyond}: at most {tokens * size / 1e9:.2f} GB")
 
 
 def generate(model, requests, num_slots, chat):

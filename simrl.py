@@ -131,7 +131,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     """Train a model by GRPO.
 
     model: a Transformer with float32 weights, changed in place
-    reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0. The caller compiles both
+    reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0
     prompts: a list of `Group` without responses
     chat: the model's Chat
     score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]}; other
@@ -152,8 +152,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     if start:
         progress = checkpoints.load_checkpoint(args.out, start, args.command, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
-    if args.compile:
-        policy.model.compile_layers()
+    for compiled in filter(None, (model, reference, policy) if args.compile else ()):
+        compiled.model.compile_layers()
     sampler = make_sampler(policy, [*prompts, *valid], chat, args)
     validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
     if valid and not start:
@@ -236,8 +236,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
         for micro, active in train.share_of_rank(parts):
             packed = pack(micro, device) | {"active": active}
             responses = [r for group in micro for r in group.responses]
-            advantage = [r.advantage for r in responses]
-            advantage = torch.tensor(advantage, dtype=wide_dtype, device=device)
+            advantage = torch.tensor([r.advantage for r in responses], dtype=wide_dtype, device=device)
             packed["advantage"] = advantage[packed["response"]]
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
@@ -351,8 +350,6 @@ def run_simrl(args):
     if args.kl_weight:
         dtype = getattr(torch, args.dtype)
         reference = Transformer.from_pretrained(args.model, dtype, device, shard)
-    for loaded in filter(None, (model, reference) if args.compile else ()):
-        loaded.model.compile_layers()
     resumed = f"; resuming after step {start}" if start else ""
     train.note(
         f"{len(prompts):,} prompts, {skipped} skipped as too long; "

@@ -78,8 +78,8 @@ def main(argv=None):
     except (InputError, OSError) as e:
         code = 2
         message = str(e)
-        if isinstance(e, OSError) and e.errno and not e.filename and "resume" in args and "out" in args:  # a failed write
-            message = f"{args.out}: {e.strerror}; correct that and continue with --resume"
+        if isinstance(e, OSError) and e.errno and not e.filename and {"resume", "out"} <= vars(args).keys():
+            message = f"{args.out}: {e.strerror}; correct that and continue with --resume"  # a failed write
     except RuntimeError as e:
         if type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e):
             code = 2

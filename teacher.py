@@ -17,7 +17,7 @@ from data import MODEL_FOLDER, InputError, read_json
 from data.cache import model_hash, number_rows, open_cache, write_cache
 from data.chat import read_tokenizer
 from head import hidden_states, topk_log_probs
-from model import Transformer
+from model import Transformer, read_config
 
 
 @dataclass(eq=False)
@@ -67,8 +67,8 @@ def check_pair(teacher_folder, student_folder):
     if teacher != student:
         raise InputError(f"{teacher_folder} ({len(teacher[0]):,} tokens) and {student_folder} "
                          f"({len(student[0]):,}) have different tokenizers; CKD needs two models that share one")
-    configs = [read_json(Path(folder) / "config.json", MODEL_FOLDER) for folder in (teacher_folder, student_folder)]
-    widths = {config.get("vocab_size") for config in configs}
+    paths = [Path(folder) / "config.json" for folder in (teacher_folder, student_folder)]
+    widths = {read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths}
     tokens, _ = teacher
     return widths.pop() if len(widths) == 1 else tokens[-1][1] + 1
 

@@ -9,7 +9,6 @@ Departures from the released code:
 """
 import atexit
 import ctypes
-import json
 import math
 import os
 import resource
@@ -90,7 +89,9 @@ class Muon(torch.optim.Muon):
         for group in self.param_groups:
             updates = defaultdict(list)  # of each shape
             for p in group["params"]:
-                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                momentum = self.state[p]["momentum_buffer"]
                 momentum.lerp_(p.grad, 1 - group["momentum"])
                 updates[p.shape].append((p, p.grad.lerp(momentum, group["momentum"])))  # Nesterov look-ahead
             for (rows, columns), pairs in updates.items():
@@ -122,8 +123,8 @@ def make_optimisers(model, args):
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if not layers:
         return [adamw]
-    groups = [{"params": layers, "scale": 5.0}]
-    return [Muon(groups, lr=args.lr, weight_decay=args.weight_decay, momentum=0.95), adamw]
+    muon = Muon([{"params": layers, "scale": 5.0}], lr=args.lr, weight_decay=args.weight_decay, momentum=0.95)
+    return [muon, adamw]
 
 
 def learning_rate(step, steps, peak):
@@ -227,31 +228,18 @@ def sum_over_ranks(sums):
     """{name: number or tensor} summed over the ranks, as floats."""
     values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
     if dist.is_initialized():
-        values = values.to(exchange_device())
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values)
     return dict(zip(sums, values.tolist()))
 
 
-def exchange_device():
-    """The device of tensors that ranks exchange: this rank's GPU (see `pick_device`) or the CPU."""
-    return "cuda" if dist.get_backend() == "nccl" else "cpu"
-
-
 def gather_over_ranks(rows):
-    """The lists of all ranks as one list, in rank order. JSON values, sent as bytes, so no pickle."""
-    if not dist.is_initialized():
-        return rows
-    device = exchange_device()
-    data = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8).to(device)  # [bytes]
-    sizes = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor([len(data)], device=device))
-    padding = data.new_zeros(max(sizes) - len(data))  # all_gather takes equal lengths only
-    parts = [data.new_zeros(max(sizes)) for _ in sizes]
-    dist.all_gather(parts, torch.cat((data, padding)))
-    gathered = []
-    for part, size in zip(parts, sizes):
-        gathered += json.loads(part[:size].cpu().numpy().tobytes())
-    return gathered
+    """The lists of all ranks as one list, in rank order."""
+    parts = [rows]
+    if dist.is_initialized():
+        parts = [None] * world_size()
+        dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
 
 
 @contextmanager

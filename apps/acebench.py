@@ -67,7 +67,10 @@ def run_acebench(args):
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
-    chosen, sizes, too_long, longest = choose_items(args, GROUPS, lambda name: read_items(checkout / DATA, name), tokens, room)
+    def read(name):
+        return read_items(checkout / DATA, name)
+
+    chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
     open_run(args, [args.model], others=[args.compare])
 
     # 2. Let the tool generate and score. It skips items that have an answer.

@@ -114,8 +114,8 @@ def run_all(lines, args, parse, main):
     ran = False
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded, nor what an
-        # evaluation was compared with.
+        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded, nor what
+        # an evaluation was compared with.
         done = done and not getattr(stage, "compare", None)
         if done and (not ran or stage.command not in ("plot", "lens") and is_finished(out, stage)):
             print(f"\n$ python star.py {line}   # finished", flush=True)

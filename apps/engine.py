@@ -12,6 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from sampler import Request
 
@@ -96,6 +97,9 @@ class Engine(threading.Thread):
             self.changed.notify()
 
     def run(self):
+        device = self.sampler.model.head_weight.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # a thread starts on device 0
         try:
             while True:
                 with self.changed:
@@ -120,9 +124,10 @@ class Engine(threading.Thread):
             if job.disconnected:
                 waiting = [slot for slot in self.sampler.waiting if slot.request is not request]
                 self.sampler.waiting = deque(waiting)
+                self.sampler.requests = deque(other for other in self.sampler.requests if other is not request)
                 for response in request.responses:
                     response.finish_reason = response.finish_reason or "cancelled"
-                if request.responses and not any(slot.request is request for slot in self.sampler.slots):
+                if request not in self.new and not any(slot.request is request for slot in self.sampler.slots):
                     with self.changed:
                         del self.jobs[request]  # the sampler has nothing of it, so it will not return it
         if not self.sampler.slots and not self.sampler.waiting:

@@ -117,8 +117,9 @@ def change_tokenizer(folder, change):
 
 def lose_shard(folder="student"):
     """Name a second shard that does not exist."""
-    names = list(load_file(f"{folder}/model.safetensors"))
-    index = {name: "model.safetensors" for name in names[1:]} | {names[0]: "model-2.safetensors"}
+    Path(f"{folder}/model.safetensors").rename(f"{folder}/model-1.safetensors")
+    names = list(load_file(f"{folder}/model-1.safetensors"))
+    index = {name: "model-1.safetensors" for name in names[1:]} | {names[0]: "model-2.safetensors"}
     Path(f"{folder}/model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 

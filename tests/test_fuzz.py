@@ -85,7 +85,9 @@ class Files:
                                            {"role": "tool", "name": "f", "content": "1"}]
         config = self.model / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": {"content": "<|im_end|>"}}))
-        (self.model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+        (self.model / "model.safetensors").rename(self.model / "model-1.safetensors")
+        index = {"weight_map": {"a": "model-1.safetensors"}}
+        (self.model / "model.safetensors.index.json").write_text(json.dumps(index))
         (folder / "tools.json").write_text(json.dumps(self.records[0]["tools"]))
         (folder / "run").mkdir()
         (folder / "run/metrics.jsonl").write_text("".join(
@@ -100,7 +102,7 @@ class Files:
         self.json = {"model/config.json": lambda: (model(), chat()), "model/generation_config.json": chat,
                      "model/tokenizer_config.json": chat, "model/model.safetensors.index.json": model,
                      "tools.json": lambda: read_tools(folder / "tools.json")}
-        self.bytes = self.json | {"model/tokenizer.json": chat, "model/model.safetensors": model,
+        self.bytes = self.json | {"model/tokenizer.json": chat, "model/model-1.safetensors": model,
                                   "records.jsonl": self.read_records, "run/metrics.jsonl": self.read_metrics,
                                   "out.part": self.read_part}
 

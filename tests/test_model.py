@@ -164,6 +164,8 @@ def test_several_shards_and_a_folder_round_trip(tmp_path, ids):
     (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with torch.no_grad():
         assert torch.equal(Transformer.from_pretrained(sharded)(ids), model(ids))
+        save_file({name: tensor + 1 for name, tensor in state.items()}, sharded / "model.safetensors")
+        assert not torch.equal(Transformer.from_pretrained(sharded)(ids), model(ids))  # one file goes before shards
         reloaded = Transformer.from_pretrained(tmp_path / "one")
         assert torch.equal(reloaded(ids), model(ids))
     reloaded.save_pretrained(tmp_path / "two", torch.bfloat16)
@@ -173,6 +175,9 @@ def test_several_shards_and_a_folder_round_trip(tmp_path, ids):
     assert len({path.stat().st_mode for path in (tmp_path / "two").iterdir()}) == 1  # the same permissions
     reloaded.save_pretrained(tmp_path / "two")  # replaces an existing folder
     assert not (tmp_path / "two.tmp").exists()
+    (tmp_path / "one").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="one: is gone, and with it the tokenizer"):
+        reloaded.save_pretrained(tmp_path / "two")
 
 
 def test_loading_never_holds_two_copies(tmp_path):
@@ -238,3 +243,31 @@ def test_tensor_that_the_config_does_not_name_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(InputError, match=r"tensor model.layers.1\.\S+ does not fit config.json; download"):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_rope_scaling_beside_rope_parameters_is_not_overlooked():
+    config = {**random_model("qwen3").config, "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}
+    read_config(config, "config.json")
+    with pytest.raises(InputError, match="yarn"):
+        read_config(config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "config.json")
+
+
+def test_large_scores_are_not_rounded_to_bfloat16_while_decoding():
+    """Scores above 1,000, as Qwen2.5 has: close to torch's attention, which keeps them in float32."""
+    model = random_model("qwen3").bfloat16()
+    cache = KVCache(model, 1, 8, 4, 40)
+    c = model.model.c
+    r = torch.Generator().manual_seed(0)
+    q = torch.randn(4, c["num_attention_heads"], 1, c["head_dim"], generator=r).mul(40).bfloat16()
+    k, v = torch.randn(2, 4, c["num_key_value_heads"], 40, c["head_dim"], generator=r).bfloat16()
+    k = k * 40
+    cache.responses[0][0], cache.responses[0][1] = k, v
+    grid, columns = lay_out([0] * 4)
+    places = torch.tensor([[0] * 4, columns, [0] * 4, [39] * 4])
+    cache.start_step(torch.tensor(grid), places, 8, 40)
+    out = cache.attention(0)(q, k[:, :, 39:], v[:, :, 39:])
+    scores = torch.repeat_interleave(k.double(), q.shape[1] // k.shape[1], 1) @ q.double().mT * c["head_dim"] ** -0.5
+    assert scores.abs().max() > 1000
+    values = torch.repeat_interleave(v.double(), q.shape[1] // k.shape[1], 1)
+    expected = (scores.mT.softmax(-1) @ values)
+    assert (out.double() - expected).abs().max() < 0.02

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data.chat import Chat
 from kv_cache import KVCache
 from model import Transformer
-from sampler import Request, Sampler, cache_size, generate, next_token
+from sampler import Request, Sampler, cache_size, describe_cache, generate, next_token
 
 CONFIG = {"model_type": "qwen3", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": True}
@@ -402,3 +402,9 @@ def test_a_tiny_temperature_takes_the_most_likely_token():
     for temperature in (0.0, 1e-44, 1e-38, 1e-7, 1e-5):
         ids, log_probs = next_token(logits, torch.tensor([0.9]), torch.tensor([temperature]))
         assert ids.item() == 1 and log_probs.isfinite().all()
+
+
+def test_prompts_beyond_the_models_positions_are_said():
+    model = Transformer(CONFIG | {"max_position_embeddings": 64})
+    assert "beyond the model's 64 positions" in describe_cache(model, 1, 1, 60, 5)
+    assert "beyond" not in describe_cache(model, 1, 1, 60, 4)

@@ -295,3 +295,18 @@ def test_a_client_that_leaves_between_two_responses_leaves_nothing(records):
     assert not engine.jobs and not engine.sampler.busy and not engine.sampler.prompts
     server.shutdown()
     server.server_close()
+
+
+def test_queued_requests_of_clients_that_left_cost_nothing():
+    server = start("--max-concurrent", "1")
+    engine = server.engine
+    jobs = [Job(Request([1, 2, 3 + i], 1, 0, 0.0, 4)) for i in range(3)]
+    for job in jobs:
+        engine.jobs[job.request] = job  # the thread does not see it
+        engine.sampler.add(job.request)
+    for job in jobs[1:]:
+        job.disconnected = True
+    engine.step()
+    assert list(engine.jobs) == [jobs[0].request] and not engine.sampler.requests
+    server.shutdown()
+    server.server_close()

@@ -230,20 +230,18 @@ def test_any_number_of_ranks_trains_as_one(models, ranks, shard_ranks):
 
 def test_long_responses_keep_their_rank_from_further_prompts(monkeypatch):
     """Runs as rank 0 of 2. Its two prompts finish last, so rank 1 samples all others."""
-    row = {"ids": [1], "span": [0, 1], "log_probs": [0.0], "finish_reason": "stop", "text": "1", "reward": 1.0,
-           "answer_score": 1.0}
+    row = Response([1], (0, 1), log_probs=[0.0], finish_reason="stop", text="1", reward=1.0, answer_score=1.0)
     of_rank_1 = iter([[1, 3], [4, 5], []])
     added = []
 
     def gather(states):
-        groups = [[number, [row, row]] for number in next(of_rank_1)]
-        return [*states, {"free": 4, "stop": False, "groups": groups}]
+        return [*states, (4, False, {number: [row, row] for number in next(of_rank_1)})]
 
     def step():
         sampler.num_free = 0
         last = next(passes) == 3 * STEPS_PER_EXCHANGE - 1
         for request in added if last else ():
-            request.responses = [Response(**row), Response(**row)]
+            request.responses = [row, row]
         return added if last else []
 
     passes = count()
