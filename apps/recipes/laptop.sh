@@ -1,8 +1,10 @@
-# The whole order on a laptop's CPU with a real 0.5B. train.jsonl.gz holds records with gold answers (49,006 here, from
-# which `prepare` chooses a mix of labels with short prompts). On two cores without AVX-512 or bfloat16 it took 65 minutes
-# and 14 GB up to the end of `ckd`. Of `simrl` two of the 12 steps were run, 165 seconds each. A CPU with bfloat16
-# instructions is faster without --dtype float32. tests/README.md has the official score of runs/ckd/model, made by
+# The paper's order on a laptop's CPU with a real 0.5B. train.jsonl.gz holds records with gold answers (49,006 here, from
+# which `prepare` chooses a mix of labels with short prompts). On two cores without AVX-512 or bfloat16: `sft` 26 minutes,
+# all up to the end of `ckd` 65 minutes, 14 GB. A CPU with bfloat16 instructions is faster without --dtype float32.
+# tests/README.md, *Official BFCL and ACEBench scores*, has the scores of runs/teacher/model and runs/ckd/model, made by
 #     python star.py bfcl --model runs/ckd/model --items 35 --max-new-tokens 128 --dtype float32 --out runs/bfcl
+# It also says how Sim-RL from this CKD model collapsed: 16 steps of CKD are too few for calls that pay. `simrl` below
+# therefore refines the teacher, as the paper's first stage does.
 python star.py prepare --data train.jsonl.gz --model models/Qwen2.5-Coder-0.5B-Instruct \
     --max-prompt-tokens 384 --size 4000 --seed 1 --out runs/sft.jsonl.gz
 python star.py prepare --data train.jsonl.gz --model models/Qwen2.5-Coder-0.5B-Instruct \
@@ -14,6 +16,6 @@ python star.py rollout --model runs/teacher/model --data runs/prompts.jsonl.gz -
 python star.py ckd --teacher runs/teacher/model --student models/Qwen2.5-Coder-0.5B-Instruct \
     --data runs/rollouts.jsonl --cache runs/teacher-cache --hold-out 40 --batch-size 16 --micro-batch-tokens 1024 \
     --lr 3e-5 --valid-every 25 --save-every 10 --dtype float32 --out runs/ckd
-python star.py simrl --model runs/ckd/model --data runs/prompts.jsonl.gz --prompts-per-step 4 --batch-size 32 \
-    --max-new-tokens 80 --max-concurrent 32 --micro-batch-tokens 1024 --lr 1e-5 --steps 12 --save-every 2 \
-    --dtype float32 --out runs/star
+python star.py simrl --model runs/teacher/model --data runs/prompts.jsonl.gz --prompts-per-step 4 --batch-size 32 \
+    --max-new-tokens 80 --max-concurrent 32 --micro-batch-tokens 1024 --lr 5e-6 --steps 12 --save-every 2 \
+    --dtype float32 --out runs/refined
