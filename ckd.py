@@ -38,8 +38,7 @@ from model import Transformer
 from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses. A divergence takes log-probs on V_k, teacher [N, k] and student [N, k], and returns [N].
+# ---- The losses. A divergence takes log-probs on V_k, teacher [N, k] and student [N, k], and returns [N].
 
 def forward_kl(teacher_log_p, student_log_p):
     """Forward KL on V_k, Eq. 4. Its minimiser is q = p/P on V_k."""
@@ -92,12 +91,10 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
 
 # ce trains on cross-entropy; the forward KL is only logged, for comparison with the other objectives.
 DIVERGENCES = {
-    "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl,
-    "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
+    "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
 
 
-def ckd_loss(logits, target, teacher_ids, teacher_log_p,
-             m=100, tail_weight=10.0, divergence=forward_kl, kd_ratio=1.0):
+def ckd_loss(logits, target, teacher_ids, teacher_log_p, m=100, tail_weight=10.0, divergence=forward_kl, kd_ratio=1.0):
     """The distillation loss at each position: Eq. 3, or with another divergence, mixed with cross-entropy.
 
     logits: [C, V], the student's
@@ -129,9 +126,8 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p,
     if divergence is sampled_kl:  # ids repeat: the mean over draws of q / (count / k) sums q once per token
         captured = torch.ones_like(kl)
         inside = (on_topk - log_p).exp().mean(-1)
-    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl}
-    stats |= {"tail": tail, "captured": captured, "inside": inside}
-    return losses, stats
+    return losses, {
+        "nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail, "captured": captured, "inside": inside}
 
 
 def cross_entropy(logits, target):
@@ -151,8 +147,7 @@ def objective_loss(args):
                    divergence=DIVERGENCES[args.objective], kd_ratio=kd_ratio)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop
 
 def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     """Train a student on groups, with the `--objective` loss if there is a teacher, otherwise with cross-entropy.
@@ -160,7 +155,6 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     student: a Transformer with float32 weights, changed in place
     teacher: a `Teacher`, or None
     groups, valid: lists of `Group`, to train and to validate on
-    args: the parsed flags
     start: the step to resume after
     answer_valid: a function student -> {"valid_reward", "valid_exact"} of its own answers, or None
 
@@ -255,8 +249,7 @@ def validate(student, teacher, valid, args, answer_valid=None):
     return {f"valid_{name}": value for name, value in means.items()} | answers
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The commands ckd and sft
+# ---- The commands ckd and sft
 
 def ckd_flags(parser):
     parser.add_argument("--teacher", required=True, help="model folder")
@@ -264,16 +257,12 @@ def ckd_flags(parser):
     add = parser.add_argument_group("objective").add_argument
     add("--objective", choices=tuple(DIVERGENCES), default="ckd",
         help="ckd is fkl with the tail penalty; ce, cross-entropy, uses the teacher for logs only")
-    add("--k", type=positive, default=100,
-        help="size of the teacher's top-k (rskd: number of draws)")
-    add("--m", type=positive, default=100,
-        help="size of the student's top-m")
-    add("--tail-weight", type=non_negative,
-        help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
+    add("--k", type=positive, default=100, help="size of the teacher's top-k (rskd: number of draws)")
+    add("--m", type=positive, default=100, help="size of the student's top-m")
+    add("--tail-weight", type=non_negative, help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
         help="weight of distillation; the rest is cross-entropy")
-    add("--cache", metavar="DIR",
-        help="store the teacher's log-probs: written once, then read")
+    add("--cache", metavar="DIR", help="store the teacher's log-probs: written once, then read")
     add_supervised_flags(parser, lr=3e-6, weight_decay=1e-4)
 
 
@@ -286,21 +275,16 @@ def add_supervised_flags(parser, lr, weight_decay):
     """The flags of both commands."""
     add_data_flags(parser, "records or rollouts")
     add = parser.add_argument_group("training data").add_argument
-    add("--hold-out", type=natural, default=32, metavar="N",
-        help="records to hold out of --data, at most a quarter")
-    add("--max-response-tokens", type=positive, default=512, metavar="N",
-        help="skip longer responses")
-    add("--mask", choices=("all", "think", "answer", "alter"), default="all",
-        help="response tokens in the loss: all; think: up to </think>; answer: "
-        "after it; alter: think and answer for alternate responses")
+    add("--hold-out", type=natural, default=32, metavar="N", help="records to hold out of --data, at most a quarter")
+    add("--max-response-tokens", type=positive, default=512, metavar="N", help="skip longer responses")
+    add("--mask", choices=("all", "think", "answer", "alter"), default="all", help="response tokens in the loss: all; "
+        "think: up to </think>; answer: after it; alter: think and answer for alternate responses")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps; overrides --epochs")
     add("--share-prefix", type=positive, default=1, metavar="N",
         help="pack up to N consecutive records with the same tools into one shared-prefix row")
-    add("--samples", type=natural, default=3, metavar="N",
-        help="held-out prompts to answer before and after")
-    valid_help = "records or rollouts to validate on; default: hold out some of --data"
-    train.add_valid_flags(parser, valid_help, every=100)
+    add("--samples", type=natural, default=3, metavar="N", help="held-out prompts to answer before and after")
+    train.add_valid_flags(parser, "records or rollouts to validate on; default: hold out some of --data", every=100)
     parser.add_argument("--valid-answers", type=natural, default=0, metavar="N",
         help="also answer the first N held-out prompts at each validation: exact answers, reward")
     add_prompt_flags(parser)
@@ -318,7 +302,7 @@ def run_sft(args):
 
 
 def run_training(args, student_folder, teacher_folder=None):
-    """Read and check, load, train, save, show. Returns the exit code."""
+    """Read and check, load, train, save, show."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
     with train.fail_together():
@@ -344,7 +328,16 @@ def run_training(args, student_folder, teacher_folder=None):
     student.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         student.model.compile_layers()
-    describe_run(args, student, groups, valid, start)
+    responses = sum(len(group.responses) for group in groups)
+    steps = responses * args.epochs / args.batch_size
+    resumed = f"; resuming after step {start}" if start else ""
+    train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
+               f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+    if args.valid and not valid:
+        train.note(f"no validation: every record of {args.valid} exceeds a length limit")
+    if not args.steps and steps < 10:
+        train.note(f"That is only {steps:.1f} steps of {args.batch_size} responses. To train "
+                   "longer, use --steps, or --epochs and a smaller --batch-size")
 
     # 3. Train.
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
@@ -362,7 +355,6 @@ def run_training(args, student_folder, teacher_folder=None):
         write_json(Path(args.out) / "samples.json", samples)
     show = partial(runs.show_training, samples=samples)
     runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device), show)
-    return 0
 
 
 def answer_before_and_after(student, folder, chat, groups, args):
@@ -374,19 +366,3 @@ def answer_before_and_after(student, folder, chat, groups, args):
         untrained = Transformer.from_pretrained(folder, dtype, student.head_weight.device)
     before = greedy_answers(untrained, chat, groups, "before")
     return [old | new for old, new in zip(before, after)]
-
-
-def describe_run(args, student, groups, valid, start):
-    """Print the size of a run before it starts."""
-    responses = sum(len(group.responses) for group in groups)
-    steps = responses * args.epochs / args.batch_size
-    resumed = f"; resuming after step {start}" if start else ""
-    train.note(
-        f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; "
-        f"{args.dtype} compute, float32 weights, "
-        f"{student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
-    if args.valid and not valid:
-        train.note(f"no validation: every record of {args.valid} exceeds a length limit")
-    if not args.steps and steps < 10:
-        train.note(f"That is only {steps:.1f} steps of {args.batch_size} responses. To train "
-                   "longer, use --steps, or --epochs and a smaller --batch-size")

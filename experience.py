@@ -68,9 +68,12 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             # 3. Score finished groups, and give them to all ranks.
             for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
-            free, stopped, done = exchange(sampler, finished, stop())
-            for number, responses in done.items():
-                groups[number].responses = responses
+            state = (sampler.num_free, stop(), {request.number: request.responses for request in finished})
+            free, stops, done = map(list, zip(*train.gather_over_ranks([state])))
+            stopped = any(stops)
+            for part in done:
+                for number, responses in part.items():
+                    groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
         while not full() and groups[len(accepted)].responses:
             group = groups[len(accepted)]
@@ -85,17 +88,9 @@ def score_responses(responses, record, score, chat):
     """Give responses to one record their texts and scores."""
     for response in responses:
         response.text = chat.decode(response.ids)
-        details = dict(score(record, response.text))
-        response.reward = details.pop("reward")
-        response.answer_score = details.pop("answer_score")
-        response.details = details
-
-
-def exchange(sampler, finished, stop):
-    """Exchange between ranks. Returns each one's free slots, whether any should stop, all {number: responses}."""
-    state = (sampler.num_free, stop, {request.number: request.responses for request in finished})
-    free, stops, done = zip(*train.gather_over_ranks([state]))
-    return list(free), any(stops), {number: responses for part in done for number, responses in part.items()}
+        response.details = dict(score(record, response.text))
+        response.reward = response.details.pop("reward")
+        response.answer_score = response.details.pop("answer_score")
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):

@@ -14,47 +14,18 @@ GPU_CHUNK = 2048  # fewer products, each large enough for a GPU; 1.2 GB of float
 WEIGHT_BLOCK = 8192  # rows of the head whose gradient is summed at a time: its product stays in the processor's cache
 
 
-class ChunkedLoss(torch.autograd.Function):
-    """sum over positions of token weight x loss(hidden W^T), one chunk of logits at a time. See `head_loss`."""
+class WithGradients(torch.autograd.Function):
+    """A total whose gradients with respect to hidden and weight are given: `head_loss` has computed them already."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, token_weights, loss, chunk, dtype, *tensors):
-        x = hidden.to(dtype)  # [N, H]
-        w = weight.to(dtype)  # [V, H]
-        high = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
-        needs_grad = any(ctx.needs_input_grad)
-        if needs_grad:
-            d_hidden = torch.zeros_like(hidden, dtype=high)  # [N, H]
-            d_weight = torch.zeros_like(weight, dtype=high)  # [V, H]
-        total = torch.zeros((), dtype=high, device=hidden.device)
-        sums = {}
-        weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
-        for rows, logits in logits_in_chunks(x, w, chunk):
-            logits.requires_grad_(needs_grad)  # [C, V]
-            with torch.set_grad_enabled(needs_grad):
-                slices = [None if t is None else t[rows] for t in tensors]
-                losses, stats = loss(logits, *slices)  # [C], {name: [C]}
-            total += losses.detach() @ token_weights[rows]
-            for name, values in stats.items():
-                sums[name] = sums.get(name, 0) + values.detach().sum()
-            if needs_grad:
-                d_logits, = torch.autograd.grad(losses, logits, token_weights[rows])  # [C, V]
-                del logits, losses, stats
-                d_logits = d_logits.to(dtype)
-                d_hidden[rows] = d_logits @ w
-                for i in range(0, len(w), weight_block):
-                    block = slice(i, i + weight_block)
-                    d_weight[block] += d_logits[:, block].T @ x[rows]
-        if needs_grad:
-            ctx.save_for_backward(d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
-        ctx.mark_non_differentiable(*sums.values())
-        return total, *sums.values(), list(sums)
+    def forward(ctx, total, hidden, weight, *gradients):
+        ctx.save_for_backward(*gradients)
+        return total.clone()
 
     @staticmethod
-    def backward(ctx, d_total, *_):
+    def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        unused = [None] * (len(ctx.needs_input_grad) - 2)
-        return d_hidden * d_total, d_weight * d_total, *unused
+        return None, d_hidden * d_total, d_weight * d_total, None, None
 
 
 def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=None):
@@ -76,13 +47,34 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
     >>> head_loss(hidden, weight, torch.full((3,), 1 / 3), nll, torch.tensor([2, 2, 2]), chunk=2)[0]
     tensor(0.5514)
     """
-    if not torch.is_grad_enabled():  # a parameter requires its gradient under no_grad too
-        hidden = hidden.detach()
-        weight = weight.detach()
-    with torch.autocast(hidden.device.type, enabled=False):  # the chunks choose their own precision
-        total, *sums, names = ChunkedLoss.apply(
-            hidden, weight, token_weights, loss, chunk, dtype or hidden.dtype, *tensors)
-    return total, dict(zip(names, sums))
+    dtype = dtype or hidden.dtype
+    high = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
+    x = hidden.detach().to(dtype)  # [N, H]
+    w = weight.detach().to(dtype)  # [V, H]
+    needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    if needs_grad:
+        d_hidden = torch.zeros_like(hidden, dtype=high)  # [N, H]
+        d_weight = torch.zeros_like(weight, dtype=high)  # [V, H]
+    total = torch.zeros((), dtype=high, device=hidden.device)
+    sums = {}
+    weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
+    for rows, logits in logits_in_chunks(x, w, chunk):
+        logits.requires_grad_(needs_grad)  # [C, V]
+        losses, stats = loss(logits, *(None if t is None else t[rows] for t in tensors))  # [C], {name: [C]}
+        total += losses.detach() @ token_weights[rows]
+        for name, values in stats.items():
+            sums[name] = sums.get(name, 0) + values.detach().sum()
+        if needs_grad:
+            d_logits, = torch.autograd.grad(losses, logits, token_weights[rows])  # [C, V]
+            del logits, losses, stats
+            d_logits = d_logits.to(dtype)
+            d_hidden[rows] = d_logits @ w
+            for i in range(0, len(w), weight_block):
+                block = slice(i, i + weight_block)
+                d_weight[block] += d_logits[:, block].T @ x[rows]
+    if needs_grad:
+        total = WithGradients.apply(total, hidden, weight, d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
+    return total, sums
 
 
 def logits_in_chunks(hidden, weight, chunk=None):
@@ -95,11 +87,10 @@ def logits_in_chunks(hidden, weight, chunk=None):
 
 
 @torch.no_grad()
-def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):
-    """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32, in descending order.
+def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):  # [N, H], [V, H]
+    """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32 of the softmax over all V,
+    in descending order.
 
-    hidden: [N, H]
-    weight: [V, H]; log-probs are those of the softmax over all V
     uniform: [N, k] random numbers in [0, 1): draw k tokens by these instead, with replacement, and return the log of
         each one's share of the draws
     """
@@ -119,14 +110,8 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):
     return torch.cat(ids), torch.cat(log_p)
 
 
-def inverse_transform(probs, uniform):
-    """Draw the first token whose cumulative mass exceeds each uniform number times the whole mass.
-
-    probs: [R, V], not below 0
-    uniform: [R, n], in [0, 1)
-
-    Returns ids [R, n] and the whole mass [R, 1].
-    """
+def inverse_transform(probs, uniform):  # [R, V], [R, n] -> ids [R, n], whole mass [R, 1]
+    """Draw the first token whose cumulative mass exceeds each uniform number, in [0, 1), times the whole mass."""
     high = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
     mass = probs.cumsum(-1, dtype=high)  # [R, V]
     total = mass[:, -1:]  # [R, 1]

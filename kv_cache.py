@@ -100,7 +100,6 @@ class KVCache:
 
 def lay_out(prompt_rows):
     """A table of responses with a row for each prompt, shorter rows filled with 0, and the column of each response.
-
     prompt_rows: B integers, the row of each response's prompt
 
     >>> lay_out([1, 0, 1])

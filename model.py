@@ -30,18 +30,13 @@ from shard import gather, parameters, part_of, rank, whole
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-COPIED_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-)
+COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 def read_config(config, where):
-    """Return the settings that this file computes with. Raise InputError for a model that is not supported.
-
-    config: the content of a config.json, older (rope_theta at top level) or newer (inside rope_parameters)
-    where: its path, for error messages
-    """
+    """The settings that this file computes with, from the content of the config.json at `where`, older (rope_theta at
+    top level) or newer (inside rope_parameters). InputError for a model that is not supported."""
     check_fields(config, CONFIG, where)
     rope = check_fields(config.get("rope_scaling") or config.get("rope_parameters") or {}, ROPE, where)
     config = {name: value for name, value in config.items() if value is not None}
@@ -55,10 +50,7 @@ def read_config(config, where):
         raise InputError(f"{where}: head_dim {c['head_dim']}, {c['num_attention_heads']} query heads and "
                          f"{c['num_key_value_heads']} key/value heads do not fit together; {MODEL_FOLDER}")
     c["rope_theta"] = float(rope.get("rope_theta", c["rope_theta"]))
-    c["qk_norm"] = qwen3
-    c["qkv_bias"] = bias or not qwen3
-    c["o_bias"] = bias and qwen3
-    return c
+    return c | {"qk_norm": qwen3, "qkv_bias": bias or not qwen3, "o_bias": bias and qwen3}
 
 
 def refuse_unsupported(config, rope, where):
@@ -79,8 +71,7 @@ def refuse_unsupported(config, rope, where):
     }
     for feature, present in unsupported.items():
         if present:
-            raise InputError(f"{where}: {feature} is not supported; "
-                             "use a dense Qwen2.5 or Qwen3 model as released")
+            raise InputError(f"{where}: {feature} is not supported; use a dense Qwen2.5 or Qwen3 model as released")
 
 
 class RMSNorm(nn.Module):
@@ -154,8 +145,7 @@ def attention(q, k, v, mask=None):
         shared = q.shape[1] // k.shape[1]  # query heads per key/value head
         k = k.repeat_interleave(shared, dim=1)  # [B, H, T, D]
         v = v.repeat_interleave(shared, dim=1)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 class MLP(nn.Module):
@@ -163,8 +153,7 @@ class MLP(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        hidden = c["hidden_size"]
-        inner = c["intermediate_size"]
+        hidden, inner = c["hidden_size"], c["intermediate_size"]
         self.gate_proj = nn.Linear(hidden, inner, bias=False)
         self.up_proj = nn.Linear(hidden, inner, bias=False)
         self.down_proj = nn.Linear(inner, hidden, bias=False)
@@ -260,8 +249,7 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids, positions=None, mask=None, cache=None):
         """Logits [B, T, V]. The arguments are those of `hidden_states`."""
-        x = self.hidden_states(input_ids, positions, mask, cache)
-        return F.linear(x, self.head_weight)
+        return F.linear(self.hidden_states(input_ids, positions, mask, cache), self.head_weight)
 
     def num_parameters(self):
         """Number of parameters; a tied head counts once."""
@@ -311,13 +299,11 @@ class Transformer(nn.Module):
         """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
         if self.folder and not self.folder.exists():
             raise InputError(f"{self.folder}: is gone, and with it the tokenizer; restore it, and use --resume")
-        weights = parameters(self)
-        dtype = dtype or self.head_weight.dtype
-        config = {**self.config, "torch_dtype": str(dtype).removeprefix("torch.")}
-        config.pop("dtype", None)  # the newer name of torch_dtype
-        state = gather(weights, dtype)
+        state = gather(parameters(self), dtype)
         if rank() > 0:
             return
+        config = {**self.config, "torch_dtype": str(dtype or self.head_weight.dtype).removeprefix("torch.")}
+        config.pop("dtype", None)  # the newer name of torch_dtype
         with atomic_folder(folder) as new:
             save_tensors(state, new / "model.safetensors")
             write_json(new / "config.json", config)

@@ -35,10 +35,8 @@ from functools import lru_cache
 
 HEADER = "<|im_start|>assistant\n"
 END_TOKEN = re.compile(r"<\|(?:im_end|endoftext)\|>")
-FORMAT_FAILURES = (
-    "not one think block", "call is not JSON", "call without name or arguments", "unknown tool",
-    "unknown argument", "arguments are not an object", "nested too deep",
-)
+FORMAT_FAILURES = ("not one think block", "call is not JSON", "call without name or arguments", "unknown tool",
+                   "unknown argument", "arguments are not an object", "nested too deep")
 
 
 class FormatError(Exception):
@@ -203,8 +201,7 @@ def match(calls, gold):
     pairs = []
     left = list(range(len(gold)))
     for call in calls:
-        candidates = [i for i in left if gold[i]["name"] == call["name"]]
-        sims = {i: similarity(call["arguments"], gold[i]["arguments"]) for i in candidates}
+        sims = {i: similarity(call["arguments"], gold[i]["arguments"]) for i in left if gold[i]["name"] == call["name"]}
         best = max(sims, key=sims.get, default=None)  # ties go to the first
         if best is not None:
             left.remove(best)
@@ -238,10 +235,7 @@ def compare(calls, reply, gold, gold_reply):
     pairs, left = match(calls, gold)
     total = sum(sim for _, sim in pairs)
     r_fc = total / (len(calls) + len(left))  # Eq. 7: |P| + |G| - |P and G| = |P| + unmatched gold calls
-    return {
-        "case": "calls and calls", "answer_score": r_fc, "exact": exact(calls, gold),
-        "pairs": pairs, "left": left,
-    }
+    return {"case": "calls and calls", "answer_score": r_fc, "exact": exact(calls, gold), "pairs": pairs, "left": left}
 
 
 def score(text, label, tools, think="on", strip_eos=False, binary=False):
@@ -263,10 +257,8 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     calls, gold: the calls of response and label, None for text and for calls that are a format failure
     pairs, left: see `match`
     """
-    result = {  # Eq. 6 with R_format = 0
-        "reward": -1.0, "answer_score": 0.0, "case": None, "exact": False,
-        "calls": None, "gold": None, "pairs": [], "left": [],
-    }
+    result = {"reward": -1.0, "answer_score": 0.0, "case": None, "exact": False,  # Eq. 6 with R_format = 0
+              "calls": None, "gold": None, "pairs": [], "left": []}
     response = text.rpartition(HEADER)[2]
     try:
         gold, gold_reply = parse(label.rpartition("</think>")[2])
@@ -301,20 +293,15 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
 # A word is a string of consonants (c) and vowels (v); y is a vowel after a consonant. The measure m of a word
 # counts the places where a consonant follows a vowel: tree 0, trouble 1, troubles 2, private 2.
 
-IRREGULAR = {  # (+)
-    "sky": "sky", "skies": "sky", "news": "news", "howe": "howe",
-    "dying": "die", "lying": "lie", "tying": "tie", "inning": "inning", "innings": "inning",
-    "outing": "outing", "outings": "outing", "canning": "canning", "cannings": "canning",
-    "proceed": "proceed", "exceed": "exceed", "succeed": "succeed",
-}
+IRREGULAR = {word: word for word in "sky news howe inning outing canning proceed exceed succeed".split()}  # (+)
+IRREGULAR |= {"skies": "sky", "dying": "die", "lying": "lie", "tying": "tie", "innings": "inning",
+              "outings": "outing", "cannings": "canning"}
 
 # In steps 2, 3 and 4 only the first suffix that fits counts, even if the rest of the word is then too short.
-STEP2 = {
-    "ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble",
-    "alli": "al", "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate",
-    "ator": "ate", "alism": "al", "iveness": "ive", "fulness": "ful", "ousness": "ous",
-    "aliti": "al", "iviti": "ive", "biliti": "ble", "fulli": "ful",
-}
+STEP2 = {"ational": "ate", "tional": "tion", "enci": "ence", "anci": "ance", "izer": "ize", "bli": "ble", "alli": "al",
+         "entli": "ent", "eli": "e", "ousli": "ous", "ization": "ize", "ation": "ate", "ator": "ate", "alism": "al",
+         "iveness": "ive", "fulness": "ful", "ousness": "ous", "aliti": "al", "iviti": "ive", "biliti": "ble",
+         "fulli": "ful"}
 STEP3 = {"icate": "ic", "ative": "", "alize": "al", "iciti": "ic", "ical": "ic", "ful": "", "ness": ""}
 STEP4 = dict.fromkeys("al ance ence er ic able ible ant ement ment ent ion ou ism ate iti ous ive ize".split(), "")
 
@@ -396,11 +383,9 @@ def step1(word):
 
 def repair_ending(root):
     """Repair the end of a word that lost -ed or -ing."""
-    if root.endswith(("at", "bl", "iz")):  # conflat(ed), conflate
-        return root + "e"
     if root[-2:-1] == root[-1] and shape(root)[-1] == "c":  # hopp(ing), hop; but fall(ing), fall
         return root if root[-1] in "lsz" else root[:-1]
-    if measure(root) == 1 and ends_cvc(root):  # fil(ing), file
+    if root.endswith(("at", "bl", "iz")) or measure(root) == 1 and ends_cvc(root):  # conflat(ed), fil(ing)
         return root + "e"
     return root
 

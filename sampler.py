@@ -16,7 +16,7 @@ Departures from the released code:
    first. Nothing is appended to a response that reached the length limit (released: an end token).
 """
 import math
-from collections import deque
+from collections import deque, namedtuple
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,16 +38,14 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     """Flags that say how many responses are sampled, and of what length."""
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
-    add("--max-concurrent", type=positive, default=64, metavar="N",
-        help="sequences generated concurrently; changes memory and speed and, by rounding, samples: about half of "
-        "them with bfloat16, few with float32")
+    add("--max-concurrent", type=positive, default=64, metavar="N", help="sequences generated concurrently; changes "
+        "memory and speed and, by rounding, samples: about half of them with bfloat16, few with float32")
     add_length_flag(parser)
 
 
 def add_length_flag(parser):
     """The flag that limits the length of a response."""
-    parser.add_argument("--max-new-tokens", type=positive, default=512,
-                        help="stop a response at this length")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="stop a response at this length")
 
 
 def add_sampling_flags(parser, temperature):
@@ -76,12 +74,7 @@ class Request:
         return bool(self.responses) and all(r.finish_reason for r in self.responses)
 
 
-@dataclass
-class Slot:
-    """A response that is being sampled, and a uniform number for each of its tokens."""
-    request: Request
-    response: Response
-    uniforms: list
+Slot = namedtuple("Slot", "request response uniforms")  # a response that is being sampled, a number for each token
 
 
 class Sampler:
@@ -115,10 +108,8 @@ class Sampler:
 
     def clear(self):
         """Drop all requests and their prompts. Call it before the weights change: cached keys become stale."""
-        self.requests.clear()
-        self.waiting.clear()
-        self.slots.clear()
-        self.prompts.clear()
+        for queue in (self.requests, self.waiting, self.slots, self.prompts):
+            queue.clear()
 
     @property
     def busy(self):

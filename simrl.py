@@ -38,8 +38,7 @@ from head import entropy, head_loss, hidden_states, logits_in_chunks
 from model import Transformer
 from sampler import add_count_flags
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The formulas
+# ---- The formulas
 
 def advantages(rewards, kind="group_norm"):
     """Eq. 12: how much better than its group each response is. std is the sample standard deviation (n - 1).
@@ -52,9 +51,7 @@ def advantages(rewards, kind="group_norm"):
     [1.5, -0.5, -0.5, -0.5]
     """
     mean = statistics.mean(rewards)  # exact: equal rewards give 0
-    scale = 1.0
-    if kind == "group_norm":
-        scale = statistics.stdev(rewards) + 1e-9
+    scale = statistics.stdev(rewards) + 1e-9 if kind == "group_norm" else 1.0
     return [(reward - mean) / scale for reward in rewards]
 
 
@@ -96,8 +93,7 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     unclipped = ratio * advantage  # [C]
     limited = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage  # [C]
     policy = -torch.minimum(unclipped, limited)  # [C], Eq. 11
-    stats = {"policy": policy, "entropy": entropy(log_probs)}
-    stats["clipped"] = limited < unclipped
+    stats = {"policy": policy, "entropy": entropy(log_probs), "clipped": limited < unclipped}
     if sampler_log_p is not None:
         stats["mismatch"] = (old_log_p - sampler_log_p).abs()
     if ref_log_p is None:
@@ -118,14 +114,11 @@ def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32)
     if kind == "sequence":  # Eq. 11
         lengths = response.bincount()[response].to(dtype)  # [N]
         return 1 / (lengths * sum(len(group.responses) for group in batch))
-    denominator = counted_tokens(batch)
-    if kind == "micro-batch":
-        denominator = len(response) * num_micro_batches
+    denominator = len(response) * num_micro_batches if kind == "micro-batch" else counted_tokens(batch)
     return torch.full_like(response, 1 / denominator, dtype=dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
+# ---- The loop
 
 def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     """Train a model by GRPO.
@@ -133,10 +126,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     model: a Transformer with float32 weights, changed in place
     reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0
     prompts: a list of `Group` without responses
-    chat: the model's Chat
     score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]}; other
         keys are copied to samples.jsonl, and validation needs "exact"
-    args: the parsed flags of `simrl`
     start: the step to resume after
     valid: held-out groups without responses, answered greedily before the first step and every --valid-every steps
 
@@ -163,8 +154,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
-        sampled = sample_step(
-            sampler, prompts, progress["prompts"], score, accept, args, lambda: steps.requested)
+        sampled = sample_step(sampler, prompts, progress["prompts"], score, accept, args, lambda: steps.requested)
         if sampled is None:  # Ctrl-C: the model is as it was after the step before
             steps.stopped = True
             if step - 1 > start and (step - 1) % args.save_every:
@@ -173,8 +163,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         groups, kept, seconds = sampled
         progress["prompts"] += len(groups)
         for group in groups:
-            values = advantages(group.rewards, args.advantage)
-            for response, advantage in zip(group.responses, values):
+            for response, advantage in zip(group.responses, advantages(group.rewards, args.advantage)):
                 response.advantage = advantage
         log_probs = sum(sum(r.log_probs) for g in groups for r in g.responses)
         checkpoints.check_finite(args.out, step, "a sampled log-prob", log_probs)
@@ -271,9 +260,8 @@ def accumulate_gradients(model, batch, vocab_size, args):
     for packed in batch:
         hidden = hidden_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
-        value, stats = head_loss(
-            hidden, head, packed["token_weights"], loss, packed["targets"],
-            packed["advantage"], packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
+        value, stats = head_loss(hidden, head, packed["token_weights"], loss, packed["targets"], packed["advantage"],
+                                 packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
         value.backward()
         sums["loss"] += value.detach()
         for name, part in stats.items():
@@ -283,17 +271,14 @@ def accumulate_gradients(model, batch, vocab_size, args):
 
 def mean_metrics(batch_sums, tokens):
     """The mean loss of a step's batches, and the statistics' means over its tokens, across all ranks."""
-    if not batch_sums:
-        return {}
-    means = dict.fromkeys(batch_sums[0], 0.0)
+    means = {}
     for sums in batch_sums:
         for name, value in sums.items():
-            means[name] += value / (len(batch_sums) if name == "loss" else tokens)
+            means[name] = means.get(name, 0.0) + value / (len(batch_sums) if name == "loss" else tokens)
     return train.sum_over_ranks(means)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command simrl
+# ---- The command simrl
 
 def simrl_flags(parser):
     parser.add_argument("--model", required=True, help="model folder to start from; also pi_ref")
@@ -309,23 +294,18 @@ def simrl_flags(parser):
     add = parser.add_argument_group("reward and filter").add_argument
     add("--reward", choices=("similarity", "binary"), default="similarity",
         help="binary: 1 for exactly the gold calls, else 0; -1 for a format failure")
-    add("--strip-eos", action="store_true",
-        help="remove the end token from text replies before scoring")
-    add("--filter", choices=("scores", "rewards", "none"), default="scores",
-        help="scores: train on groups whose scores differ, with a mean in 0.01-0.99; "
-        "rewards: whose rewards differ; none: on all")
+    add("--strip-eos", action="store_true", help="remove the end token from text replies before scoring")
+    add("--filter", choices=("scores", "rewards", "none"), default="scores", help="scores: train on groups whose "
+        "scores differ, with a mean in 0.01-0.99; rewards: whose rewards differ; none: on all")
     add("--max-draws", type=positive, default=4, metavar="N",
         help="to fill a step, sample at most N x prompts-per-step prompts")
     add = parser.add_argument_group("loss").add_argument
-    add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
-        help="(R - mean) / std, or R - mean")
-    add("--kl-weight", type=non_negative, default=1e-3,
-        help="weight of the KL to pi_ref; 0: no reference model")
+    add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm", help="(R - mean) / std, or R - mean")
+    add("--kl-weight", type=non_negative, default=1e-3, help="weight of the KL to pi_ref; 0: no reference model")
     add("--clip", type=non_negative, nargs=2, default=[0.2, 0.2],
         metavar=("LOW", "HIGH"), help="clip the ratio to [1 - LOW, 1 + HIGH]")
-    add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
-        help="token: over the tokens of a batch; micro-batch: of micro-batch means, "
-        "as released; sequence: of responses first, as in the paper")
+    add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token", help="token: over the tokens of "
+        "a batch; micro-batch: of micro-batch means, as released; sequence: of responses first, as in the paper")
     train.add_training_flags(parser, lr=3e-7, weight_decay=0.0, save_every=10)
 
 
@@ -346,15 +326,11 @@ def run_simrl(args):
     # 2. Load the policy and the reference.
     model = Transformer.from_pretrained(args.model, device=device, shard=shard)
     model.model.gradient_checkpointing = args.gradient_checkpointing
-    reference = None
-    if args.kl_weight:
-        dtype = getattr(torch, args.dtype)
-        reference = Transformer.from_pretrained(args.model, dtype, device, shard)
+    dtype = getattr(torch, args.dtype)
+    reference = Transformer.from_pretrained(args.model, dtype, device, shard) if args.kl_weight else None
     resumed = f"; resuming after step {start}" if start else ""
-    train.note(
-        f"{len(prompts):,} prompts, {skipped} skipped as too long; "
-        f"{args.prompts_per_step} x {args.n} responses a step; "
-        f"{model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+    train.note(f"{len(prompts):,} prompts, {skipped} skipped as too long; {args.prompts_per_step} x {args.n} responses "
+               f"a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     steps, updates = plan_steps(len(prompts), args)
     if not args.steps and updates < 10:
         train.note(f"That is only {steps} steps with {updates} updates. To train longer, use --steps or --episodes, "
@@ -367,7 +343,6 @@ def run_simrl(args):
 
     # 4. Write all results before anything is printed.
     runs.finish_run(args, model, runs.summarise_refinement, train.peak_memory(device), runs.show_refinement)
-    return 0
 
 
 def training_reward(chat, args, record, text):

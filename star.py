@@ -42,14 +42,12 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         prog="star.py", description=__doc__, epilog=f"commands:\n{commands}",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND",
-                        help="one of the commands below")
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
     run = getattr(module, f"run_{command}")
     usage = f"star.py {command} [flags]   (--help explains them)"
-    parser = argparse.ArgumentParser(
-        prog=f"star.py {command}", usage=usage, description=run.__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(f"star.py {command}", usage, run.__doc__, allow_abbrev=False)
     getattr(module, f"{command}_flags")(parser)
     for action in parser._actions:
         if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
@@ -68,8 +66,7 @@ def main(argv=None):
         check_call(argv, args)
         result = run(args)
         if isinstance(result, list):  # of command lines: curriculum and demo
-            curriculum = importlib.import_module("apps.curriculum")
-            return curriculum.run_all(result, args, parse, main)
+            return importlib.import_module("apps.curriculum").run_all(result, args, parse, main)
         sys.stdout.flush()
         return result or 0
     except BrokenPipeError:  # `| head` has closed it; results were written before

@@ -108,11 +108,7 @@ def cache_key(args, groups, vocab_size):
 
 def load_teacher(args, groups, vocab_size, key, device, shard=None):
     """The teacher of a run: the model, or the cache of its log-probs, which is written now if it is missing.
-
-    groups: all that the teacher will be asked about
-    key: from `cache_key`
-    shard: as in `from_pretrained`
-    """
+    groups: all that the teacher will be asked about; key: from `cache_key`"""
     cache = open_cache(args.cache, key) if args.cache else None
     if cache is None:
         model = Transformer.from_pretrained(args.teacher, getattr(torch, args.dtype), device, shard)

@@ -30,14 +30,12 @@ from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags of several commands
+# ---- Flags of several commands
 
 def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
-        help="device to compute on; not run on mps")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device to compute on; not run on mps")
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
     if seed:
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
@@ -49,24 +47,19 @@ def add_training_flags(parser, lr, weight_decay, save_every):
     add("--lr", type=non_negative, default=lr, help="peak learning rate; 3%% warm-up, cosine to a tenth")
     add("--optimiser", choices=("adamw", "muon"), default="adamw",
         help="muon, for very small models, trains the layers' matrices at 5 x --lr")
-    add("--batch-size", type=positive, default=128, metavar="N",
-        help="responses per optimiser step, in whole groups")
+    add("--batch-size", type=positive, default=128, metavar="N", help="responses per optimiser step, in whole groups")
     add("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
-    add("--micro-batch-tokens", type=positive, default=4096, metavar="N",
-        help="padded tokens per forward pass; changes memory and speed, and the gradient by rounding only "
-        "(except with simrl --loss-mean micro-batch)")
+    add("--micro-batch-tokens", type=positive, default=4096, metavar="N", help="padded tokens per forward pass; "
+        "changes memory and speed, and the gradient by rounding only (except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
-    add("--compile", action="store_true",
-        help="on a GPU: compile the layers, with flex_attention; halves a step of 16,000 tokens, "
-        "after half a minute of compiling; not run with several ranks")
+    add("--compile", action="store_true", help="on a GPU: compile the layers, with flex_attention; halves a step of "
+        "16,000 tokens, after half a minute of compiling; not run with several ranks")
     add("--shard-ranks", type=positive, metavar="N",
         help="under torchrun: processes that share one copy of the weights; default: all; not run on several GPUs yet")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
-    add("--save-every", type=positive, default=save_every, metavar="N",
-        help="steps between checkpoints; two are kept")
-    add("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16",
-        help="of the final model")
+    add("--save-every", type=positive, default=save_every, metavar="N", help="steps between checkpoints; two are kept")
+    add("--save-dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the final model")
     add_machine_flags(parser, "compute; weights and optimiser are float32")
 
 
@@ -78,8 +71,7 @@ def add_valid_flags(parser, valid_help, every):
     add("--valid-every", type=positive, default=every, metavar="N", help="steps between validations")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisers
+# ---- Optimisers
 
 class Muon(torch.optim.Muon):
     """torch's Muon, iterating in float32 (many CPUs lack bfloat16) and on all matrices of one shape at once."""
@@ -154,18 +146,13 @@ def optimiser_step(optimisers, lr):
         optimiser.zero_grad(set_to_none=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and ranks
+# ---- Devices and ranks
 
 def pick_device(args):
-    """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each.
-
-    args: parsed flags device, dtype and, of training commands, compile
-    """
-    name = args.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not torch.backends.mps.is_available():
+    """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each."""
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(name for name in present if present[name]) if args.device == "auto" else args.device
+    if not present[name]:
         raise InputError(f"--device {name}: no such device on this machine; use --device cpu")
     if getattr(args, "compile", False) and name != "cuda":
         raise InputError(f"--compile: the device is {name}, but flex_attention trains on CUDA only; leave the flag out")
@@ -226,11 +213,8 @@ def note(text):
 
 def sum_over_ranks(sums):
     """{name: number or tensor} summed over the ranks, as floats."""
-    values = torch.tensor([float(value) for value in sums.values()], dtype=torch.float64)
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values)
-    return dict(zip(sums, values.tolist()))
+    parts = gather_over_ranks([[float(value) for value in sums.values()]])
+    return dict(zip(sums, map(sum, zip(*parts))))
 
 
 def gather_over_ranks(rows):
@@ -275,19 +259,13 @@ def peak_memory(device):
     return {"peak_memory_gb": round(size / 1e9, 2)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Runs and checkpoints
+# ---- Runs and checkpoints
 
 def open_run(args, models=(), files=(), others=()):
     """Prepare the folder --out for a run. Returns the step to resume after, 0 for a new run; the same on every rank.
 
-    models: the model folders that the run reads, the one that trains first; None is skipped; broken ones are refused
-        before anything is written
-    files: the data files that the run reads, or None
-    others: other paths that it uses, or None
-
-    The settings are written to arguments.json, and a resumed run must have the same. InputError as `check_folder`
-    and `prepare_folder`.
+    models, files: what the run reads, the model that trains first; broken models are refused before anything is written
+    others: other paths that it uses. A path that is None is skipped. InputError as `check_folder`, `prepare_folder`
     """
     models, files, others = ([path for path in paths if path] for paths in (models, files, others))
     step = 0
@@ -321,10 +299,7 @@ def stopped_run(args):
 
 class Steps:
     """The steps of a training run, `for step in steps`, with a progress bar. Ctrl-C ends the loop after the current
-    step, or before its updates if it still samples; a second Ctrl-C stops at once.
-
-    start: the step to resume after
-    last: the number of the last step
+    step, or before its updates if it still samples; a second Ctrl-C stops at once. start: the step to resume after
     """
 
     def __init__(self, start, last, name):

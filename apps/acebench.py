@@ -129,8 +129,7 @@ def write_items(checkout, out, chosen):
         results = out / f"result_all/result_en/{NAME}"
         for folder in (GOLD, DATA):
             items = read_items(checkout / folder, name)
-            lines = [json.dumps(line) + "\n" for item in items if item in chosen.get(name, ())
-                     for line in items[item]]
+            lines = [json.dumps(line) + "\n" for item in items if item in chosen.get(name, ()) for line in items[item]]
             write_lines(out / folder / f"data_{name}.json", lines)
         results.mkdir(parents=True, exist_ok=True)
         (results / f"data_{name}_result.json").touch()

@@ -148,11 +148,7 @@ def prompt_tokens(chat, name, entry):
 
 
 def read_items(out, chosen, files):
-    """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure.
-
-    chosen: {category: ids}
-    files: {category: the tool's file of its items}
-    """
+    """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure."""
     lines = [line for line in result_lines(out) if FAILED in line]
     failures = sum(b'"id": "multi_turn' not in line or any(why in line for why in SERVER_FAILED) for line in lines)
     if failures:

@@ -9,22 +9,22 @@ TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which
 
 # (commands, flags, when they have no effect, the test of that): printed if one of the flags is given.
 IDLE = (
-    ("sft ckd simrl", "valid_limit", "without --valid", lambda args: not args.valid),
-    ("simrl", "valid_every", "without --valid", lambda args: not args.valid),
-    ("sft ckd", "hold_out", "with --valid", lambda args: args.valid),
-    ("sft ckd", "valid_every valid_answers samples", "without held-out records",
+    ("sft ckd simrl", "--valid-limit", "without --valid", lambda args: not args.valid),
+    ("simrl", "--valid-every", "without --valid", lambda args: not args.valid),
+    ("sft ckd", "--hold-out", "with --valid", lambda args: args.valid),
+    ("sft ckd", "--valid-every --valid-answers --samples", "without held-out records",
      lambda args: not args.valid and not args.hold_out),
-    ("sft ckd simrl", "epochs episodes", "with --steps", lambda args: args.steps),
-    ("ckd", "tail_weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
-    ("ckd", "kd_ratio", "with --objective ce", lambda args: args.objective == "ce"),
-    ("simrl", "max_draws", "with --filter none", lambda args: args.filter == "none"),
-    ("simrl", "clip", "with one update a step", lambda args: args.prompts_per_step * args.n <= args.batch_size),
-    ("simrl", "strip_eos", "with --reward binary", lambda args: args.reward == "binary"),
-    ("reward", "strip_eos", "with --binary", lambda args: args.binary),
-    ("prepare", "max_prompt_tokens", "without --model", lambda args: not args.model),
-    ("prepare", "seed", "without --size", lambda args: not args.size),
-    ("rollout chat", "top_p seed", "with --temperature 0", lambda args: not args.temperature),
-    ("eval", "seed", "without --n", lambda args: not args.n),
+    ("sft ckd simrl", "--epochs --episodes", "with --steps", lambda args: args.steps),
+    ("ckd", "--tail-weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
+    ("ckd", "--kd-ratio", "with --objective ce", lambda args: args.objective == "ce"),
+    ("simrl", "--max-draws", "with --filter none", lambda args: args.filter == "none"),
+    ("simrl", "--clip", "with one update a step", lambda args: args.prompts_per_step * args.n <= args.batch_size),
+    ("simrl", "--strip-eos", "with --reward binary", lambda args: args.reward == "binary"),
+    ("reward", "--strip-eos", "with --binary", lambda args: args.binary),
+    ("prepare", "--max-prompt-tokens", "without --model", lambda args: not args.model),
+    ("prepare", "--seed", "without --size", lambda args: not args.size),
+    ("rollout chat", "--top-p --seed", "with --temperature 0", lambda args: not args.temperature),
+    ("eval", "--seed", "without --n", lambda args: not args.n),
 )
 
 
@@ -40,16 +40,9 @@ def check_call(argv, args):
             raise InputError(f"the environment has WORLD_SIZE={values[0]}, but not MASTER_ADDR and numbers in all of "
                              f"{', '.join(TORCHRUN[1:])}; start with torchrun, or unset WORLD_SIZE")
         if args.command not in SEVERAL_PROCESSES:
-            raise InputError("this command is one process: start it without torchrun, "
-                             "once for each part of the data")
-    for sentence in idle_flags(argv, args) if is_first_rank() else ():
-        print(f"note: {sentence}", file=sys.stderr)
-
-
-def idle_flags(argv, args):
-    """A sentence for each given flag that has no effect in this call."""
+            raise InputError("this command is one process: start it without torchrun, once for each part of the data")
     given = {word.partition("=")[0] for word in argv}
-    for commands, flags, when, idle in IDLE:
-        for flag in ("--" + name.replace("_", "-") for name in flags.split()):
+    for commands, flags, when, idle in IDLE if is_first_rank() else ():
+        for flag in flags.split():
             if args.command in commands.split() and flag in given and idle(args):
-                yield f"{flag} has no effect {when}"
+                print(f"note: {flag} has no effect {when}", file=sys.stderr)

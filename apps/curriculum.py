@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-from itertools import islice
 from pathlib import Path
 
 from apps.evaluate import identity
@@ -69,8 +68,7 @@ def split_lines(text):
 
 
 def curriculum_flags(parser):
-    parser.add_argument(
-        "file", help="star.py command lines; \\ or an indent continues a line")
+    parser.add_argument("file", help="star.py command lines; \\ or an indent continues a line")
     add_continue_flags(parser)
 
 
@@ -96,10 +94,7 @@ def run_curriculum(args):
 
 
 def run_all(lines, args, parse, main):
-    """Run command lines in order, until one fails; with --resume, skip the finished ones. Returns the exit code.
-
-    parse, main: those of star.py
-    """
+    """Run command lines in order, until one fails; with --resume, skip the finished ones. Returns the exit code."""
     stages = []
     for line in lines:  # a wrong flag in the last line ends it here
         try:
@@ -182,7 +177,7 @@ def check_input(path, name, stage):
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
         limit = getattr(stage, "valid_limit" if name == "valid" else "limit", None)
-        for _ in islice(stream_records(path, stage.command != "rollout"), limit):
+        for _ in stream_records(path, stage.command != "rollout", limit=limit):
             pass
 
 
@@ -212,8 +207,7 @@ def demo_flags(parser):
 def run_demo(args):
     """STAR on the bundled models: score teacher and student, distil (CKD), refine (Sim-RL), score again."""
     if Path(args.out).exists() and not (args.resume or args.overwrite):
-        remedy = "use --resume to continue it or --overwrite to start again"
-        raise InputError(f"{args.out}: exists already; {remedy}")
+        raise InputError(f"{args.out}: exists already; use --resume to continue it or --overwrite to start again")
     return demo_lines(args.out, args.quick, args.seed)
 
 
@@ -228,8 +222,7 @@ def demo_lines(out, quick=False, seed=42):
 
 
 def table_flags(parser):
-    parser.add_argument(
-        "evals", nargs="+", metavar="EVAL", help="--out of an eval; all of the same records")
+    parser.add_argument("evals", nargs="+", metavar="EVAL", help="--out of an eval; all of the same records")
 
 
 def run_table(args):

@@ -122,8 +122,7 @@ class Engine(threading.Thread):
         """Drop the jobs of clients that went away, draw a token in every slot, and notify the jobs."""
         for request, job in list(self.jobs.items()):
             if job.disconnected:
-                waiting = [slot for slot in self.sampler.waiting if slot.request is not request]
-                self.sampler.waiting = deque(waiting)
+                self.sampler.waiting = deque(slot for slot in self.sampler.waiting if slot.request is not request)
                 self.sampler.requests = deque(other for other in self.sampler.requests if other is not request)
                 for response in request.responses:
                     response.finish_reason = response.finish_reason or "cancelled"

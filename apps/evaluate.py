@@ -89,8 +89,7 @@ def answer_records(args, chat, groups, device):
     out = Path(args.out) / "generations.jsonl"
     draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
     draws = [draw for draw in draws if draw[0] > 0]
-    finished, rows = sample_responses(
-        args, out, chat, groups, draws, device, resume=True, scored=True)
+    finished, rows = sample_responses(args, out, chat, groups, draws, device, resume=True, scored=True)
     with fail_together():
         for row in tqdm(rows, "score", unit="record", delay=2):
             for response in row["responses"]:
@@ -165,8 +164,7 @@ def sign_flip_p(differences):
 
 def summarise(rows):
     """The metrics with intervals, and their means "by" kind and source."""
-    metrics = {name: bootstrap_ci(values) | {"items": len(values)}
-               for name, values in metric_values(rows).items()}
+    metrics = {name: bootstrap_ci(values) | {"items": len(values)} for name, values in metric_values(rows).items()}
     parts = {}
     for row in rows:
         calls = min(2, len(row["answer"]["tool_calls"]))
@@ -250,8 +248,7 @@ def run_reward(args):
 def score_file(args):
     """Yield {"reward", "answer_score"} of each line as JSON, or only the explanation of line --explain."""
     number = 0
-    lines = read_lines(Path(args.data))
-    for number, line in tqdm(lines, "reward", unit=" lines", disable=bool(args.explain)):
+    for number, line in tqdm(read_lines(Path(args.data)), "reward", unit=" lines", disable=bool(args.explain)):
         if args.explain not in (None, number):
             continue
         where = f"{args.data}:{number}"
@@ -271,10 +268,8 @@ def score_file(args):
 
 def explain(result):
     """Explain a result of `reward.score` in text: which call matches which, and the similarity of each argument."""
-    lines = [
-        f"case    {result['case']}",
-        f"reward  {result['reward']:.6g}   answer score {result['answer_score']:.6g}",
-    ]
+    lines = [f"case    {result['case']}",
+             f"reward  {result['reward']:.6g}   answer score {result['answer_score']:.6g}"]
     calls = result["calls"] or []
     gold = result["gold"] or []
     for call, (i, similarity) in zip(calls, result["pairs"]):

@@ -8,7 +8,6 @@ import html
 import json
 import math
 import re
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from ckd import ckd_loss
 from data import InputError, non_negative, natural, positive, write_lines
 from data.chat import Chat, add_prompt_flags, text_of
 from data.groups import make_groups, pack
-from data.records import has_answer, stream_records
+from data.records import has_answer, read_records
 from head import hidden_states
 from model import Transformer
 from teacher import Teacher, check_pair, clamp_to_vocab
@@ -46,7 +45,7 @@ def run_lens(args):
         raise InputError(f"{args.out}: is not a page; give an --out that ends in .html")
     chat = Chat.from_pretrained(args.student, args.think, args.tools)
     vocab_size = check_pair(args.teacher, args.student)
-    records = list(islice(stream_records(args.data, vocab_size=chat.vocab_size), args.row))
+    records = read_records(args.data, vocab_size=chat.vocab_size, limit=args.row)
     group, title = choose_response(records, chat, args)
     k = clamp_to_vocab("k", args.k, vocab_size)
     m = clamp_to_vocab("m", args.m, vocab_size)
@@ -66,16 +65,12 @@ def run_lens(args):
     ids = {token["id"] for token in tokens}
     ids |= {row[0] for token in tokens for row in token["teacher"] + token["student"]}
     texts = {i: token_text(chat, i) for i in sorted(ids)}
-    data = {
-        "k": k, "m": m, "weight": args.tail_weight,
-        "means": means, "tokens": tokens, "texts": texts,
-    }
+    data = {"k": k, "m": m, "weight": args.tail_weight, "means": means, "tokens": tokens, "texts": texts}
     record = group.record
     tools = [tool["name"] for tool in record["tools"]]
     write_page(args.out, data, {
         "title": f"{title} of record {args.row} in {args.data}",
-        "teacher": args.teacher,
-        "student": args.student,
+        "teacher": args.teacher, "student": args.student,
         "request": text_of(record["messages"][-1]),
         "tools": ", ".join(tools) or "none",
         "gold": chat.answer(record) if has_answer(record) else "none",
@@ -126,9 +121,7 @@ def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
         topm = q.topk(m)  # [C, m]
         stats = {"loss": losses, **stats, "own": topm.values.sum(-1)}
         for i in range(len(target)):
-            token = {"id": target[i].item()}
-            for name, values in stats.items():
-                token[name] = rounded(values[i])
+            token = {"id": target[i].item()} | {name: rounded(values[i]) for name, values in stats.items()}
             p = dict(zip(ids[i].tolist(), log_p[i].exp()))
             token["teacher"] = candidates(ids[i], p, q[i], gradient[i])
             token["student"] = candidates(topm.indices[i], p, q[i], gradient[i])
@@ -138,11 +131,7 @@ def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
 
 def candidates(ids, p, q, gradient):
     """[id, p or None outside the teacher's top k, q, dL/dz] for the first ten ids of a position."""
-    rows = []
-    for i in ids[:10].tolist():
-        teacher_p = rounded(p[i]) if i in p else None
-        rows.append([i, teacher_p, rounded(q[i]), rounded(gradient[i])])
-    return rows
+    return [[i, rounded(p[i]) if i in p else None, rounded(q[i]), rounded(gradient[i])] for i in ids[:10].tolist()]
 
 
 def rounded(number):
@@ -172,5 +161,4 @@ def write_page(path, data, texts):
     parts = {name: html.escape(text) for name, text in texts.items()}
     parts["data"] = json.dumps(data).replace("<", "\\u003c")  # cannot end its element
     template = Path(__file__).with_name("lens.html").read_text(encoding="utf-8")
-    page = re.sub("<!--([a-z]+)-->", lambda match: parts[match[1]], template)
-    write_lines(path, [page])
+    write_lines(path, [re.sub("<!--([a-z]+)-->", lambda match: parts[match[1]], template)])

@@ -44,20 +44,13 @@ def make_model(folder, tokenizer, seed, hidden, layers, heads, think="on"):
     end_id = tokenizer.token_to_id("<|im_end|>")
     config = {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3",
-        "hidden_size": hidden, "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads[0], "num_key_value_heads": heads[1],
-        "head_dim": hidden // heads[0],
-        "hidden_act": "silu", "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0, "max_position_embeddings": 2048,
-        "eos_token_id": end_id, "tie_word_embeddings": True,
-        "vocab_size": tokenizer.get_vocab_size(),
+        "hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers,
+        "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": hidden // heads[0],
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 2048,
+        "eos_token_id": end_id, "tie_word_embeddings": True, "vocab_size": tokenizer.get_vocab_size(),
     }
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "default_think": think,
-    }
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+                        "pad_token": "<|endoftext|>", "default_think": think}
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
@@ -76,15 +69,13 @@ def write_records(path, lists, seed, split="train", shared=8, **settings):
     r = random.Random(f"{seed} {path.name}")
     lines = []
     for _ in tqdm(range(lists), path.name):
-        records = make_records(r, shared, split, **settings)
-        lines += [json.dumps(record) + "\n" for record in records]
+        lines += [json.dumps(record) + "\n" for record in make_records(r, shared, split, **settings)]
     write_lines(path, lines)
 
 
 def write_inputs(out, seed):
     """Write the record files and the two random models."""
-    write_records(out / "easy.jsonl.gz", 4_800, seed, offered=(2,), two=0.0, none=0.1,
-                  optional=0.3, two_words=0.0)
+    write_records(out / "easy.jsonl.gz", 4_800, seed, offered=(2,), two=0.0, none=0.1, optional=0.3, two_words=0.0)
     write_records(out / "full.jsonl.gz", 9_600, seed, offered=(1, 2, 2), two=0.1, real=0.1)
     write_records(out / "world.jsonl.gz", 3_600, seed)
     write_records(out / "world30.jsonl.gz", 3_600, seed, sloppy=0.3)

@@ -148,11 +148,8 @@ def serve_model(args, longest_prompt):
 
 def answers(port):
     """Whether a server answers there yet."""
-    try:
-        open_url(f"http://127.0.0.1:{port}/v1/models")
-    except OSError:
-        return False
-    return True
+    with suppress(OSError):
+        return bool(open_url(f"http://127.0.0.1:{port}/v1/models"))
 
 
 def result_lines(out):
@@ -237,10 +234,7 @@ def paired_interval(part):
 
 
 def report(args, items, other, sizes, table, details):
-    """Write OUT/items.json and OUT/summary.json, and print the table, with what moves a score.
-
-    sizes, table: of `make_columns`
-    """
+    """Write OUT/items.json and OUT/summary.json, and print the table (see `make_columns`), with what moves a score."""
     out = Path(args.out)
     scores = {}
     percent = INTERVAL.replace("3f", "1f")

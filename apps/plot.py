@@ -13,12 +13,10 @@ from data.runs import read_metrics
 PANELS = {
     "reward": "Reward", "greedy_reward": "Reward, held out, greedy",
     "greedy_exact": "Exact answers, held out, greedy", "answer_score": "Answer score",
-    "signal": "Share of groups with signal",
-    "format_failures": "Share of format failures",
+    "signal": "Share of groups with signal", "format_failures": "Share of format failures",
     "length": "Response length, tokens", "kl_start": "KL to the starting model",
     "clipped": "Share of ratios clipped", "kl": "KL to the teacher",
-    "tail": "Confident mistakes (S′)", "outside": "Mass outside the top k",
-    "nll": "Negative log-likelihood",
+    "tail": "Confident mistakes (S′)", "outside": "Mass outside the top k", "nll": "Negative log-likelihood",
     "loss": "Loss in training", "entropy": "Entropy", "memory_gb": "Memory in use, GB",
 }
 STORY = ("greedy_exact", "greedy_reward")

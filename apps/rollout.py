@@ -24,12 +24,9 @@ def rollout_flags(parser):
     parser.add_argument("--model", required=True, help="model folder")
     add_data_flags(parser, "records, with or without gold answers")
     add_output_flags(parser, "file to write: the records with `responses`")
-    group = parser.add_argument_group("filters, at the end of a run")
-    add = group.add_mutually_exclusive_group().add_argument
-    add("--keep-all", action="store_true",
-        help="keep duplicates and responses of bad form")
-    add("--min-reward", type=number(float, -1.0, 1.0), metavar="X",
-        help="also drop responses with a lower reward")
+    add = parser.add_argument_group("filters, at the end of a run").add_mutually_exclusive_group().add_argument
+    add("--keep-all", action="store_true", help="keep duplicates and responses of bad form")
+    add("--min-reward", type=number(float, -1.0, 1.0), metavar="X", help="also drop responses with a lower reward")
     add_prompt_flags(parser)
     add_count_flags(parser, 8)
     add_sampling_flags(parser, temperature=1.0)
@@ -53,9 +50,8 @@ def run_rollout(args):
         arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
-    finished, rows = sample_responses(
-        args, out, chat, groups, draws, device,
-        arguments=arguments, resume=args.resume, overwrite=args.overwrite)
+    finished, rows = sample_responses(args, out, chat, groups, draws, device, arguments=arguments,
+                                      resume=args.resume, overwrite=args.overwrite)
     dropped = {}
     if finished:
         note(f"{out}: is already finished; nothing is sampled, and the filters are not run again")

@@ -98,8 +98,7 @@ def check_port(port):
             raise InputError(f"--port {port}: {e.strerror}; use another one") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From a body to a request, and from responses to a reply
+# ---- From a body to a request, and from responses to a reply
 
 def read_number(body, name, default, low, high, kind=float):
     value = body.get(name)
@@ -196,8 +195,7 @@ def make_choices(chat, request, chatting):
     return choices
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# HTTP
+# ---- HTTP
 
 class Server(ThreadingHTTPServer):
     request_queue_size = 128

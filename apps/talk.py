@@ -25,8 +25,7 @@ def run_chat(args):
     """Talk to a model. If it calls a tool, type the tool's result."""
     chat = Chat.from_pretrained(args.model, args.think, args.tools_form)
     tools = read_tools(args.tools) if args.tools else []
-    device = pick_device(args)
-    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
+    model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args))
     print(f"{args.model} with {len(tools)} tools. An empty line or Ctrl-D ends.")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     role = "user"

@@ -151,7 +151,6 @@ def same(path, other):
 
 def remove(path):
     """Delete a file, or a folder with all that is in it; of a link, the link only."""
-    path = Path(path)
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

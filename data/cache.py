@@ -66,7 +66,6 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
     groups: numbered by `number_rows`
     made_from: what `open_cache` compares; holds `positions` and `k`
     teacher: function of a packed batch on `device`, and its groups -> (ids [N, k], log_p [N, k])
-    micro_batch_tokens: padded tokens per forward pass
     """
     shape = (made_from["positions"], made_from["k"])
     size = shape[0] * shape[1] * 6
@@ -82,8 +81,7 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
                              "use a smaller --k or another disk")
         ids = np.lib.format.open_memmap(new / "ids.npy", "w+", np.int32, shape)
         log_p = np.lib.format.open_memmap(new / "log_p.npy", "w+", np.float16, shape)
-        batches = micro_batches(groups, micro_batch_tokens)
-        for micro in tqdm(batches, "teacher cache", unit="batch"):
+        for micro in tqdm(micro_batches(groups, micro_batch_tokens), "teacher cache", unit="batch"):
             packed = pack(micro, device)
             rows = packed["rows"].cpu().numpy()
             batch_ids, batch_log_p = teacher(packed, micro)

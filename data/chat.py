@@ -27,10 +27,8 @@ from data.fields import GENERATION_CONFIG, TOKENIZER_CONFIG, check_fields
 THINK = {"on": "<think>", "off": "<think>\n\n</think>\n\n", "none": ""}
 
 TOOLS_INTRO = "You may call one or more functions to assist with the user query."
-CALLS_INTRO = (
-    "For each function call, return a json object with function name and arguments "
-    "within <tool_call></tool_call> XML tags:"
-)
+CALLS_INTRO = ("For each function call, return a json object with function name and arguments "
+               "within <tool_call></tool_call> XML tags:")
 EXAMPLE_CALL = '{"name": <function-name>, "arguments": <args-json-object>}'
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
@@ -38,9 +36,8 @@ QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assis
 def add_prompt_flags(parser, tools="--tools"):
     """Add --think and the flag named `tools`: how records are rendered as prompts."""
     add = parser.add_argument_group("prompts").add_argument
-    add("--think", choices=("on", "off", "none"),
-        help="on: the prompt ends in an opened <think>; off: in an empty think block; "
-        "none: no think tags; default: on (Qwen3), none (Qwen2.5), off (data/tiny)")
+    add("--think", choices=("on", "off", "none"), help="on: the prompt ends in an opened <think>; off: in an empty "
+        "think block; none: no think tags; default: on (Qwen3), none (Qwen2.5), off (data/tiny)")
     add(tools, choices=("flat", "wrapped"), default="flat",
         help="flat: tools as in the released data; wrapped: as in OpenAI's API")
 
@@ -70,8 +67,7 @@ class Chat:
         config = check_fields(read_optional(path), TOKENIZER_CONFIG, path)
         chat.family, chat.default_system, chat.example_call = read_flavour(folder, config.get("chat_template"))
         chat.tools = tools
-        family_think = "on" if chat.family == "qwen3" else "none"
-        chat.think = think or config.get("default_think") or family_think
+        chat.think = think or config.get("default_think") or ("on" if chat.family == "qwen3" else "none")
         if chat.think not in THINK or tools not in ("flat", "wrapped"):
             raise InputError("think is on, off or none; tools is flat or wrapped")
         path = folder / "tokenizer.json"
@@ -100,8 +96,7 @@ class Chat:
         tools = record["tools"]
         if self.tools == "wrapped":
             tools = [{"type": "function", "function": tool} for tool in tools]
-        text = self.render(record["messages"], tools, generation_prompt=True)
-        return text + THINK[self.think]
+        return self.render(record["messages"], tools, generation_prompt=True) + THINK[self.think]
 
     def answer(self, record):
         """The gold response that continues `prompt`, up to <|im_end|>; with its reasoning if think is "on".
@@ -118,20 +113,15 @@ class Chat:
         """The conversation as the template writes it: messages in the record format, tools unchanged.
         Equal to `tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, ...)` of transformers.
         """
-        system = self.default_system
-        if messages[0]["role"] == "system":
-            system = text_of(messages[0])
+        system = text_of(messages[0]) if messages[0]["role"] == "system" else self.default_system
         parts = [] if system is None else [system]
         if tools:
             tools = [json.dumps(tool, ensure_ascii=False) for tool in tools]
             parts.append("\n".join([
-                "# Tools\n",
-                TOOLS_INTRO,
+                "# Tools\n", TOOLS_INTRO,
                 "\nYou are provided with function signatures within <tools></tools> XML tags:",
-                "<tools>", *tools, "</tools>\n",
-                CALLS_INTRO,
-                "<tool_call>", self.example_call, "</tool_call>",
-            ]))
+                "<tools>", *tools, "</tools>\n", CALLS_INTRO,
+                "<tool_call>", self.example_call, "</tool_call>"]))
         turns = [turn("system", "\n\n".join(parts))] if parts else []
 
         last = len(messages) - 1
@@ -248,16 +238,14 @@ def read_flavour(folder, template):
         raise InputError(f"{path}: no chat template is known for model_type {model_type!r}; "
                          "use a Qwen2.5 or Qwen3 folder")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default", "")
+        template = {entry["name"]: entry["template"] for entry in template}.get("default", "")
     tools = TOOLS_INTRO in template and CALLS_INTRO in template
     switch = "enable_thinking" in template
     if tools and switch and "last_query_index" in template:
         return "qwen3", None, EXAMPLE_CALL
     system = re.search(r"'<\|im_start\|>system(?:\\n|\n)([^']+)<\|im_end\|>", template)
     if not tools or switch or "<think>" in template or system is None:
-        raise InputError(f"{path}: the chat template is neither Qwen2.5's nor Qwen3's; "
-                         "use a folder with one of these")
+        raise InputError(f"{path}: the chat template is neither Qwen2.5's nor Qwen3's; use a folder with one of these")
     # Evaluate escapes as the template engine does.
     system = system[1].encode("ascii", "backslashreplace").decode("unicode-escape")
     # In some templates the example stands inside a string, so its doubled braces reach the model.

@@ -30,9 +30,9 @@ def latest_checkpoint(out):
     return max(list_checkpoints(out), default=(0,))[0]
 
 
-def delete_checkpoints(out, keep=2):
-    """Delete all checkpoints but the last `keep`, and what killed runs have left of others."""
-    for _, old in list_checkpoints(out)[:-keep]:
+def delete_checkpoints(out):
+    """Delete all checkpoints but the last two, and what killed runs have left of others."""
+    for _, old in list_checkpoints(out)[:-2]:
         os.replace(old, f"{old}.tmp")  # first: a kill half-way must not leave a broken checkpoint
     for _, old in list_checkpoints(out, r"\.tmp"):
         remove(old)
@@ -62,8 +62,8 @@ def save_tensors(tensors, path):
         os.fsync(file.fileno())
 
 
-def save_checkpoint(out, step, model, optimisers, progress, keep=2):
-    """Write checkpoints/step-... atomically and keep the last `keep`. progress["updates"] counts optimiser steps.
+def save_checkpoint(out, step, model, optimisers, progress):
+    """Write checkpoints/step-... atomically and keep the last two. progress["updates"] counts optimiser steps.
 
     Every rank must call this. Rank 0 writes whole tensors, so any number of ranks can resume.
     """
@@ -86,7 +86,7 @@ def save_checkpoint(out, step, model, optimisers, progress, keep=2):
         if rank() == 0:
             write_json(new / "progress.json", progress)
     if rank() == 0:
-        delete_checkpoints(out, keep)
+        delete_checkpoints(out)
 
 
 def open_checkpoint(out, step, command, shapes=None):

@@ -17,7 +17,6 @@ import json
 import random
 from array import array
 from dataclasses import dataclass, replace
-from itertools import islice
 from os.path import commonprefix
 
 import numpy as np
@@ -65,17 +64,13 @@ class Group:
         return len(self.prompt) + sum(len(r.ids) for r in self.responses)
 
     @property
-    def counted_tokens(self):
-        return sum(r.counted_tokens for r in self.responses)
-
-    @property
     def rewards(self):
         return [r.reward for r in self.responses]
 
 
 def counted_tokens(groups):
     """Number of response tokens of these groups in the loss."""
-    return sum(group.counted_tokens for group in groups)
+    return sum(r.counted_tokens for group in groups for r in group.responses)
 
 
 # ---- From records to groups
@@ -87,11 +82,11 @@ def read_groups(args, chat):
     Returns (groups, valid, notes): what was skipped, as lines of text. InputError if no training group is left.
     """
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
-    records = islice(stream_records(args.data, True, chat.vocab_size), args.limit)
+    records = stream_records(args.data, True, chat.vocab_size, limit=args.limit)
     groups, skipped = make_groups(records, chat, *limits, where=f"{args.data}: ")
     notes = [f"skipped in {args.data}: {count} {reason}" for reason, count in skipped.items() if count]
     if args.valid:
-        records = islice(stream_records(args.valid, True, chat.vocab_size), args.valid_limit)
+        records = stream_records(args.valid, True, chat.vocab_size, limit=args.valid_limit)
         valid, too_long = make_groups(records, chat, *limits, where=f"{args.valid}: ")
         notes += [f"skipped in {args.valid}: {count} {reason}" for reason, count in too_long.items() if count]
     else:
@@ -110,7 +105,6 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     """Turn records into groups. Returns (groups, skipped), skipped as {reason: count}.
 
     records: train on their `responses`, by the stored token ids if there are any, else on their gold answer
-    chat: the Chat of the model to train
     max_prompt_tokens, max_response_tokens: caps; longer ones are skipped
     mask: the response tokens in the loss: all; think, up to and including the last `</think>`;
         answer, the rest; alter, think and answer alternately. A response without `</think>` is all think if the

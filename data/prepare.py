@@ -72,12 +72,10 @@ def run_prepare(args):
         chosen = generator.sample(chosen, min(args.size, len(chosen)))
     if not chosen:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        raise InputError(f"{out}: no record is left to write ({reasons or 'none was chosen'}); "
-                         "give other --data")
+        raise InputError(f"{out}: no record is left to write ({reasons or 'none was chosen'}); give other --data")
     if args.size:
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
-    chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)}
-              for record in chosen]
+    chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)} for record in chosen]
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
     settings["inputs"] = hash_files([*args.data, *filter(None, [args.model])])
     Path(f"{out}.arguments.json").unlink(missing_ok=True)  # of an earlier file

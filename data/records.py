@@ -21,6 +21,7 @@ import gzip
 import json
 import re
 import zlib
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,8 +43,7 @@ def add_data_flags(parser, what):
     add = parser.add_argument
     add("--data", required=True, help=f"{what}, .jsonl or .jsonl.gz")
     add("--limit", type=positive, metavar="N", help="read only the first N records")
-    add("--max-prompt-tokens", type=positive, default=5120, metavar="N",
-        help="skip records with longer prompts")
+    add("--max-prompt-tokens", type=positive, default=5120, metavar="N", help="skip records with longer prompts")
 
 
 def read_records(path, *options, **named):
@@ -51,17 +51,18 @@ def read_records(path, *options, **named):
     return list(stream_records(path, *options, **named))
 
 
-def stream_records(path, need_answer=True, vocab_size=None, check_answer=True):
+def stream_records(path, need_answer=True, vocab_size=None, check_answer=True, limit=None):
     """Yield the records of a .jsonl, .jsonl.gz or .json file, one line at a time; empty lines are skipped.
     InputError names file and line.
 
     need_answer: False also accepts records without an answer
     vocab_size: ids of responses must be smaller
     check_answer: False also accepts calls of unknown tools, and keeps calls that cannot be parsed as text
+    limit: read only the first records, this many
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
-    lines = tqdm(read_lines(path), f"read {path.name}", unit=" lines", delay=2, leave=False,
+    lines = tqdm(islice(read_lines(path), limit), f"read {path.name}", unit=" lines", delay=2, leave=False,
                  disable=not is_first_rank())
     number = 0
     for number, line in lines:
@@ -127,8 +128,7 @@ def read_record(item, default_id, check):
     elif isinstance(answer, dict):
         check_fields(answer, ANSWER, "answer", "give it as README.md says")
         calls = read_calls(answer.get("tool_calls") or [], check)
-        content = read_text(answer.get("content"))
-        record["answer"] = answer | {"tool_calls": calls, "content": content}
+        record["answer"] = answer | {"tool_calls": calls, "content": read_text(answer.get("content"))}
     elif answer is not None:
         raise InputError(f'answer is {type(answer).__name__}; write {{"tool_calls": [...], "content": text}}')
     return record

@@ -21,7 +21,6 @@ import json
 import re
 from array import array
 from collections import Counter
-from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
@@ -41,7 +40,7 @@ def prompt_groups(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     """
     groups = []
     skipped = 0
-    for record in islice(stream_records(path, need_gold), limit):
+    for record in stream_records(path, need_gold, limit=limit):
         if need_gold and not has_answer(record):
             raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
                              "add one, or remove the record")
@@ -82,8 +81,7 @@ def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, sc
     others = [path for path in out.parent.glob("*.part.[0-9]*") if path.stem == part.name]
     for path in (out, part):
         if path.exists() and not (resume or overwrite):
-            raise InputError(f"{path}: exists already; use --resume to continue it "
-                             "or --overwrite to start again")
+            raise InputError(f"{path}: exists already; use --resume to continue it or --overwrite to start again")
     if resume and out.exists() and not part.exists():
         if arguments is not None:
             remedy = "start again with --overwrite, or use another --out"

@@ -50,8 +50,7 @@ def add_output_flags(parser, what):
 def settings(args, inputs):
     """What a resumed run must not change: {flag: value}, and under "inputs" the hashes of files and model folders."""
     free = FREE_FLAGS - {"micro_batch_tokens"} if getattr(args, "loss_mean", "") == "micro-batch" else FREE_FLAGS
-    flags = {name: value for name, value in vars(args).items() if name not in free}
-    return flags | {"inputs": hash_files(inputs)}
+    return {name: value for name, value in vars(args).items() if name not in free} | {"inputs": hash_files(inputs)}
 
 
 def check_folder(args, paths):
@@ -66,11 +65,9 @@ def check_folder(args, paths):
             raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
     if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
         if not (args.resume or args.overwrite):
-            raise InputError(f"{out}: exists already; use --resume to continue it "
-                             "or --overwrite to start again")
+            raise InputError(f"{out}: exists already; use --resume to continue it or --overwrite to start again")
         if not (out / "arguments.json").exists():
-            raise InputError(f"{out}: has no arguments.json, so it is not a run; "
-                             "remove it or use another --out")
+            raise InputError(f"{out}: has no arguments.json, so it is not a run; remove it or use another --out")
         command = read_json(out / "arguments.json", "remove the folder").get("command")
         if args.overwrite and command != args.command:
             raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
@@ -83,9 +80,7 @@ def prepare_folder(args, inputs, shapes=None):
     inputs: the files and model folders that the run reads; they must not change before it is finished
     shapes: {name: shape} of the weights that train, which a checkpoint must have
 
-    The folder stays locked. InputError for a broken checkpoint, another process's run, or one with other settings or
-    inputs.
-    """
+    The folder stays locked. InputError for a broken checkpoint, another process's run, or other settings or inputs."""
     out = Path(args.out)
     saved = out / "arguments.json"
     now = settings(args, inputs)
@@ -232,12 +227,8 @@ def summarise_refinement(out):
 
 
 def finish_run(args, model, summarise, memory, show):
-    """Write the model and the summary of a finished run, then print it. Its last checkpoint has the same weights.
-
-    summarise: `summarise_training` or `summarise_refinement`
-    memory: figures to add
-    show: a function (out, summary), which rank 0 calls
-    """
+    """Write the model and the summary, `summarise(out) | memory`, of a finished run, then `show(out, summary)`.
+    Its last checkpoint has the same weights."""
     model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
     wait_for_ranks()  # as in `save_checkpoint`
     if rank() == 0:
@@ -311,14 +302,11 @@ def describe_groups(step, groups, kept, chat):
     kept = set(map(id, kept))
     for group in groups:
         record = group.record
-        line = {"step": step, "kept": id(group) in kept, "record": record["id"],
-                "request": one_line(record["messages"][-1]["content"]), "gold": chat.answer(record)}
-        line["samples"] = []
-        for r in group.responses:
-            sample = {"finish_reason": r.finish_reason, "text": r.text}
-            sample |= {"reward": r.reward, "answer_score": r.answer_score}
-            line["samples"].append(sample | r.details | {"advantage": r.advantage})
-        yield line
+        samples = [{"finish_reason": r.finish_reason, "text": r.text, "reward": r.reward,
+                    "answer_score": r.answer_score, **r.details, "advantage": r.advantage} for r in group.responses]
+        request = one_line(record["messages"][-1]["content"])
+        yield {"step": step, "kept": id(group) in kept, "record": record["id"], "request": request,
+               "gold": chat.answer(record), "samples": samples}
 
 
 def show_refinement(out, summary):
