@@ -328,16 +328,7 @@ def run_training(args, student_folder, teacher_folder=None):
     student.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         student.model.compile_layers()
-    responses = sum(len(group.responses) for group in groups)
-    steps = responses * args.epochs / args.batch_size
-    resumed = f"; resuming after step {start}" if start else ""
-    train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
-               f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
-    if args.valid and not valid:
-        train.note(f"no validation: every record of {args.valid} exceeds a length limit")
-    if not args.steps and steps < 10:
-        train.note(f"That is only {steps:.1f} steps of {args.batch_size} responses. To train "
-                   "longer, use --steps, or --epochs and a smaller --batch-size")
+    describe_run(args, student, groups, valid, start)
 
     # 3. Train.
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
@@ -366,3 +357,17 @@ def answer_before_and_after(student, folder, chat, groups, args):
         untrained = Transformer.from_pretrained(folder, dtype, student.head_weight.device)
     before = greedy_answers(untrained, chat, groups, "before")
     return [old | new for old, new in zip(before, after)]
+
+
+def describe_run(args, student, groups, valid, start):
+    """Print the size of a run before it starts."""
+    responses = sum(len(group.responses) for group in groups)
+    steps = responses * args.epochs / args.batch_size
+    resumed = f"; resuming after step {start}" if start else ""
+    train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
+               f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+    if args.valid and not valid:
+        train.note(f"no validation: every record of {args.valid} exceeds a length limit")
+    if not args.steps and steps < 10:
+        train.note(f"That is only {steps:.1f} steps of {args.batch_size} responses. To train "
+                   "longer, use --steps, or --epochs and a smaller --batch-size")

@@ -68,12 +68,9 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             # 3. Score finished groups, and give them to all ranks.
             for request in finished:
                 score_responses(request.responses, groups[request.number].record, score, sampler.chat)
-            state = (sampler.num_free, stop(), {request.number: request.responses for request in finished})
-            free, stops, done = map(list, zip(*train.gather_over_ranks([state])))
-            stopped = any(stops)
-            for part in done:
-                for number, responses in part.items():
-                    groups[number].responses = responses
+            free, stopped, done = exchange(sampler, finished, stop())
+            for number, responses in done.items():
+                groups[number].responses = responses
         # 4. Accept groups in the order of their prompts.
         while not full() and groups[len(accepted)].responses:
             group = groups[len(accepted)]
@@ -91,6 +88,13 @@ def score_responses(responses, record, score, chat):
         response.details = dict(score(record, response.text))
         response.reward = response.details.pop("reward")
         response.answer_score = response.details.pop("answer_score")
+
+
+def exchange(sampler, finished, stop):
+    """Exchange between ranks. Returns each one's free slots, whether any should stop, all {number: responses}."""
+    state = (sampler.num_free, stop, {request.number: request.responses for request in finished})
+    free, stops, done = zip(*train.gather_over_ranks([state]))
+    return list(free), any(stops), {number: responses for part in done for number, responses in part.items()}
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):

@@ -58,7 +58,7 @@ def stream_records(path, need_answer=True, vocab_size=None, check_answer=True, l
     need_answer: False also accepts records without an answer
     vocab_size: ids of responses must be smaller
     check_answer: False also accepts calls of unknown tools, and keeps calls that cannot be parsed as text
-    limit: read only the first records, this many
+    limit: read at most this many records
     """
     path = Path(path)
     stem = Path(path.name.removesuffix(".gz")).stem
