@@ -4,7 +4,8 @@
 # tests/README.md, *Official BFCL and ACEBench scores*, has the scores of runs/teacher/model and runs/ckd/model, made by
 #     python star.py bfcl --model runs/ckd/model --items 35 --max-new-tokens 128 --dtype float32 --out runs/bfcl
 # It also says how Sim-RL from this CKD model collapsed: 16 steps of CKD are too few for calls that pay. `simrl` below
-# therefore refines the teacher, as the paper's first stage does.
+# refines the teacher, as the paper's first stage does. Only three steps of it were run, which did not help either: give
+# `sft` more records first.
 python star.py prepare --data train.jsonl.gz --model models/Qwen2.5-Coder-0.5B-Instruct \
     --max-prompt-tokens 384 --size 4000 --seed 1 --out runs/sft.jsonl.gz
 python star.py prepare --data train.jsonl.gz --model models/Qwen2.5-Coder-0.5B-Instruct \
