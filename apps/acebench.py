@@ -87,8 +87,9 @@ def run_acebench(args):
     # 3. Read, report. A failed request stops the tool: it is never recorded as an answer.
     items = {name: read_scores(out, name) for name in chosen}
     without_text = sum(not json.loads(line)["result"] for line in result_lines(out))
-    report(args, items, other, sizes, COLUMNS, {"left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
-                                         "packages": " ".join(PACKAGES), "answers_without_text": without_text})
+    report(args, items, other, sizes, COLUMNS, {
+        "left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
+        "packages": " ".join(PACKAGES), "answers_without_text": without_text})
     print("\nThese are a subset of the items." if args.items or too_long else "")
 
 

@@ -44,8 +44,8 @@ def add_flags(parser, groups, default, env):
     add("--env", default=env, metavar="DIR", help="virtual environment of the tool; made if it is missing")
     add("--max-concurrent", type=positive, default=16, metavar="N", help="sequences generated concurrently")
     add("--max-new-tokens", type=positive, default=512, help="longest answer; the tool itself would allow more")
-    add("--prefix-tokens", type=natural, default=65_536, metavar="N", help="as for star.py serve; 0: no prefix cache; a "
-        "multi-turn conversation needs about 8,000, and all that run at a time should fit")
+    add("--prefix-tokens", type=natural, default=65_536, metavar="N", help="as for star.py serve; 0: no prefix cache; "
+        "a multi-turn conversation needs about 8,000, and all that run at a time should fit")
     add_output_flags(parser, "folder for the tool's files and the table")
     add_prompt_flags(parser)
     add_machine_flags(parser, "weights and compute")

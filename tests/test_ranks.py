@@ -98,12 +98,9 @@ def test_ranks_without_records(here, command):
     assert without_log_probs(command, "many") == without_log_probs(command, "one")
 
 
-@COMMANDS
-def test_killed_and_resumed_on_another_number_of_ranks(here, monkeypatch, command):
-    """What all ranks had done is kept, and nothing is sampled twice."""
-    assert star.main(f"{command} --out whole".split()) == 0
+def append_until_killed(left):
+    """`append_rollouts`, which also logs, and kills a rank that has appended left[rank] records."""
     append = rollout.append_rollouts
-    left = [3, 5]  # records until a rank is killed
 
     def append_and_log(out, rows, rank=0):
         if left[rank] == 0:
@@ -113,7 +110,15 @@ def test_killed_and_resumed_on_another_number_of_ranks(here, monkeypatch, comman
         with open("log", "a") as file:
             file.writelines(f"{i}\n" for i in rows)
 
-    monkeypatch.setattr(rollout, "append_rollouts", append_and_log)
+    return append_and_log
+
+
+@COMMANDS
+def test_killed_and_resumed_on_another_number_of_ranks(here, monkeypatch, command):
+    """What all ranks had done is kept, and nothing is sampled twice."""
+    assert star.main(f"{command} --out whole".split()) == 0
+    left = [3, 5]
+    monkeypatch.setattr(rollout, "append_rollouts", append_until_killed(left))
     Path("killed").mkdir()
     monkeypatch.chdir("killed")
     for path in ("teacher", "student", "train.jsonl"):
@@ -142,17 +147,8 @@ def test_killed_and_resumed_on_another_number_of_ranks(here, monkeypatch, comman
 def test_a_rank_that_dies_ends_the_other(here, monkeypatch, capfd, command):
     """With one line; nothing that either had done is lost."""
     assert star.main(f"{command} --out whole".split()) == 0
-    append = rollout.append_rollouts
-    left = [99, 2]  # records until a rank is killed
-
-    def append_or_die(out, rows, rank=0):
-        if left[rank] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[rank] -= 1
-        append(out, rows, rank)
-
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "append_rollouts", append_or_die)
+        patch.setattr(rollout, "append_rollouts", append_until_killed([99, 2]))
         capfd.readouterr()
         assert run(f"{command} --out run", 2) == [1, -signal.SIGKILL]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("star.py") or "Error" in line]
