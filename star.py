@@ -104,8 +104,6 @@ if __name__ == "__main__":
         code = main()
     except SystemExit as e:  # of argparse, or of a rank that leaves the message to another one
         code = e.code
-    if code and several_processes():
-        # Where another rank has gone, a thread of torch may abort this process during interpreter shutdown.
-        sys.stdout.flush()
-        os._exit(code)
+    if several_processes():
+        importlib.import_module("train").leave(code)
     sys.exit(code)

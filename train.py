@@ -7,7 +7,6 @@ Departures from the released code:
    are saved: a resumed run repeats the uninterrupted one, to the bit on a CPU (the sums of a GPU have no fixed order).
 3. Gradient checkpointing is a flag, not the rule.
 """
-import atexit
 import ctypes
 import math
 import os
@@ -166,7 +165,6 @@ def pick_device(args):
             torch.cuda.set_device(number)
         # A rank may end its share of a rollout hours before another one; nccl's own limit is ten minutes.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
-        atexit.register(dist.destroy_process_group)
     mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs
     if (name, args.dtype) == ("cpu", "bfloat16") and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         note("This CPU has no bfloat16 instructions: --dtype float32 is several times as fast")
@@ -203,6 +201,14 @@ def share_of_rank(micro_batches):
     if len(share) * world_size() < len(micro_batches):
         share.append((micro_batches[-1], 0))
     return share
+
+
+def leave(code):
+    """End this rank at once: while an interpreter shuts down, a thread of torch may abort it, even after success."""
+    if not code and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def note(text):

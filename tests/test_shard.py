@@ -316,6 +316,22 @@ def test_a_rank_that_dies_ends_the_others(here, command, ranks):  # noqa: F811
     assert Path("run/model/model.safetensors").read_bytes() == Path("whole/model/model.safetensors").read_bytes()
 
 
+ABORTED_AT_EXIT = """
+import atexit, os, runpy, sys
+sys.path.insert(0, {root!r})
+atexit.register(os.abort)
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("flag,code", (("", 0), ("--optimiser muon", 2)), ids=("success", "bad input"))
+def test_a_rank_leaves_without_the_shutdown_of_python(here, flag, code):  # noqa: F811
+    """In which a thread of torch may abort it (seen once or twice in a thousand runs on a busy machine)."""
+    Path("aborted.py").write_text(ABORTED_AT_EXIT.format(root=str(Path(PROGRAM).parent), program=PROGRAM))
+    codes, errors = finish_ranks(start_ranks(2, "aborted.py", *f"{RUNS['ckd']} run {flag}".split()))
+    assert codes == [code, code], errors
+
+
 SLOW_SAVE = """
 import runpy, sys, time
 from datetime import timedelta
@@ -476,12 +492,12 @@ def main(command, *words):
         result = run_cases(*json.loads(arguments))
         if train.rank() == 0:
             Path(output).write_text(json.dumps(result))
-        train.wait_for_ranks()
+        train.leave(0)
     elif command == "watch":  # as a rank
         train.pick_device(settings("sft", device="cpu"))
         folder, dtype = words
         Path(folder, f"memory {train.rank()}.json").write_text(json.dumps(train_and_watch(folder, dtype)))
-        train.wait_for_ranks()
+        train.leave(0)
 
 
 if __name__ == "__main__":
