@@ -224,8 +224,7 @@ class Sampler:
 
     def replay(self, grid, places, draws, shape):
         """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are
-        recorded once, as a CUDA graph, and then started together. Sizes are rounded up, so that there are few shapes.
-        """
+        recorded once, as a CUDA graph, and then started together. Sizes are rounded up: there are few shapes."""
         B = round_up(len(self.slots), self.num_slots)
         order = [i if i < len(self.slots) else 0 for i in range(B)]  # idle rows compute what slot 0 does, once more
         P, G = grid.shape

@@ -104,8 +104,7 @@ def orthogonalise(x):
 
 def make_optimisers(model, args):
     """The optimisers that --optimiser names, as a list: AdamW with the released betas, without decay on norms and
-    biases. With muon, for very small models, Muon takes the matrices of the layers, at 5 times the rate.
-    """
+    biases. With muon, for very small models, Muon takes the matrices of the layers, at 5 times the rate."""
     layers, matrices, vectors = [], [], []
     for name, p in parameters(model).items():
         in_layers = args.optimiser == "muon" and ".layers." in name
@@ -173,8 +172,7 @@ def pick_device(args):
 
 def keep_pages():
     """Let glibc keep freed memory, up to 2 GB. Otherwise it goes back to the system, and half of the output head's time
-    on a CPU is page faults. STAR_KEEP_PAGES=0 leaves the allocator as it is.
-    """
+    on a CPU is page faults. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
     if sys.platform == "linux" and os.environ.get("STAR_KEEP_PAGES") != "0":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another C library may lack it
         mallopt(-1, 2_000_000_000), mallopt(-3, 400_000_000)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -340,6 +338,5 @@ class Steps:
 
     def show(self, row, names):
         """Advance the bar, and show these metrics next to it."""
-        shown = [f"{name} {row[name]:.3g}" for name in names if name in row]
-        self.bar.set_postfix_str(" ".join(shown))
+        self.bar.set_postfix_str(" ".join(f"{name} {row[name]:.3g}" for name in names if name in row))
         self.bar.update()
