@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -205,7 +205,8 @@ def leave(code):
     """End this rank at once: while an interpreter shuts down, a thread of torch may abort it, even after success."""
     if not code and dist.is_initialized():
         dist.destroy_process_group()
-    sys.stdout.flush(), sys.stderr.flush()
+    with suppress(OSError):  # a full disk; main has said so
+        sys.stdout.flush(), sys.stderr.flush()
     os._exit(code or 0)
 
 
@@ -256,8 +257,7 @@ def memory_in_use(device):
 
 def peak_memory(device):
     """{"peak_memory_gb"}: the GPU's own count, or the resident size of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if device.type == "cuda":
         size = torch.cuda.max_memory_allocated()
     return {"peak_memory_gb": round(size / 1e9, 2)}

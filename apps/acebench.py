@@ -20,7 +20,7 @@ import subprocess
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
-from apps.official import read_score, report, result_lines, run_tool, serve_model
+from apps.official import keep_answers, read_score, report, result_lines, run_tool, serve_model
 from data import InputError, write_lines
 from data.records import read_lines
 from train import open_run
@@ -77,11 +77,12 @@ def run_acebench(args):
     out = Path(args.out).resolve()
     total = write_items(checkout, out, chosen)
     flags = ["--model", NAME, "--language", "en", "--category"]
-    with serve_model(args, longest) as port:
-        command = [python, "-c", LAUNCHER, checkout / "generate.py", *flags, "normal", "--temperature", "0.001",
-                   "--max-tokens", args.max_new_tokens, "--num-threads", args.max_concurrent]
-        variables = {"GPT_BASE_URL": f"http://127.0.0.1:{port}/v1", "GPT_AGENT_API_KEY": "none"}
-        run_tool(command, out, "generate.log", variables, total)
+    if keep_answers(out) < total:
+        with serve_model(args, longest) as server:
+            command = [python, "-c", LAUNCHER, checkout / "generate.py", *flags, "normal", "--temperature", "0.001",
+                       "--max-tokens", args.max_new_tokens, "--num-threads", args.max_concurrent]
+            variables = {"GPT_BASE_URL": f"http://127.0.0.1:{server.port}/v1", "GPT_AGENT_API_KEY": "none"}
+            run_tool(command, out, "generate.log", variables, total, server)
     run_tool([python, "-c", LAUNCHER, checkout / "eval_main.py", *flags, *chosen], out, "evaluate.log", {})
 
     # 3. Read, report. A failed request stops the tool: it is never recorded as an answer.

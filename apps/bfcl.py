@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
-from apps.official import read_score, report, result_lines, run_tool, serve_model
+from apps.official import keep_answers, read_score, report, result_lines, run_tool, serve_model
 from data import InputError, read_json, write_json
 from data.records import read_lines
 from train import open_run
@@ -88,12 +88,13 @@ def run_bfcl(args):
                {files[name].stem.removeprefix(f"BFCL_{args.release}_"): ids for name, ids in chosen.items()})
     variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1", "VLLM_ENDPOINT": "127.0.0.1"}
     flags = ["--model", HANDLER, "--result-dir", "result_star"]
-    with serve_model(args, longest) as port:
-        command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path", Path(args.model).resolve(),
-                   "--run-ids", "--num-threads", 2 * args.max_concurrent]
-        total = sum(map(len, chosen.values()))
-        ports = {"LOCAL_SERVER_PORT": str(port), "VLLM_PORT": str(port)}
-        run_tool(command, out, "generate.log", variables | ports, total)
+    total = sum(map(len, chosen.values()))
+    if keep_answers(out, is_failure) < total:
+        with serve_model(args, longest) as server:
+            command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path",
+                       Path(args.model).resolve(), "--run-ids", "--num-threads", 2 * args.max_concurrent]
+            ports = dict.fromkeys(("LOCAL_SERVER_PORT", "VLLM_PORT"), str(server.port))
+            run_tool(command, out, "generate.log", variables | ports, total, server)
     command = [tool, "evaluate", *flags, "--score-dir", "score_star", *([] if v3 else ["--partial-eval"])]
     run_tool(command, out, "evaluate.log", variables)
 
@@ -147,11 +148,16 @@ def prompt_tokens(chat, name, entry):
     return tokens + tokens // 50 + 32
 
 
+def is_failure(line):
+    """Whether a line of results records a request that failed, other than by a conversation that grew too long."""
+    conversation = b'"id": "multi_turn' in line and not any(why in line for why in SERVER_FAILED)
+    return FAILED in line and not conversation
+
+
 def read_items(out, chosen, files):
     """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure."""
-    lines = [line for line in result_lines(out) if FAILED in line]
-    failures = sum(b'"id": "multi_turn' not in line or any(why in line for why in SERVER_FAILED) for line in lines)
+    failures = sum(map(is_failure, result_lines(out)))
     if failures:
-        raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; delete their "
-                         "lines from result_star and continue with --resume")
+        raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; continue with "
+                         "--resume, which asks for these again")
     return {name: read_score(out, f"score_star/**/{files[name].stem}_score.json", ids) for name, ids in chosen.items()}

@@ -104,14 +104,14 @@ def run_all(lines, args, parse, main):
             raise
     outs = [Path(getattr(stage, "out", None) or os.devnull) for stage in stages]
     check_outs(lines, stages, outs, args.resume or args.overwrite)
-    finished = [args.resume and is_finished(out, stage) for out, stage in zip(outs, stages)]
+    # What an evaluation was compared with is not recorded, so it is compared again, which is quick.
+    finished = [args.resume and not getattr(stage, "compare", None) and is_finished(out, stage)
+                for out, stage in zip(outs, stages)]
     check_inputs(lines, stages, outs, finished)
     ran = False
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
-        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded, nor what
-        # an evaluation was compared with.
-        done = done and not getattr(stage, "compare", None)
+        # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded.
         if done and (not ran or stage.command not in ("plot", "lens") and is_finished(out, stage)):
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
@@ -129,9 +129,12 @@ def run_all(lines, args, parse, main):
 
 
 def check_outs(lines, stages, outs, again):
-    """InputError if two lines write to one place, or one to a place that exists already. again: that may exist."""
+    """InputError if two lines write to one place, or one to a place that exists already. again: that may exist.
+    A picture or page, which has no --overwrite, may be drawn again."""
     for number, (line, stage, out) in enumerate(zip(lines, stages, outs)):
-        if out != Path(os.devnull) and any(same(out, other) for other in outs[:number]):
+        others = [other for before, other in zip(stages[:number], outs)
+                  if hasattr(stage, "overwrite") or hasattr(before, "overwrite")]
+        if out != Path(os.devnull) and any(same(out, other) for other in others):
             raise InputError(f"{out}: another line writes there, too; use another --out (in the line: {line})")
         exists = out.is_file() or Path(f"{out}.part").exists() or out.is_dir() and any(out.iterdir())
         if hasattr(stage, "overwrite") and exists and not again:
@@ -140,7 +143,6 @@ def check_outs(lines, stages, outs, again):
 
 def check_inputs(lines, stages, outs, finished):
     """InputError if a model or file that a stage reads is missing or broken, unless an earlier stage writes it."""
-    trained = [out / "model" if stage.command in ("ckd", "sft", "simrl") else out for stage, out in zip(stages, outs)]
     checked = set()
     for number, (line, stage) in enumerate(zip(lines, stages)):
         if stage.command == "curriculum":  # what its lines write is not known here
@@ -150,12 +152,10 @@ def check_inputs(lines, stages, outs, finished):
         for name in ("model", "teacher", "student", "data", "valid", *OUTPUTS):
             values = getattr(stage, name, None) or []
             for path in map(Path, values if isinstance(values, list) else [values]):
-                if name in ("model", "teacher", "student"):
-                    made = any(path.resolve() == out.resolve() for out in trained[:number])
-                else:
-                    made = any(path.resolve().is_relative_to(out.resolve()) for out in outs[:number])
+                is_model = name in ("model", "teacher", "student")
+                made = any(writes(before, out, path, is_model) for before, out in zip(stages[:number], outs))
                 flags = [getattr(stage, flag, None) for flag in ("think", "limit", "valid_limit")]
-                check = (path, name == "teacher", stage.command == "rollout", *flags)
+                check = (path, name, stage.command, *flags)
                 if made or check in checked:
                     continue
                 checked.add(check)
@@ -163,6 +163,14 @@ def check_inputs(lines, stages, outs, finished):
                     check_input(path, name, stage)
                 except InputError as e:
                     raise InputError(f"{e} (in the line: {line})") from e
+
+
+def writes(stage, out, path, is_model):
+    """Whether a stage with this --out writes a model, or a file, at a path."""
+    path, out = path.resolve(), out.resolve()
+    if not is_model or stage.command == "demo":
+        return path.is_relative_to(out)
+    return stage.command in ("ckd", "sft", "simrl") and path == out / "model"
 
 
 def check_input(path, name, stage):

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import reward
 from apps.rollout import print_examples, read_prompts, sample_responses
-from data import InputError, one_line, parse_json, positive, print_table, read_json, write_json, write_lines
+from data import InputError, one_line, parse_json, positive, print_table, read_json, same, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.fields import check_fields
 from data.prepare import turns
@@ -165,14 +165,16 @@ def sign_flip_p(differences):
 def summarise(rows):
     """The metrics with intervals, and their means "by" kind and source."""
     metrics = {name: bootstrap_ci(values) | {"items": len(values)} for name, values in metric_values(rows).items()}
-    parts = {}
+    kinds = {}
+    sources = {}
     for row in rows:
         calls = min(2, len(row["answer"]["tool_calls"]))
         length = "multi-turn" if turns(row) > 1 else "single-turn"
-        for name in (("text", "one call", "several calls")[calls], length, row["source"]):
-            parts.setdefault(name, []).append(row)
+        for name in (("text", "one call", "several calls")[calls], length):
+            kinds.setdefault(name, []).append(row)
+        sources.setdefault(row["source"], []).append(row)
     by = {}
-    for name, part in parts.items():
+    for name, part in (kinds | sources).items():
         means = {metric: float(np.mean(values)) for metric, values in metric_values(part).items()}
         by[name] = {"items": len(part)} | means
     return {"items": len(rows), "metrics": metrics, "by": by}
@@ -237,6 +239,8 @@ def reward_flags(parser):
 
 def run_reward(args):
     """Print the reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines."""
+    if args.out and same(Path(args.out), Path(args.data)):
+        raise InputError(f"{args.out}: is the file to read; name another --out")
     if args.out and Path(args.out).exists() and not args.overwrite:
         raise InputError(f"{args.out}: exists already; use --overwrite or another --out")
     if args.out:

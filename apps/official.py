@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import venv
+from collections import namedtuple
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
@@ -23,13 +24,14 @@ import numpy as np
 from tqdm import tqdm
 
 from apps.evaluate import INTERVAL
-from data import InputError, natural, positive, print_table, read_json, write_json
+from data import InputError, natural, positive, print_table, read_json, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.records import read_lines
 from data.runs import add_output_flags
 from train import add_machine_flags, pick_device
 
 RESULTS = "result_*/**/*_result.json"  # of both tools
+Server = namedtuple("Server", "port process")
 open_url = build_opener(ProxyHandler({})).open  # the server is on this machine
 
 
@@ -115,8 +117,8 @@ def choose_items(args, groups, read, tokens, most):
 
 @contextmanager
 def serve_model(args, longest_prompt):
-    """Serve the model in a process of its own, while this context is open. Yields its port. At the end, the server's
-    counts are added to those of the sessions before in OUT/stats.json."""
+    """Serve the model in a process of its own, while this context is open. Yields a `Server`. At the end, its counts
+    are added to those of the sessions before in OUT/stats.json."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -132,18 +134,22 @@ def serve_model(args, longest_prompt):
                 raise InputError(f"{args.model}: could not be served; see the message above")
             time.sleep(0.2)
         try:
-            yield port
+            yield Server(port, process)
         finally:
             path = Path(args.out) / "stats.json"
             before = read_json(path) if path.exists() else {}
-            with suppress(OSError):  # after Ctrl-C the server may be gone; its counts are then lost
-                stats = json.load(open_url(f"http://127.0.0.1:{port}/v1/stats"))
+            if stats := read_stats(port):  # after Ctrl-C the server may be gone; its counts are then lost
                 write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
-        if process.poll() is not None:
-            raise InputError(f"{args.model}: the server ended early; continue with --resume")
+        check_alive(process)
     finally:
         process.terminate()
         process.wait()
+
+
+def check_alive(process):
+    """InputError if a server has ended."""
+    if process.poll() is not None:
+        raise InputError("the server of the model ended early; continue with --resume")
 
 
 def answers(port):
@@ -152,19 +158,38 @@ def answers(port):
         return bool(open_url(f"http://127.0.0.1:{port}/v1/models"))
 
 
+def read_stats(port):
+    """The counts of the server there; {} if it does not answer."""
+    with suppress(OSError):
+        return json.load(open_url(f"http://127.0.0.1:{port}/v1/stats", timeout=10))
+    return {}
+
+
 def result_lines(out):
     return [line for path in out.glob(RESULTS) for line in path.read_bytes().split(b"\n") if line]
 
 
-def run_tool(command, out, log, variables, total=None):
-    """Run a command of a tool in OUT, with its output in OUT/LOG. total: the number of answers that it will write."""
+def keep_answers(out, failed=lambda line: False):
+    """Remove what a kill or a dead server has left in a tool's results: half a line, and lines that are `failed`. The
+    tool then asks for these items again. Returns the number of answers that are left."""
+    count = 0
+    for path in out.glob(RESULTS):
+        content = path.read_bytes()
+        lines = [line + b"\n" for line in content.split(b"\n")[:-1] if line and not failed(line)]
+        if b"".join(lines) != content:
+            write_lines(path, (line.decode() for line in lines))
+        count += len(lines)
+    return count
+
+
+def run_tool(command, out, log, variables, total=None, server=None):
+    """Run a command of a tool in OUT, with its output in OUT/LOG. If it generates, `total` answers from a `Server`.
+
+    InputError if the tool fails, or if the server ends: the tool would record an error as the answer to all the rest.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REMOTE_OPENAI")}
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1",
                     "PYTHONDONTWRITEBYTECODE": "1", **variables}
-    for path in out.glob(RESULTS):  # a kill may have left half a line
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
     with open(out / log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment, cwd=out)
     try:
@@ -172,8 +197,14 @@ def run_tool(command, out, log, variables, total=None):
             while process.poll() is None:
                 time.sleep(0.5)
                 bar.update(len(result_lines(out)) - bar.n)
+                if server:
+                    check_alive(server.process)
+                    if stats := read_stats(server.port):  # a conversation may take an hour
+                        tokens = stats["prompt_tokens_computed"]
+                        bar.set_postfix_str(f"{stats['requests']} requests, {tokens:,} prompt tokens computed")
     finally:
         process.terminate()
+        process.wait()
     if process.returncode:
         raise InputError(f"{out / log}: the tool stopped; its last lines say why")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, number, one_line, print_table, same
+from data import InputError, number, one_line, print_table, read_json, same
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
 from data.rollouts import append_rollouts, filter_responses, finish_rollouts
@@ -41,8 +41,9 @@ def run_rollout(args):
     with fail_together():
         if same(out, Path(args.data)):
             raise InputError(f"{out}: would be written over --data; use another --out")
-        made = (Path(f"{out}.arguments.json"), Path(f"{out}.part"))
-        if args.overwrite and out.exists() and not any(path.exists() for path in made):
+        saved = Path(f"{out}.arguments.json")
+        command = read_json(saved).get("command") if saved.exists() else None
+        if args.overwrite and out.exists() and command != "rollout" and not Path(f"{out}.part").exists():
             raise InputError(f"{out}: was not written by rollout; remove it or use another --out")
         chat = Chat.from_pretrained(args.model, args.think, args.tools)
         Transformer.from_pretrained(args.model, device="meta")  # refuse a broken model before anything is written

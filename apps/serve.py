@@ -149,12 +149,12 @@ def text_so_far(chat, request, response):
     """A response's text without the end token, cut before a stop string, also a partial one, and half a character."""
     finished = response.finish_reason  # read first: the last token may come meanwhile
     text = chat.decode([i for i in response.ids if i not in chat.stop_ids])
+    for string in request.stop_strings:
+        text = text.partition(string)[0]
     if not finished:
         text = text.rstrip("\ufffd")
         beginnings = [string[:size] for string in request.stop_strings for size in range(1, len(string))]
         text = text[:len(text) - max([len(part) for part in beginnings if text.endswith(part)], default=0)]
-    for string in request.stop_strings:
-        text = text.partition(string)[0]
     return text
 
 

@@ -72,7 +72,7 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
     print(f"Teacher cache: {shape[0]:,} positions x {shape[1]} x 6 bytes, "
           f"{size / 1e9:.2f} GB in {folder}", file=sys.stderr)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    if os.path.ismount(folder):
+    if os.path.ismount(Path(folder).resolve()):
         raise InputError(f"{folder}: is a mount point, which cannot be replaced; name a folder in it")
     lock(folder)
     with atomic_folder(folder) as new:

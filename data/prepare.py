@@ -32,6 +32,7 @@ from data.records import has_answer, read_records, self_check
 QUOTAS = {"single-turn": 0.3, "multi-turn": 0.7, "parallel": 0.5, "single": 0.5,
           "response": 0.2, "multi-step": 0.3}  # parts of --size
 MAX_TURNS = 10
+TOKENIZER_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # read of --model
 
 
 def prepare_flags(parser):
@@ -51,7 +52,8 @@ def run_prepare(args):
     out = Path(args.out)
     if any(same(out, Path(path)) for path in args.data):
         raise InputError(f"{out}: is one of the files to read; name another --out")
-    if out.exists() and not args.overwrite:
+    part = Path(f"{out}.part")
+    if out.exists() and not (args.overwrite or part.exists()):
         raise InputError(f"{out}: exists already; give --overwrite or another --out")
     chat = Chat.from_pretrained(args.model) if args.model else None
     records = []
@@ -77,10 +79,12 @@ def run_prepare(args):
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
     chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)} for record in chosen]
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
-    settings["inputs"] = hash_files([*args.data, *filter(None, [args.model])])
-    Path(f"{out}.arguments.json").unlink(missing_ok=True)  # of an earlier file
-    write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
+    tokenizer = [Path(args.model) / name for name in TOKENIZER_FILES] if chat else []
+    settings["inputs"] = hash_files([*args.data, *tokenizer])
+    write_lines(part, ())  # a file with settings counts as finished, except while this one is there
     write_json(f"{out}.arguments.json", settings)
+    write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
+    part.unlink()
     report(records, chosen, dropped, args.size)
     print(f"\nwrote {out}")
 

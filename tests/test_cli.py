@@ -753,6 +753,15 @@ def test_a_cache_behind_a_link(here):
     assert Path("cache").is_symlink() and Path("disk/cache.json").exists()
 
 
+def test_a_cache_at_a_mount_point_behind_a_link_is_refused_first(here, capsys, monkeypatch):
+    Path("disk").mkdir()
+    Path("cache").symlink_to("disk", target_is_directory=True)
+    disk = Path("disk").resolve()
+    monkeypatch.setattr(os.path, "ismount", lambda path: not Path(path).is_symlink() and Path(path) == disk)
+    assert run(f"{CKD} --cache cache") == 2
+    assert "is a mount point, which cannot be replaced" in capsys.readouterr().err and not Path("disk.tmp").exists()
+
+
 def test_prompts_of_a_rollout_file_keep_no_responses(here):
     assert run(ROLLOUT) == 0
     groups, _ = prompt_groups("out.jsonl", Chat.from_pretrained("teacher"), 9999)

@@ -32,7 +32,8 @@ for module, _ in star.COMMANDS.values():
     importlib.import_module(module)
 
 CHAIN = f"""
-{ROLLOUT} --limit 12 --n 1
+prepare --data train.jsonl --model teacher --size 16 --out chosen.jsonl
+{ROLLOUT.replace("train.jsonl", "chosen.jsonl")} --limit 12 --n 1
 {CKD.replace("train.jsonl", "out.jsonl")} --save-every 1
 {SIMRL.replace("--model student", "--model run/model").replace("--out run", "--out star")} --steps 2
 {EVAL.replace("--model student", "--model star/model")}

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -128,6 +129,28 @@ def test_recorded_failures_are_never_scored(env, tmp_path, monkeypatch, capsys):
     assert run(env, tmp_path / "out") == 2
     assert "10 answers are recorded failures" in capsys.readouterr().err
     assert not (tmp_path / "out/items.json").exists()
+    monkeypatch.delenv("ANSWER")
+    assert run(env, tmp_path / "out", "--resume") == 0  # they are asked for again
+    tool = (env / "bin/bfcl").read_text()
+    (env / "bin/bfcl").write_text(tool.replace("        with open(result", "        1 / 0\n        with open(result"))
+    assert run(env, tmp_path / "out", "--resume") == 0  # all is answered: it only evaluates
+    assert json.loads((tmp_path / "out/summary.json").read_text())["requests"] == 20
+
+
+def test_a_server_that_ends_stops_the_tool(tmp_path):
+    server = official.Server(0, SimpleNamespace(poll=lambda: 1))
+    started = time.monotonic()
+    with pytest.raises(InputError, match="the server of the model ended early; continue with --resume"):
+        official.run_tool(["sleep", "60"], tmp_path, "generate.log", {}, 10, server)
+    assert time.monotonic() - started < 30
+
+
+def test_half_a_line_of_an_answer_goes(tmp_path):
+    path = tmp_path / "result_star/model/BFCL_v4_multiple_result.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"id": "a", "result": "é"}\n{"id": "b", "result": "Error during inference: x"}\n{"id": "c"')
+    assert official.keep_answers(tmp_path, bfcl.is_failure) == 1
+    assert path.read_text() == '{"id": "a", "result": "é"}\n'
 
 
 def test_a_tool_that_stops_is_an_error(env, tmp_path, capsys):
@@ -322,7 +345,7 @@ def stub_server(answer):
             pass
 
         def do_GET(self):
-            self.reply({"data": []})
+            self.reply({"requests": 0, "prompt_tokens_computed": 0})
 
         def do_POST(self):
             text = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -343,7 +366,7 @@ def stub_server(answer):
         with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield server.server_port
+            yield official.Server(server.server_port, SimpleNamespace(poll=lambda: None))
             server.shutdown()
 
     return serve_model

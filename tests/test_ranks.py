@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import star
+import train
 from apps import evaluate, rollout
 
 FLAGS = "--data train.jsonl --dtype float32 --device cpu --max-new-tokens 8"
@@ -234,3 +235,15 @@ def test_ranks_serve_on_one_port(here, capfd):
             process.kill()
     assert ranks == {0, 1} and len(texts) == 1
     assert capfd.readouterr().out.count("Ctrl-C ends") == 1
+
+
+def test_a_rank_leaves_also_if_its_output_cannot_be_written():
+    def leave():
+        sys.stdout = open("/dev/full", "w")
+        print("a summary")
+        train.leave(2)
+
+    process = multiprocessing.get_context("fork").Process(target=leave)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 2

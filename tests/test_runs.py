@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import star
+from apps import curriculum
 from apps.checks import IDLE
-from data import lock
+from data import InputError, lock, prepare
 from data.checkpoints import latest_checkpoint, list_checkpoints
 from data.runs import cut_log, log_metrics, read_metrics
 from test_cli import CKD, EVAL, PROGRAM, ROLLOUT, SFT, SIMRL, files, here, run, start, wait_for  # noqa: F401
@@ -68,6 +70,8 @@ def test_overwrite_of_links_and_of_other_files(here, capsys):
     Path("notes.jsonl").write_text("mine")
     assert "was not written by rollout" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --overwrite")
     assert Path("notes.jsonl").read_text() == "mine"
+    assert run("prepare --data train.jsonl --out chosen.jsonl") == 0
+    assert "was not written by rollout" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --overwrite")
 
 
 def test_a_start_that_was_killed_can_be_repeated(here):
@@ -232,6 +236,8 @@ def test_a_chain_checks_all_inputs_first(here, capsys):
                           (f"{SFT} --model b --out c", "b: no such file, and"),  # the model is b/model
                           (f"{SFT} --model b/modle --out c", "b/modle: no such file, and"),
                           (f"{SFT} --model headless --out c", "headless/tokenizer.json: no such file"),
+                          ("prepare --model weightless --data train.jsonl --out p\neval --model weightless --data "
+                           "train.jsonl --out e", "weightless: no model.safetensors"),  # prepare needs no weights
                           (f"{EVAL} --compare nowhere", "nowhere: no such file, and"),
                           ("table nowhere", "nowhere: no such file, and"),
                           (f"{STEPS} --out a", "a: another line writes there, too"),
@@ -240,8 +246,21 @@ def test_a_chain_checks_all_inputs_first(here, capsys):
         Path("bad.jsonl").write_text("{")
         shutil.copytree("student", "headless", dirs_exist_ok=True)
         Path("headless/tokenizer.json").unlink(missing_ok=True)
+        shutil.copytree("student", "weightless", dirs_exist_ok=True)
+        Path("weightless/model.safetensors").unlink(missing_ok=True)
         Path("chain.txt").write_text(f"{CHAIN}{line}\n")
         assert message in refused(capsys, "curriculum chain.txt") and not Path("a").exists()
+
+
+def test_a_chain_may_use_a_model_of_the_demo_and_draw_a_picture_twice():
+    lines = ["demo --out d", "lens --teacher t --student d/ckd/model --data x --out page.html",
+             "plot d/ckd --out p.png", "plot d/star --out p.png"]
+    stages = [star.parse(line.split())[0] for line in lines]
+    outs = [Path(stage.out) for stage in stages]
+    curriculum.check_outs(lines, stages, outs, False)
+    assert curriculum.writes(stages[0], outs[0], Path("d/ckd/model"), True)
+    with pytest.raises(InputError, match="another line writes there"):
+        curriculum.check_outs(lines, [*stages[:2], stages[0], stages[0]], [outs[0], *outs[1:3], outs[2]], False)
 
 
 def test_a_chain_goes_on_after_a_stage_was_mended(here, capsys):
@@ -302,6 +321,20 @@ def test_a_chain_notices_another_filter_or_comparison(here, capsys):
     Path("chain.txt").write_text(f"{rollout}\n{EVAL} --compare before\n")
     assert run("curriculum chain.txt --resume") == 0
     assert "difference" in capsys.readouterr().out
+
+
+def test_a_chain_goes_on_after_prepare_was_killed_at_its_end(here, monkeypatch):
+    Path("chain.txt").write_text("prepare --data train.jsonl --model student --out chosen.jsonl")
+    write = prepare.write_lines
+    for step in (lambda *_: None, write):  # killed before its file is in place, and after
+        monkeypatch.setattr(prepare, "write_lines", lambda *words: (step(*words), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            run("curriculum chain.txt")
+        monkeypatch.setattr(prepare, "write_lines", write)
+        assert run("curriculum chain.txt --resume") == 0 and Path("chosen.jsonl").exists()
+        inputs = json.loads(Path("chosen.jsonl.arguments.json").read_text())["inputs"]
+        assert "student/tokenizer.json" in inputs and "student/model.safetensors" not in inputs
+        Path("chosen.jsonl").unlink()
 
 
 def test_a_file_without_settings_is_not_finished(here, capsys):

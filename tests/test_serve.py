@@ -272,6 +272,11 @@ def test_a_stop_string_that_has_only_begun_is_not_sent(server):
     for finish_reason, text in (("", "timer one"), ("length", "timer one! ")):
         response = Response(ids, (0, 0), finish_reason=finish_reason)
         assert serve.text_so_far(chat, request, response) == text
+    # The last token may come while the text is read: the stop string is whole, and the response unfinished.
+    ids = chat.encode("timer one\n\n")
+    request = Request([0], 1, 0, 0.0, 9, stop_strings=("\n\n",))
+    for finish_reason in ("", "stop"):
+        assert serve.text_so_far(chat, request, Response(ids, (0, 0), finish_reason=finish_reason)) == "timer one"
 
 
 def test_no_limit_of_one_name_leaves_that_of_the_other(server, greedy):
