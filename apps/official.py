@@ -129,7 +129,7 @@ def serve_model(args, longest_prompt):
     star = Path(__file__).parents[1] / "star.py"
     process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.DEVNULL)
     try:
-        while not answers(port):
+        while not read_stats(port):
             if process.poll() is not None:
                 raise InputError(f"{args.model}: could not be served; see the message above")
             time.sleep(0.2)
@@ -152,14 +152,8 @@ def check_alive(process):
         raise InputError("the server of the model ended early; continue with --resume")
 
 
-def answers(port):
-    """Whether a server answers there yet."""
-    with suppress(OSError):
-        return bool(open_url(f"http://127.0.0.1:{port}/v1/models"))
-
-
 def read_stats(port):
-    """The counts of the server there; {} if it does not answer."""
+    """The counts of the server there; {} if it does not answer, or not yet."""
     with suppress(OSError):
         return json.load(open_url(f"http://127.0.0.1:{port}/v1/stats", timeout=10))
     return {}
