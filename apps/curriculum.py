@@ -216,15 +216,10 @@ def run_demo(args):
     """STAR on the bundled models: score teacher and student, distil (CKD), refine (Sim-RL), score again."""
     if Path(args.out).exists() and not (args.resume or args.overwrite):
         raise InputError(f"{args.out}: exists already; use --resume to continue it or --overwrite to start again")
-    return demo_lines(args.out, args.quick, args.seed)
-
-
-def demo_lines(out, quick=False, seed=42):
-    """The demo's command lines. quick: few steps."""
-    machine = f"--device cpu --dtype float32 --seed {seed}"
-    lengths = QUICK if quick else FULL
+    machine = f"--device cpu --dtype float32 --seed {args.seed}"
+    lengths = QUICK if args.quick else FULL
     score = f"{EVAL} --limit {lengths['limit']} {machine}"
-    text = DEMO.format(out=shlex.quote(str(out)), machine=machine, eval=score, **lengths)
+    text = DEMO.format(out=shlex.quote(args.out), machine=machine, eval=score, **lengths)
     tiny = os.path.relpath(Path(__file__).parents[1] / "data/tiny")
     return split_lines(text.replace("data/tiny", shlex.quote(tiny)))
 

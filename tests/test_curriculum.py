@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import star
-from apps.curriculum import COLUMNS, demo_lines, print_examples, split_lines
+from apps.curriculum import COLUMNS, print_examples, split_lines
 
 MACHINE = "--think off --device cpu --dtype float32"
 EVAL = f"--data train.jsonl --n 2 --limit 8 --max-new-tokens 8 {MACHINE}"
@@ -228,7 +228,8 @@ def test_resume_or_overwrite_not_both(here, capsys):
 
 @pytest.mark.parametrize("quick", [False, True])
 def test_the_demo_is_a_list_of_command_lines(quick):
-    lines = demo_lines("some where", quick, 1)
+    args, run_demo = star.parse(["demo", "--out", "some where", "--seed", "1", *["--quick"] * quick])
+    lines = run_demo(args)
     stages = [star.parse(shlex.split(line))[0] for line in lines]
     assert [args.command for args in stages] == ["eval", "eval", "rollout", "ckd", "eval", "simrl", "eval", "table"]
     for args in stages[:-1]:
