@@ -251,11 +251,8 @@ def read_scores(folder):
     remedy = "give the --out folder of a finished eval"
     summary = read_json(folder / "summary.json", remedy)
     metrics = check_fields(summary, EVALUATION, folder / "summary.json", remedy, needed=True)["metrics"]
-    scores = {}
-    names = [name for name in metrics if name.startswith("pass@")]
-    for name in (*COLUMNS, *names):
-        if name in metrics and name != "pass@1":
-            scores[name] = f"{metrics[name]['mean']:.3f}"
+    pass_n = [name for name in metrics if name.startswith("pass@") and name != "pass@1"]
+    scores = {name: f"{metrics[name]['mean']:.3f}" for name in (*COLUMNS, *pass_n) if name in metrics}
     run = Path(summary["model"]).parent / "summary.json"
     if run.exists():
         summary = read_json(run)
