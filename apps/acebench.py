@@ -17,6 +17,7 @@ To read a value such as 2 * 3, the tool evaluates what the model wrote, in its o
 import ast
 import json
 import subprocess
+from functools import partial
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
@@ -67,9 +68,7 @@ def run_acebench(args):
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
-    def read(name):
-        return read_items(checkout / DATA, name)
-
+    read = partial(read_items, checkout / DATA)
     chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
     open_run(args, [args.model], others=[args.compare])
 
@@ -109,17 +108,15 @@ def prompt(chat, templates, turn):
     return chat.prompt({"messages": messages, "tools": []})
 
 
-def item_of(line):
-    """The item of a line: normal_multi_turn_user_adjust_3_0 is the first turn of dialogue 3."""
-    return line["id"].rpartition("_")[0] if line["id"].startswith("normal_multi_turn") else line["id"]
-
-
 def read_items(folder, name):
     """{item: its lines} of a category's file of data or of gold answers."""
     items = {}
     for _, text in read_lines(folder / f"data_{name}.json"):
         line = json.loads(text)
-        items.setdefault(item_of(line), []).append(line)
+        item = line["id"]
+        if item.startswith("normal_multi_turn"):  # normal_multi_turn_user_adjust_3_0 is the first turn of dialogue 3
+            item = item.rpartition("_")[0]
+        items.setdefault(item, []).append(line)
     return items
 
 
