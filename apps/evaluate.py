@@ -25,15 +25,14 @@ import numpy as np
 from tqdm import tqdm
 
 import reward
-from apps.rollout import print_examples, read_prompts, sample_responses
+from apps.rollout import print_examples, read_inputs, sample_responses
 from data import InputError, one_line, parse_json, positive, print_table, read_json, same, write_json, write_lines
-from data.chat import Chat, add_prompt_flags
+from data.chat import add_prompt_flags
 from data.fields import check_fields
 from data.prepare import turns
 from data.records import add_data_flags, read_lines
 from data.rollouts import finish_rollouts, read_rows, score_response
 from data.runs import add_output_flags, check_folder, prepare_folder
-from model import Transformer
 from sampler import add_count_flags
 from train import add_machine_flags, fail_together, pick_device, rank
 
@@ -67,14 +66,9 @@ def run_eval(args):
             runs.insert(0, Namespace(**flags))
         elif args.compare:
             results.append(read_evaluation(Path(args.compare)))
-        inputs = []
-        for run in runs:
-            chat = Chat.from_pretrained(run.model, run.think, run.tools)
-            inputs.append((chat, read_prompts(run, chat)))
-            Transformer.from_pretrained(run.model, device="meta")
-        uses = [*filter(None, (args.model, args.compare))]
+        inputs = [read_inputs(run) for run in runs]
         for run in runs if rank() == 0 else ():  # refuse both before one of them is cleared
-            check_folder(run, [run.data, *uses])
+            check_folder(run, filter(None, (args.data, args.model, args.compare)))
         for run in runs if rank() == 0 else ():
             prepare_folder(run, [run.model, run.data])
     for run, (chat, groups) in zip(runs, inputs):

@@ -45,9 +45,7 @@ def run_rollout(args):
         command = read_json(saved).get("command") if saved.exists() else None
         if args.overwrite and out.exists() and command != "rollout" and not Path(f"{out}.part").exists():
             raise InputError(f"{out}: was not written by rollout; remove it or use another --out")
-        chat = Chat.from_pretrained(args.model, args.think, args.tools)
-        Transformer.from_pretrained(args.model, device="meta")  # refuse a broken model before anything is written
-        groups = read_prompts(args, chat, args.min_reward is not None)
+        chat, groups = read_inputs(args, args.min_reward is not None)
         arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
@@ -91,12 +89,15 @@ def print_examples(rows):
             print(f"{label:8s} {one_line(r['text'])}")
 
 
-def read_prompts(args, chat, need_gold=True):
-    """The groups of --data, without responses. Says how many prompts are skipped."""
+def read_inputs(args, need_gold=True):
+    """The Chat of --model, and the groups of --data, without responses. Says how many prompts are skipped. InputError
+    also for broken weights, before anything is written."""
+    chat = Chat.from_pretrained(args.model, args.think, args.tools)
+    Transformer.from_pretrained(args.model, device="meta")
     groups, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit, need_gold)
     if skipped:
         note(f"{args.data}: skipped {skipped} prompts longer than {args.max_prompt_tokens} tokens")
-    return groups
+    return chat, groups
 
 
 def sample_responses(args, out, chat, groups, draws, device, **options):
@@ -104,7 +105,7 @@ def sample_responses(args, out, chat, groups, draws, device, **options):
     or None, and those with new `responses`; on ranks other than 0, None and [].
 
     args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
-    groups: of `read_prompts`
+    chat, groups: of `read_inputs`
     draws: [(n, temperature, top_p)]; a record gets n responses from each
     options: arguments, resume, overwrite, scored of `open_rollouts`
     """
