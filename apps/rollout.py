@@ -12,8 +12,7 @@ from tqdm import tqdm
 from data import InputError, number, one_line, print_table, read_json, same
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
-from data.rollouts import append_rollouts, filter_responses, finish_rollouts
-from data.rollouts import open_rollouts, prompt_groups, response_row
+from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, prompt_groups
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
@@ -145,8 +144,7 @@ def sample_share(args, out, chat, groups, draws, device, share, total):
                 i = request.number
                 if i in requests and all(other.done for other in requests[i]):
                     responses = [r for other in requests.pop(i) for r in other.responses]
-                    row = groups[i].record | {"responses": [response_row(chat, r) for r in responses]}
-                    append_rollouts(out, {i: row}, rank())
+                    append_rollout(out, i, groups[i].record, responses, chat, rank())
                     bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
         except KeyboardInterrupt:
             count = f"{bar.n} of these {total}" if world_size() == 1 else "finished"

@@ -141,17 +141,12 @@ def check_responses(row, where, table):
         check_fields(response, table, f"{where}: a response", "remove the line, or start again", needed=True)
 
 
-def response_row(chat, response):
-    """A sampled `Response` as a rollout file stores it."""
-    text = chat.decode(response.ids)
-    return {"text": text, "ids": response.ids, "finish_reason": response.finish_reason,
-            "logprob": round(sum(response.log_probs), 4)}
-
-
-def append_rollouts(out, rows, rank=0):
-    """Append {index: record with `responses`} to the part file of a rank."""
+def append_rollout(out, i, record, responses, chat, rank):
+    """Append record number i, with these sampled responses, to the part file of a rank."""
+    rows = [{"text": chat.decode(r.ids), "ids": r.ids, "finish_reason": r.finish_reason,
+             "logprob": round(sum(r.log_probs), 4)} for r in responses]
     with open(f"{out}.part.{rank}" if rank else f"{out}.part", "a", encoding="utf-8") as file:
-        file.writelines(part_line(i, row) for i, row in rows.items())
+        file.write(part_line(i, record | {"responses": rows}))
 
 
 def finish_rollouts(out, rows, arguments=None):

@@ -100,16 +100,16 @@ def test_ranks_without_records(here, command):
 
 
 def append_until_killed(left):
-    """`append_rollouts`, which also logs, and kills a rank that has appended left[rank] records."""
-    append = rollout.append_rollouts
+    """`append_rollout`, which also logs, and kills a rank that has appended left[rank] records."""
+    append = rollout.append_rollout
 
-    def append_and_log(out, rows, rank=0):
+    def append_and_log(out, i, record, responses, chat, rank):
         if left[rank] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left[rank] -= 1
-        append(out, rows, rank)
+        append(out, i, record, responses, chat, rank)
         with open("log", "a") as file:
-            file.writelines(f"{i}\n" for i in rows)
+            file.write(f"{i}\n")
 
     return append_and_log
 
@@ -119,7 +119,7 @@ def test_killed_and_resumed_on_another_number_of_ranks(here, monkeypatch, comman
     """What all ranks had done is kept, and nothing is sampled twice."""
     assert star.main(f"{command} --out whole".split()) == 0
     left = [3, 5]
-    monkeypatch.setattr(rollout, "append_rollouts", append_until_killed(left))
+    monkeypatch.setattr(rollout, "append_rollout", append_until_killed(left))
     Path("killed").mkdir()
     monkeypatch.chdir("killed")
     for path in ("teacher", "student", "train.jsonl"):
@@ -149,7 +149,7 @@ def test_a_rank_that_dies_ends_the_other(here, monkeypatch, capfd, command):
     """With one line; nothing that either had done is lost."""
     assert star.main(f"{command} --out whole".split()) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(rollout, "append_rollouts", append_until_killed([99, 2]))
+        patch.setattr(rollout, "append_rollout", append_until_killed([99, 2]))
         capfd.readouterr()
         assert run(f"{command} --out run", 2) == [1, -signal.SIGKILL]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("star.py") or "Error" in line]
