@@ -17,7 +17,7 @@ from data import InputError, non_negative, natural, positive, write_lines
 from data.chat import Chat, add_prompt_flags, text_of
 from data.groups import make_groups, pack
 from data.records import has_answer, read_records
-from head import hidden_states
+from head import hidden_states, logits_in_chunks
 from model import Transformer
 from teacher import Teacher, check_pair, clamp_to_vocab
 from train import add_machine_flags, pick_device
@@ -59,20 +59,18 @@ def run_lens(args):
     student = Transformer.from_pretrained(args.student, dtype, device)
     tokens = inspect_tokens(student, packed, topk, vocab_size, m, args.tail_weight)
 
-    means = {}
-    for name in ("loss", "kl", "tail", "inside", "captured", "nll", "entropy"):
-        means[name] = sum(token[name] for token in tokens) / len(tokens)
+    names = ("loss", "kl", "tail", "inside", "captured", "nll", "entropy")
+    means = {name: sum(token[name] for token in tokens) / len(tokens) for name in names}
     ids = {token["id"] for token in tokens}
     ids |= {row[0] for token in tokens for row in token["teacher"] + token["student"]}
     texts = {i: token_text(chat, i) for i in sorted(ids)}
     data = {"k": k, "m": m, "weight": args.tail_weight, "means": means, "tokens": tokens, "texts": texts}
     record = group.record
-    tools = [tool["name"] for tool in record["tools"]]
     write_page(args.out, data, {
         "title": f"{title} of record {args.row} in {args.data}",
         "teacher": args.teacher, "student": args.student,
         "request": text_of(record["messages"][-1]),
-        "tools": ", ".join(tools) or "none",
+        "tools": ", ".join(tool["name"] for tool in record["tools"]) or "none",
         "gold": chat.answer(record) if has_answer(record) else "none",
     })
     figures = [f"{name} {value:.4f}" for name, value in means.items()]
@@ -110,11 +108,10 @@ def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
     with torch.no_grad():
         hidden = hidden_states(student, packed, torch.float32)  # [N, H], without autocast
     tokens = []
-    for at in range(0, len(hidden), 64):
-        rows = slice(at, at + 64)
+    for rows, logits in logits_in_chunks(hidden, head, 64):
         target = packed["targets"][rows]  # [C]
         ids, log_p = (part[rows] for part in topk)  # [C, k]
-        logits = (hidden[rows] @ head.T).float().requires_grad_()  # [C, V]
+        logits.requires_grad_()  # [C, V]
         losses, stats = ckd_loss(logits, target, ids, log_p, m, tail_weight)
         gradient, = torch.autograd.grad(losses.sum(), logits)  # [C, V], a row for each loss
         q = logits.detach().softmax(-1)  # [C, V]
