@@ -17,6 +17,7 @@ import json
 import random
 from array import array
 from dataclasses import dataclass, replace
+from itertools import cycle
 from os.path import commonprefix
 
 import numpy as np
@@ -113,9 +114,9 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
     """
     if mask != "all" and chat.think_end_id is None:
         raise InputError(f"--mask {mask}: this tokenizer has no </think> token; use --mask all")
+    parts = cycle(("think", "answer") if mask == "alter" else (mask,))  # of the responses of all records
     skipped = {"prompts too long": 0, "responses too long": 0, "responses with nothing to learn": 0}
     groups = []
-    number = 0  # of the response, over all records, for --mask alter
     for record in records:
         rendered = record.get("rendered")
         if rendered not in (None, {"think": chat.think, "tools": chat.tools}):
@@ -127,9 +128,7 @@ def make_groups(records, chat, max_prompt_tokens, max_response_tokens, mask="all
             continue
         without = {key: value for key, value in record.items() if key != "responses"}
         group = Group(json.dumps(without).encode(), array("i", prompt), [])
-        for ids in response_ids(record, chat, where):
-            part = ("think", "answer")[number % 2] if mask == "alter" else mask
-            number += 1
+        for ids, part in zip(response_ids(record, chat, where), parts):
             start, end = counted_span(ids, chat, part)
             if len(ids) > max_response_tokens:
                 skipped["responses too long"] += 1
