@@ -184,11 +184,9 @@ def text_of(message):
 def find_last_query(messages):
     """Index of the last user message that is not a tool result as text; without one, of the last message."""
     result = re.compile("<tool_response>.*</tool_response>", re.S)
-    last = len(messages) - 1
-    for i, message in enumerate(messages):
-        if message["role"] == "user" and not result.fullmatch(text_of(message)):
-            last = i
-    return last
+    queries = [i for i, message in enumerate(messages)
+               if message["role"] == "user" and not result.fullmatch(text_of(message))]
+    return max(queries, default=len(messages) - 1)
 
 
 def split_reasoning(message):
