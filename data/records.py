@@ -163,9 +163,8 @@ def read_message(message, check=True):
 
 def read_text(content):
     """The content of a message as a string or None. OpenAI's list of text parts is joined."""
-    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
-        if all(part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text")) for part in content)
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text")) for part in content)
     if isinstance(content, str | None):
         return content
     raise InputError(f"content is {type(content).__name__}; write it as a string")
