@@ -51,8 +51,7 @@ def run_plot(args):
         lines = read_rows(Path(args.story) / "generations.jsonl", scored=True)
         for name in STORY:
             heights[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
-    panels = {PANELS[name]: read_curves(runs, name) for name in names}
-    panels = {title: curves for title, curves in panels.items() if curves}
+    panels = {PANELS[name]: curves for name in names if (curves := read_curves(runs, name))}
     if not panels:
         remedy = "train it with --valid-answers (ckd, sft) or --valid (simrl)" if args.story else (
             "plot it after its first step")
