@@ -6,7 +6,7 @@ ignored; missing or null fields are refused only where they are needed.
 import json
 import math
 
-from data import MODEL_FOLDER, InputError
+from data import MODEL_FOLDER, InputError, one_line
 
 
 def is_id(value):
@@ -67,7 +67,6 @@ def check_fields(value, table, where, remedy=MODEL_FOLDER, needed=False):
     needed: whether the fields must be there"""
     for name, kind in table.items():
         if (needed or value.get(name) is not None) and not KINDS[kind](value.get(name)):
-            shown = json.dumps(value.get(name))
-            shown = shown if len(shown) <= 40 else shown[:37] + "..."
+            shown = one_line(json.dumps(value.get(name)), 40)
             raise InputError(f"{where}: {name} is {shown}, not {kind}; {remedy}")
     return value
