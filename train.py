@@ -327,8 +327,7 @@ class Steps:
     def request_stop(self, *_):
         self.requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        if rank() == 0:
-            print("\nStopping as soon as the weights can be saved (Ctrl-C again: at once).", file=sys.stderr)
+        note("\nStopping as soon as the weights can be saved (Ctrl-C again: at once).")
 
     def ends_at(self, step):
         """Whether this is the last step: of the run, or because a rank was asked to stop."""
