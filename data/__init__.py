@@ -128,10 +128,9 @@ def lock(path):
         return
     if path in locks:  # of a file that this process has replaced
         os.close(locks.pop(path))
-    file = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    locks[path] = file
+    locks[path] = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as e:
         raise InputError(f"{path}: another process writes there; wait until it ends, or use another --out") from e
     except OSError as e:  # on some network file systems
