@@ -288,8 +288,7 @@ class Transformer(nn.Module):
                 raise InputError(f"{path}: {name} is {list(tensor.shape)}, config.json says "
                                  f"{list(known[name].shape)}; the folder mixes files of two models")
             state[name] = part_of(tensor.to(device=device, dtype=dtype, copy=True), known[name])
-        missing = sorted(known.keys() - state.keys())
-        if missing:
+        if missing := sorted(known.keys() - state.keys()):
             raise InputError(f"{folder}: no tensor {missing[0]} in its safetensors files "
                              f"({len(missing)} missing); download or copy the folder again")
         model.load_state_dict(state, assign=True)

@@ -157,8 +157,7 @@ def lcs(a, b):
     all_ones = (1 << len(a)) - 1
     row = all_ones
     for word in b:
-        matches = row & positions.get(word, 0)
-        if matches:
+        if matches := row & positions.get(word, 0):
             row = (row + matches | row - matches) & all_ones
     return len(a) - row.bit_count()
 

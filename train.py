@@ -239,8 +239,7 @@ def fail_together():
         yield
     except (InputError, OSError) as e:
         error = e
-    failed = gather_over_ranks([rank()] if error else [])
-    if failed:
+    if failed := gather_over_ranks([rank()] if error else []):
         raise error if rank() == failed[0] else SystemExit(2)
 
 

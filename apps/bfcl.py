@@ -156,8 +156,7 @@ def is_failure(line):
 
 def read_items(out, chosen, files):
     """{category: {item: 1 or 0}} from the tool's score files. InputError if an answer is a recorded failure."""
-    failures = sum(map(is_failure, result_lines(out)))
-    if failures:
+    if failures := sum(map(is_failure, result_lines(out))):
         raise InputError(f"{out}: {failures} answers are recorded failures, which the tool would score; continue with "
                          "--resume, which asks for these again")
     return {name: read_score(out, f"score_star/**/{files[name].stem}_score.json", ids) for name, ids in chosen.items()}

@@ -122,8 +122,7 @@ def run_all(lines, args, parse, main):
                 words.append("--resume")
         ran = True
         print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
-        code = main(words)
-        if code:
+        if code := main(words):
             return code
     return 0
 

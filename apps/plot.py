@@ -100,8 +100,7 @@ def read_curves(runs, name):
     for label, rows in runs.items():
         held_out = any(f"valid_{name}" in row for row in rows)
         key = f"valid_{name}" if held_out else name
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
+        if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
             steps, values = np.array(points, dtype=float).T  # [points] each
             window = np.ones(len(points) // 40 if len(points) > 200 else 1)
             counts = np.convolve(values ** 0, window, "same")

@@ -144,8 +144,7 @@ def read_message(message, check=True):
         return {"role": ROLES[role], "content": content}
     calls = message.get("tool_calls") or message.get("function_call") or []
     reasoning = read_text(message.get("reasoning_content"))
-    block = re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S)
-    if block:
+    if block := re.match(r"\s*<think>(.*?)</think>\s*", content or "", re.S):
         reasoning = reasoning or block[1].strip("\n")
         content = content[block.end():]
     if not calls and "<tool_call>" in (content or ""):
@@ -311,8 +310,7 @@ def check_record(record, need_answer, vocab_size, check_answer):
 def is_response(response):
     """Whether a response can be trained on."""
     response = response if isinstance(response, dict) else {}
-    ids = response.get("ids")
-    if ids:
+    if ids := response.get("ids"):
         return isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids)
     return isinstance(response.get("text"), str)
 
