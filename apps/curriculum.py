@@ -238,11 +238,9 @@ def run_table(args):
             raise InputError(f"{folder}: is of other records than {folders[0]}; use the same --data and --limit")
     print_examples(names, answers)
     heads = list(dict.fromkeys(head for row in scores for head in row))
-    table = [["", *heads]]
-    for name, row in zip(names, scores):
-        table.append([name, *(row.get(head, "") for head in heads)])
+    table = [[name, *(row.get(head, "") for head in heads)] for name, row in zip(names, scores)]
     print()
-    print_table(table)
+    print_table([["", *heads], *table])
 
 
 def read_scores(folder):

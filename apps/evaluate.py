@@ -277,8 +277,7 @@ def explain(result):
         else:
             lines.append(f"\n{name}: matches gold call {i + 1}, similarity {similarity:.4g}")
             lines += explain_arguments(call["arguments"], gold[i]["arguments"])
-    for i in result["left"]:
-        lines.append(f"\n{json.dumps(gold[i]['name'])}: gold call {i + 1} is unmatched")
+    lines += [f"\n{json.dumps(gold[i]['name'])}: gold call {i + 1} is unmatched" for i in result["left"]]
     if result["pairs"]:
         total = sum(similarity for _, similarity in result["pairs"])
         left = len(result["left"])

@@ -153,9 +153,7 @@ def report(records, chosen, dropped, size):
     table = [("records", len(records))]
     table += [(f"- {reason}", count) for reason, count in dropped.items()]
     table += [("kept", len(chosen)), (), ("label", "quota", "kept")]
-    for label, share in QUOTAS.items():
-        quota = f"{share * size:,.0f}" if size else "-"
-        table.append((label, quota, labels_kept[label]))
+    table += [(label, f"{share * size:,.0f}" if size else "-", labels_kept[label]) for label, share in QUOTAS.items()]
     table += [(), ("source", "read", "kept")]
     table += [(name, count, sources_kept[name]) for name, count in sources.most_common()]
     print_table(table)
