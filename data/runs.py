@@ -179,8 +179,7 @@ def summarise_training(out):
     sums = total(trained, "sequences", "packed_tokens", "seconds", "tokens")
     sums["response_tokens"] = sums.pop("tokens")
     speed = sums["packed_tokens"] / max(sum(row["seconds"] for row in trained), 1e-9)
-    summary = {"steps": len(trained), **sums, "tokens_per_s": round(speed, 1)}
-    return summary | first_and_last_validation(rows)
+    return {"steps": len(trained), **sums, "tokens_per_s": round(speed, 1), **first_and_last_validation(rows)}
 
 
 def total(rows, *names):
@@ -215,15 +214,14 @@ def summarise_refinement(out):
     fifth = max(1, len(rows) // 5)
     sampled, kept = total(rows, "groups_drawn", "groups_kept").values()
     rewards = [row["reward"] for row in rows]
-    summary = {
+    return {
         "steps": len(rows),
         "updates": rows[-1]["updates"],
         "prompts_drawn": sampled,
         "share_kept": round(kept / max(1, sampled), 4),
         "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
         "reward_last": round(statistics.fmean(rewards[-fifth:]), 4),
-    }
-    return summary | total(rows, "seconds_sampling", "seconds_scoring", "seconds_training") | validation
+    } | total(rows, "seconds_sampling", "seconds_scoring", "seconds_training") | validation
 
 
 def finish_run(args, model, summarise, memory, show):
