@@ -88,8 +88,7 @@ class Engine(threading.Thread):
     def submit(self, job):
         """Queue a job; HTTPError if too many are waiting."""
         with self.changed:
-            unfinished = sum(other.n for other in self.jobs)
-            waiting = max(0, unfinished - self.sampler.num_slots)
+            waiting = max(0, sum(other.n for other in self.jobs) - self.sampler.num_slots)
             if self.error or waiting + job.request.n > self.args.max_waiting:
                 raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
             self.jobs[job.request] = job

@@ -201,8 +201,7 @@ def report(out, result, other=None):
         compared = {"model": other[0]} | summarise(other[1])
         summary |= {"compared_with": compared, "difference": difference}
         table[0] += [other[0], "difference", "significant?"]
-        items = difference["reward"]["items"]
-        note += f"; differences paired by item, {items} in both; p from sign flips"
+        note += f"; differences paired by item, {difference['reward']['items']} in both; p from sign flips"
     for name, metric in summary["metrics"].items():
         line = [name, metric["items"], INTERVAL.format(**metric)]
         if name in difference:

@@ -79,9 +79,8 @@ def make_environment(env, packages, then=None):
         subprocess.run([*pip, *packages], check=True)
         if then:
             then(pip)
-    except subprocess.CalledProcessError as error:
-        why = f"pip failed (exit code {error.returncode})"
-        raise InputError(f"{env}: {why}; delete the folder and try again") from error
+    except subprocess.CalledProcessError as e:
+        raise InputError(f"{env}: pip failed (exit code {e.returncode}); delete the folder and try again") from e
     complete.touch()
     return programs
 
