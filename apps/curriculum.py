@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 from apps.evaluate import identity
@@ -142,7 +143,7 @@ def check_outs(lines, stages, outs, again):
 
 def check_inputs(lines, stages, outs, finished):
     """InputError if a model or file that a stage reads is missing or broken, unless an earlier stage writes it."""
-    checked = set()
+    check = cache(check_input)  # once for the same flags of several lines
     for number, (line, stage) in enumerate(zip(lines, stages)):
         if stage.command == "curriculum":  # what its lines write is not known here
             return
@@ -150,16 +151,13 @@ def check_inputs(lines, stages, outs, finished):
             continue
         for name in ("model", "teacher", "student", "data", "valid", *OUTPUTS):
             values = getattr(stage, name, None) or []
+            limit = getattr(stage, "valid_limit" if name == "valid" else "limit", None)
             for path in map(Path, values if isinstance(values, list) else [values]):
                 is_model = name in ("model", "teacher", "student")
-                made = any(writes(before, out, path, is_model) for before, out in zip(stages[:number], outs))
-                flags = [getattr(stage, flag, None) for flag in ("think", "limit", "valid_limit")]
-                check = (path, name, stage.command, *flags)
-                if made or check in checked:
+                if any(writes(before, out, path, is_model) for before, out in zip(stages[:number], outs)):
                     continue
-                checked.add(check)
                 try:
-                    check_input(path, name, stage)
+                    check(path, name, stage.command, getattr(stage, "think", None), limit)
                 except InputError as e:
                     raise InputError(f"{e} (in the line: {line})") from e
 
@@ -172,19 +170,18 @@ def writes(stage, out, path, is_model):
     return stage.command in ("ckd", "sft", "simrl") and path == out / "model"
 
 
-def check_input(path, name, stage):
-    """InputError if the model folder or file that the flag `name` of a stage gives is missing, or is broken."""
+def check_input(path, name, command, think, limit):
+    """InputError if the model folder or file that the flag `name` of a command gives is missing, or is broken."""
     if not path.exists():
         raise InputError(f"{path}: no such file, and no line before writes it")
-    if stage.command in ("prepare", "reward", "estimate") or name in OUTPUTS:
+    if command in ("prepare", "reward", "estimate") or name in OUTPUTS:
         return
     if path.is_dir():
         if name != "teacher":  # of which only the tokenizer is used
-            Chat.from_pretrained(path, stage.think)
+            Chat.from_pretrained(path, think)
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
-        limit = getattr(stage, "valid_limit" if name == "valid" else "limit", None)
-        for _ in stream_records(path, stage.command != "rollout", limit=limit):
+        for _ in stream_records(path, command != "rollout", limit=limit):
             pass
 
 
