@@ -10,7 +10,6 @@ out before anything is generated, and counted.
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -118,20 +117,17 @@ def choose_items(args, groups, read, tokens, most):
 def serve_model(args, longest_prompt):
     """Serve the model in a process of its own, while this context is open. Yields a `Server`. At the end, its counts
     are added to those of the sessions before in OUT/stats.json."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--model", args.model, "--port", port, "--dtype", args.dtype, "--device", args.device, "--seed", args.seed,
+    flags = ["--model", args.model, "--port", 0, "--dtype", args.dtype, "--device", args.device, "--seed", args.seed,
              "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools,
              "--max-prompt-tokens", longest_prompt, "--prefix-tokens", args.prefix_tokens]
     flags += ["--think", args.think] if args.think else []
     star = Path(__file__).parents[1] / "star.py"
-    process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.PIPE)
     try:
-        while not read_stats(port):
-            if process.poll() is not None:
-                raise InputError(f"{args.model}: could not be served; see the message above")
-            time.sleep(0.2)
+        line = process.stdout.readline()  # MODEL at http://127.0.0.1:PORT/v1 ..., once it listens
+        if not line:
+            raise InputError(f"{args.model}: could not be served; see the message above")
+        port = int(line.rpartition(b"127.0.0.1:")[2].partition(b"/")[0])
         try:
             yield Server(port, process)
         finally:
@@ -152,7 +148,7 @@ def check_alive(process):
 
 
 def read_stats(port):
-    """The counts of the server there; {} if it does not answer, or not yet."""
+    """The counts of the server there; {} if it does not answer."""
     with suppress(OSError):
         return json.load(open_url(f"http://127.0.0.1:{port}/v1/stats", timeout=10))
     return {}
