@@ -17,7 +17,7 @@ import json
 import random
 from array import array
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, groupby
 from os.path import commonprefix
 
 import numpy as np
@@ -174,11 +174,9 @@ def share_prefixes(groups, records_per_row):
     if records_per_row == 1:
         return groups
     runs = []
-    for group in groups:
-        same = runs and runs[-1][0].record["tools"] == group.record["tools"]
-        if not same or len(runs[-1]) == records_per_row:
-            runs.append([])
-        runs[-1].append(group)
+    for _, same in groupby(groups, key=lambda group: group.record["tools"]):
+        same = list(same)
+        runs += [same[i:i + records_per_row] for i in range(0, len(same), records_per_row)]
     merged = []
     for members in runs:
         shared = len(commonprefix([list(group.prompt) for group in members]))
