@@ -273,13 +273,11 @@ def open_run(args, models=(), files=(), others=()):
     models, files, others = ([path for path in paths if path] for paths in (models, files, others))
     step = 0
     with fail_together():
-        shapes = []
-        for folder in models:
-            model = Transformer.from_pretrained(folder, device="meta")
-            shapes.append({name: list(p.shape) for name, p in model.named_parameters()})
+        loaded = [Transformer.from_pretrained(folder, device="meta") for folder in models]
+        shapes = [{name: list(p.shape) for name, p in model.named_parameters()} for model in loaded[:1]]
         if rank() == 0:
             check_folder(args, [*models, *files, *others])
-            step = prepare_folder(args, [*models, *files], *shapes[:1])
+            step = prepare_folder(args, [*models, *files], *shapes)
     return int(sum_over_ranks({"step": step})["step"])
 
 
