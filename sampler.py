@@ -106,6 +106,14 @@ class Sampler:
         """Queue a request. Others may be running. Requests with the same list as prompt share its keys."""
         self.requests.append(request)
 
+    def cancel(self, request):
+        """Drop what waits of a request; a response in a slot ends at the next step. Returns whether none is in one."""
+        self.requests = deque(other for other in self.requests if other is not request)
+        self.waiting = deque(slot for slot in self.waiting if slot.request is not request)
+        for response in request.responses:
+            response.finish_reason = response.finish_reason or "cancelled"
+        return not any(slot.request is request for slot in self.slots)
+
     def clear(self):
         """Drop all requests and their prompts. Call it before the weights change: cached keys become stale."""
         for queue in (self.requests, self.waiting, self.slots, self.prompts):
@@ -134,16 +142,15 @@ class Sampler:
         # 3. Append the drawn tokens. This is the only place where the CPU waits for the device.
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
-        # 4. Free the slots of finished responses, and the rows of prompts that nothing reads any more.
+        # 4. Free the slots of finished responses.
         finished = [slot.request for slot in self.slots if slot.response.finish_reason]
-        if finished:
-            compact(self.slots, lambda slot: not slot.response.finish_reason, self.cache.responses)
-            used = {id(slot.request.prompt) for slot in (*self.slots, *self.waiting)}
-            compact(self.prompts, lambda prompt: id(prompt) in used, self.cache.prompts)
+        compact(self.slots, lambda slot: not slot.response.finish_reason, self.cache.responses)
         return list(dict.fromkeys(request for request in finished if request.done))
 
     def fill_slots(self):
-        """Start waiting responses in free slots: those of the request that was started last, then of the next one."""
+        """Free the rows of prompts that nothing reads any more, then start waiting responses in free slots."""
+        used = {id(slot.request.prompt) for slot in (*self.slots, *self.waiting)}
+        compact(self.prompts, lambda prompt: id(prompt) in used, self.cache.prompts)
         started = len(self.prompts)
         while len(self.slots) < self.num_slots and (self.waiting or self.requests):
             if not self.waiting:

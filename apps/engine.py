@@ -8,7 +8,6 @@ A conversation sends all of its earlier turns again, and many requests share a s
 import queue
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -120,16 +119,9 @@ class Engine(threading.Thread):
     def step(self):
         """Drop the jobs of clients that went away, draw a token in every slot, and notify the jobs."""
         for request, job in list(self.jobs.items()):
-            if job.disconnected:
-                self.sampler.waiting = deque(slot for slot in self.sampler.waiting if slot.request is not request)
-                self.sampler.requests = deque(other for other in self.sampler.requests if other is not request)
-                for response in request.responses:
-                    response.finish_reason = response.finish_reason or "cancelled"
-                if request not in self.new and not any(slot.request is request for slot in self.sampler.slots):
-                    with self.changed:
-                        del self.jobs[request]  # the sampler has nothing of it, so it will not return it
-        if not self.sampler.slots and not self.sampler.waiting:
-            self.sampler.prompts.clear()  # of cancelled requests
+            if job.disconnected and self.sampler.cancel(request) and request not in self.new:
+                with self.changed:
+                    del self.jobs[request]  # the sampler has nothing of it, so it will not return it
         for request in self.sampler.step():
             with self.changed:
                 job = self.jobs.pop(request)
