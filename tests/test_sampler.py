@@ -254,7 +254,7 @@ def test_requests_with_one_prompt_share_its_keys(model, prompts, monkeypatch):
     assert sampler.prompts == [prompts[0], prompts[2]]
     while sampler.busy:
         sampler.step()
-    assert sampler.prompts == []
+    assert sampler.step() == [] and sampler.prompts == []
     alone = Request(prompts[0], 3, 1, 1.0, 20)
     list(generate(model, [alone], 8, chat))
     assert [r.ids for r in alone.responses] == [r.ids for r in requests[1].responses]
