@@ -1,6 +1,6 @@
 """`star.py prepare`: drop records with bad gold answers, label the others, choose a mix of them.
 
-    read -> self-check of the gold answer -> duplicates -> choice by quotas -> prompts too long -> --size -> labels
+    read -> self-check of the gold answer -> duplicates -> --labels -> choice by quotas -> prompts too long -> --size
 
 OUT.arguments.json has the settings and hashes of the files read, by which a chain of commands notices other ones.
 
@@ -40,6 +40,8 @@ def prepare_flags(parser):
     add("--data", required=True, nargs="+", metavar="FILE", help="records with gold answers")
     add("--out", required=True, help="file to write, .jsonl or .jsonl.gz: records, `labels`, `turns`")
     add("--size", type=positive, metavar="N", help="choose N records by quotas; default: keep all")
+    add("--labels", nargs="+", choices=QUOTAS, metavar="NAME",
+        help="keep only records with one of these labels; single parallel: those that want calls")
     add("--model", metavar="DIR", help="model folder whose tokenizer measures prompts")
     add("--max-prompt-tokens", type=positive, default=8192, metavar="N",
         help="with --model: skip records with longer prompts")
@@ -61,6 +63,10 @@ def run_prepare(args):
         records += read_records(path, need_answer=False, check_answer=False)
     dropped = Counter()
     chosen = drop_unsound(records, dropped)
+    if args.labels:
+        sound = len(chosen)
+        chosen = [record for record in chosen if not labels(record).isdisjoint(args.labels)]
+        dropped["other labels"] = sound - len(chosen)
     generator = random.Random(args.seed)
     if args.size:
         chosen = choose(chosen, args.size, generator)

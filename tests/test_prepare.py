@@ -206,6 +206,9 @@ def test_prepare(write, tmp_path, capsys):
     first = (tmp_path / "new" / "out.jsonl.gz").read_bytes()
     run(one, two, out=tmp_path / "new" / "out.jsonl.gz", overwrite=True)
     assert (tmp_path / "new" / "out.jsonl.gz").read_bytes() == first
+    capsys.readouterr()
+    run(one, two, out=tmp_path / "calls.jsonl", labels="single")
+    assert prepared(tmp_path / "calls.jsonl") == rows[:2] and "- other labels  " in capsys.readouterr().out
 
 
 def test_prepare_chooses(write, tmp_path, capsys):
