@@ -16,6 +16,7 @@ import time
 import venv
 from collections import namedtuple
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.request import ProxyHandler, build_opener
 
@@ -149,7 +150,7 @@ def check_alive(process):
 
 def read_stats(port):
     """The counts of the server there; {} if it does not answer."""
-    with suppress(OSError):
+    with suppress(OSError, HTTPException, ValueError):  # the last two: it ended in the middle of its answer
         return json.load(open_url(f"http://127.0.0.1:{port}/v1/stats", timeout=10))
     return {}
 
