@@ -9,6 +9,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,7 +123,10 @@ def run_case(name, dtype, folder, shard_ranks=None, steps=20):
     out = Path(folder) / f"{name}, {dtype}, {train.world_size()} ranks, {shard_ranks}"
     args = settings(command, dtype=dtype, out=str(out), **small | flags)
     model, other = (load(f"{folder}/{family} {seed}", args) for seed in (1, 2))
-    out.mkdir(exist_ok=True)
+    if train.rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)  # of another test: logs are appended to
+        out.mkdir()
+    train.wait_for_ranks()
     if command == "simrl":
         simrl.sample_step = sample_step if live else stored_step
         prompts = [Group(stub_record(k), [1] * (k % 3) + [k, 1], []) for k in range(2, 12)]
