@@ -41,7 +41,7 @@ def prepare_flags(parser):
     add("--out", required=True, help="file to write, .jsonl or .jsonl.gz: records, `labels`, `turns`")
     add("--size", type=positive, metavar="N", help="choose N records by quotas; default: keep all")
     add("--labels", nargs="+", choices=QUOTAS, metavar="NAME",
-        help="keep only records with one of these labels; single parallel: those that want calls")
+        help=f"keep only records with one of these labels: {', '.join(QUOTAS)}")
     add("--model", metavar="DIR", help="model folder whose tokenizer measures prompts")
     add("--max-prompt-tokens", type=positive, default=8192, metavar="N",
         help="with --model: skip records with longer prompts")
@@ -55,6 +55,8 @@ def run_prepare(args):
     if any(same(out, Path(path)) for path in args.data):
         raise InputError(f"{out}: is one of the files to read; name another --out")
     part = Path(f"{out}.part")
+    if part.exists() and part.stat().st_size:  # one of `prepare` is empty
+        raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
     if out.exists() and not (args.overwrite or part.exists()):
         raise InputError(f"{out}: exists already; give --overwrite or another --out")
     chat = Chat.from_pretrained(args.model) if args.model else None

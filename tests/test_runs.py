@@ -72,6 +72,9 @@ def test_overwrite_of_links_and_of_other_files(here, capsys):
     assert Path("notes.jsonl").read_text() == "mine"
     assert run("prepare --data train.jsonl --out chosen.jsonl") == 0
     assert "was not written by rollout" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --overwrite")
+    Path("sampled.jsonl.part").write_text("{}\n")
+    assert "belongs to an unfinished rollout" in refused(capsys, "prepare --data train.jsonl --out sampled.jsonl --overwrite")
+    assert Path("sampled.jsonl.part").read_text() == "{}\n"
 
 
 def test_a_start_that_was_killed_can_be_repeated(here):
@@ -326,14 +329,21 @@ def test_a_chain_notices_another_filter_or_comparison(here, capsys):
 def test_a_chain_goes_on_after_prepare_was_killed_at_its_end(here, monkeypatch):
     Path("chain.txt").write_text("prepare --data train.jsonl --model student --out chosen.jsonl")
     write = prepare.write_lines
-    for step in (lambda *_: None, write):  # killed before its file is in place, and after
-        monkeypatch.setattr(prepare, "write_lines", lambda *words: (step(*words), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
+    for before in (True, False):  # killed before its file is in place, and after
+        def write_and_die(path, lines):
+            if path != Path("chosen.jsonl") or not before:
+                write(path, lines)
+            assert path != Path("chosen.jsonl"), "killed"
+
+        monkeypatch.setattr(prepare, "write_lines", write_and_die)
+        with pytest.raises(AssertionError, match="killed"):
             run("curriculum chain.txt")
         monkeypatch.setattr(prepare, "write_lines", write)
+        assert Path("chosen.jsonl.arguments.json").exists() and Path("chosen.jsonl").exists() != before
         assert run("curriculum chain.txt --resume") == 0 and Path("chosen.jsonl").exists()
         inputs = json.loads(Path("chosen.jsonl.arguments.json").read_text())["inputs"]
         assert "student/tokenizer.json" in inputs and "student/model.safetensors" not in inputs
+        assert not Path("chosen.jsonl.part").exists()
         Path("chosen.jsonl").unlink()
 
 
