@@ -11,7 +11,7 @@ import os
 import sys
 
 from apps.checks import check_call
-from data import InputError, is_first_rank, several_processes, unlock_all
+from data import InputError, is_first_rank, leave, several_processes, unlock_all
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
 COMMANDS = {
@@ -105,5 +105,5 @@ if __name__ == "__main__":
     except SystemExit as e:  # of argparse, or of a rank that leaves the message to another one
         code = e.code
     if several_processes():
-        importlib.import_module("train").leave(code)
+        leave(code)
     sys.exit(code)

@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections import defaultdict
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 
@@ -199,15 +199,6 @@ def share_of_rank(micro_batches):
     if len(share) * world_size() < len(micro_batches):
         share.append((micro_batches[-1], 0))
     return share
-
-
-def leave(code):
-    """End this rank at once: while an interpreter shuts down, a thread of torch may abort it, even after success."""
-    if not code and dist.is_initialized():
-        dist.destroy_process_group()
-    with suppress(OSError):  # a full disk; main has said so
-        sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code or 0)
 
 
 def note(text):

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -193,6 +193,16 @@ def several_processes():
 def is_first_rank():
     """Whether this is the only process, or the first that torchrun started."""
     return not several_processes() or os.environ.get("RANK") == "0"
+
+
+def leave(code):
+    """End this rank at once: while an interpreter shuts down, a thread of torch may abort it, even after success."""
+    dist = sys.modules.get("torch.distributed")  # not there before a command has started: torch loads slowly
+    if not code and dist and dist.is_initialized():
+        dist.destroy_process_group()
+    with suppress(OSError):  # a full disk; main has said so
+        sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code or 0)
 
 
 def seconds_in(row):

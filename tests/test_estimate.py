@@ -17,6 +17,7 @@ from apps.curriculum import split_lines  # noqa: E402
 from apps.estimate import read_sizes, stage_memory  # noqa: E402
 from ckd import ckd_loss, loss_over_batch  # noqa: E402
 from conftest import settings  # noqa: E402
+from data import leave  # noqa: E402
 from data.groups import Group, Response  # noqa: E402
 from model import Transformer  # noqa: E402
 from teacher import Teacher  # noqa: E402
@@ -99,4 +100,4 @@ if __name__ == "__main__":
     pair, out = sys.argv[1:]
     size = ckd_step(pair, "float32", False)
     Path(out, str(train.rank())).write_text(json.dumps(size))
-    train.leave(0)
+    leave(0)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import star
-import train
 from apps import evaluate, rollout
+from data import leave
 
 FLAGS = "--data train.jsonl --dtype float32 --device cpu --max-new-tokens 8"
 ROLLOUT = f"rollout --model teacher {FLAGS} --n 2 --keep-all"
@@ -238,12 +238,12 @@ def test_ranks_serve_on_one_port(here, capfd):
 
 
 def test_a_rank_leaves_also_if_its_output_cannot_be_written():
-    def leave():
+    def print_and_leave():
         sys.stdout = open("/dev/full", "w")
         print("a summary")
-        train.leave(2)
+        leave(2)
 
-    process = multiprocessing.get_context("fork").Process(target=leave)
+    process = multiprocessing.get_context("fork").Process(target=print_and_leave)
     process.start()
     process.join(60)
     assert process.exitcode == 2
