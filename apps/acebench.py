@@ -1,11 +1,11 @@
 """`star.py acebench`: the official ACEBench scores of a model (English, normal part), by its own programs, offline.
 
---acebench names a clone of it, which is not changed: its two programs run in OUT, on the chosen lines of its data, and
-talk to the served model (apps/serve.py) as if it were OpenAI's. apps/official.py lists the rest of OUT.
+--acebench names a clone of it, which is not changed: its two programs run in OUT/tool, on the chosen lines of its data,
+and talk to the served model (apps/serve.py) as if it were OpenAI's. apps/official.py lists the rest of OUT.
 
     --env DIR        a virtual environment with three packages; made if it is missing (needs pip)
-    OUT/data_all     the chosen items and their gold answers
-    OUT/result_all   what the model answered, by category           OUT/score_all    the tool's scores
+    OUT/tool/data_all     the chosen items and their gold answers
+    OUT/tool/result_all   what the model answered, by category      OUT/tool/score_all    the tool's scores
 
 1. Modules that the normal part imports but does not use (vllm, google, wcwidth) and those that write the tool's
    spreadsheets (pandas, openpyxl) are empty stand-ins: no spreadsheets are written.
@@ -20,7 +20,7 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-from apps.official import add_flags, choose_items, make_environment, open_inputs
+from apps.official import RESULTS, add_flags, choose_items, make_environment, open_inputs
 from apps.official import keep_answers, read_score, report, result_lines, run_tool, serve_model
 from data import InputError, write_lines
 from data.records import read_lines
@@ -70,10 +70,10 @@ def run_acebench(args):
 
     read = partial(read_items, checkout / DATA)
     chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
-    open_run(args, [args.model], others=[args.compare])
+    open_run(args, [args.model])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
-    out = Path(args.out).resolve()
+    out = Path(args.out).resolve() / "tool"  # its evaluation also writes beside this folder
     total = write_items(checkout, out, chosen)
     flags = ["--model", NAME, "--language", "en", "--category"]
     if keep_answers(out) < total:
@@ -82,6 +82,7 @@ def run_acebench(args):
                        "--max-tokens", args.max_new_tokens, "--num-threads", args.max_concurrent]
             variables = {"GPT_BASE_URL": f"http://127.0.0.1:{server.port}/v1", "GPT_AGENT_API_KEY": "none"}
             run_tool(command, out, "generate.log", variables, total, server)
+    sort_answers(out)
     run_tool([python, "-c", LAUNCHER, checkout / "eval_main.py", *flags, *chosen], out, "evaluate.log", {})
 
     # 3. Read, report. A failed request stops the tool: it is never recorded as an answer.
@@ -134,6 +135,14 @@ def write_items(checkout, out, chosen):
         (results / f"data_{name}_result.json").touch()
         total += len(lines)
     return total
+
+
+def sort_answers(out):
+    """Put the answers in the order of the items: the tool pairs them by their place, and sorts only at its very end."""
+    for path in out.glob(RESULTS):
+        items = [json.loads(line)["id"] for _, line in read_lines(out / DATA / path.name.replace("_result", ""))]
+        lines = {json.loads(line)["id"]: line.decode() for _, line in read_lines(path)}
+        write_lines(path, [lines[item] for item in items if item in lines])
 
 
 def read_scores(out, name):

@@ -11,21 +11,22 @@ Releases: v3 is the paper's. It scores whole categories only, sends up to 100 re
 its own. v4 can score a subset. It changed half of the multi-turn items and a dozen others, some of the simulated tools,
 and the value of an answer with one unparsable call: in v3 it is void, in v4 the other calls remain.
 
-A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted. In v3, so is
-one with an unparsable call before its last turn.
+A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted. So is one with
+an unparsable call before its last turn, in v4 only if the call is JSON, but has no name and arguments.
 
 Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them in a sandbox.
 """
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
 from apps.official import keep_answers, read_score, report, result_lines, run_tool, serve_model
 from data import InputError, read_json, write_json
 from data.records import read_lines
-from train import open_run
+from train import note, open_run
 
 RELEASES = {"v4": "2026.3.23", "v3": "2025.8.6.2"}  # versions of bfcl-eval; the second is v3's last one
 V3_NAMES = {"simple_python": "simple", "simple_java": "java", "simple_javascript": "javascript"}
@@ -35,6 +36,11 @@ NON_LIVE = (*SIMPLE, "multiple", "parallel", "parallel_multiple", "irrelevance")
 LIVE = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple", "live_irrelevance", "live_relevance")
 MULTI_TURN = ("multi_turn_base", "multi_turn_miss_func", "multi_turn_miss_param", "multi_turn_long_context")
 LONGEST = dict.fromkeys(MULTI_TURN, 12_000) | {"multi_turn_long_context": 80_000}  # tokens, by Qwen's tokenizer; roomy
+TOOLS = {  # of multi-turn items: the tool's class -> its file
+    "GorillaFileSystem": "gorilla_file_system", "MathAPI": "math_api", "MessageAPI": "message_api",
+    "TwitterAPI": "posting_api", "TicketAPI": "ticket_api", "TradingBot": "trading_bot",
+    "TravelAPI": "travel_booking", "VehicleControlAPI": "vehicle_control"}
+PREFIX = 8_000  # tokens of a usual conversation
 GROUPS = {"non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
 AST = ("simple", "multiple", "parallel", "parallel_multiple")
 COLUMNS = {  # as the tool makes them, of `make_columns`
@@ -43,6 +49,7 @@ COLUMNS = {  # as the tool makes them, of `make_columns`
     "Non-Live, v3": ("mean", (*AST, "irrelevance")),
     "Live AST": ("pool", LIVE[:4]),
     "Live, v3": ("pool", LIVE),
+    "Irrelevance": ("mean", ("irrelevance", "live_irrelevance")),
     "Multi-Turn": ("mean", MULTI_TURN),
     "overall, v3": ("mean", ("Non-Live, v3", "Live, v3", "Multi-Turn")),
 }
@@ -73,14 +80,22 @@ def run_bfcl(args):
         entries = [json.loads(line) for _, line in read_lines(files[name])]
         return {entry["id"]: entry for entry in entries}
 
+    @cache
+    def tools_of(name):  # a class of simulated tools
+        path = files["multi_turn_base"].parent / f"multi_turn_func_doc/{TOOLS[name]}.json"
+        return [json.loads(line) for _, line in read_lines(path)]
+
     def tokens(name, entry):
-        return min(LONGEST[name], room) if name in MULTI_TURN else prompt_tokens(chat, name, entry)
+        if name not in MULTI_TURN:
+            return prompt_tokens(chat, name, entry)
+        tools = [tool for one in entry["involved_classes"] for tool in tools_of(one)]
+        return max(min(LONGEST[name], room), prompt_tokens(chat, name, entry | {"function": tools}))
 
     chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
     if v3 and too_long:
         raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
                          "categories only; use --release v4, or other --categories")
-    open_run(args, [args.model], others=[args.compare])
+    open_run(args, [args.model])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
     out = Path(args.out).resolve()
@@ -89,10 +104,15 @@ def run_bfcl(args):
     variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1", "VLLM_ENDPOINT": "127.0.0.1"}
     flags = ["--model", HANDLER, "--result-dir", "result_star"]
     total = sum(map(len, chosen.values()))
+    threads = 100 if v3 else min(2 * args.max_concurrent, 500)  # v3 takes no other number
+    room_for = args.prefix_tokens // PREFIX
+    if room_for < threads and not chosen.keys().isdisjoint(MULTI_TURN):
+        note(f"{threads} conversations run at a time, and --prefix-tokens has room for {room_for}; "
+             f"with {threads * PREFIX} none is computed again")
     if keep_answers(out, is_failure) < total:
         with serve_model(args, longest) as server:
             command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path",
-                       Path(args.model).resolve(), "--run-ids", "--num-threads", 2 * args.max_concurrent]
+                       Path(args.model).resolve(), "--run-ids", "--num-threads", threads]
             ports = dict.fromkeys(("LOCAL_SERVER_PORT", "VLLM_PORT"), str(server.port))
             run_tool(command, out, "generate.log", variables | ports, total, server)
     command = [tool, "evaluate", *flags, "--score-dir", "score_star", *([] if v3 else ["--partial-eval"])]

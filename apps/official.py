@@ -10,6 +10,7 @@ out before anything is generated, and counted.
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -122,8 +123,11 @@ def serve_model(args, longest_prompt):
              "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools,
              "--max-prompt-tokens", longest_prompt, "--prefix-tokens", args.prefix_tokens]
     flags += ["--think", args.think] if args.think else []
+    for number in (signal.SIGTERM, signal.SIGHUP):  # end the server and the tool, too
+        signal.signal(number, lambda *_: sys.exit(128 + number))
     star = Path(__file__).parents[1] / "star.py"
-    process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.PIPE,
+                               start_new_session=True)  # so that Ctrl-C leaves it its counts to be read
     try:
         line = process.stdout.readline()  # MODEL at http://127.0.0.1:PORT/v1 ..., once it listens
         if not line:
@@ -134,7 +138,7 @@ def serve_model(args, longest_prompt):
         finally:
             path = Path(args.out) / "stats.json"
             before = read_json(path) if path.exists() else {}
-            if stats := read_stats(port):  # after Ctrl-C the server may be gone; its counts are then lost
+            if stats := read_stats(port):
                 write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
         check_alive(process)
     finally:

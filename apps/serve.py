@@ -39,6 +39,12 @@ MAX_BODY = 8_000_000  # bytes
 MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
 TIMEOUT = 60  # of a socket, in seconds
 
+# Parameters that would change an answer, and the values with which they do not.
+UNSUPPORTED = {
+    "tool_choice": ("auto",), "functions": ([],), "response_format": ({"type": "text"},), "logprobs": (False,),
+    "logit_bias": ({},), "echo": (False,), "suffix": ("",), "best_of": (1,),
+    "frequency_penalty": (0,), "presence_penalty": (0,)}
+
 
 def serve_flags(parser):
     add = parser.add_argument
@@ -114,7 +120,8 @@ def read_prompt(engine, body, chatting):
     """The text of a body's prompt, up to the think opening."""
     chat = engine.sampler.chat
     if chatting:
-        record = read_record({name: body.get(name) for name in ("messages", "tools")}, "", False)
+        messages = {name: body.get(name) for name in ("messages", "tools")}
+        record = read_record(messages, "", False, text_history=True)
         if "answer" in record:
             raise HTTPError(400, "the last message is the assistant's; it must be the user's or a tool's")
         return chat.prompt(record)
@@ -129,6 +136,9 @@ def read_prompt(engine, body, chatting):
 def read_request(engine, body, chatting, number):
     """The `Request` of a body. number: of the HTTP request, which seeds those without a seed."""
     args = engine.args
+    for name, harmless in UNSUPPORTED.items():
+        if body.get(name) is not None and body[name] not in harmless:
+            raise HTTPError(400, f"{name} is not supported; leave it out")
     ids = engine.sampler.chat.encode(read_prompt(engine, body, chatting))
     if not 0 < len(ids) <= args.max_prompt_tokens:
         raise HTTPError(400, f"the prompt has {len(ids)} tokens; it must have 1 to {args.max_prompt_tokens}")
@@ -170,7 +180,7 @@ def read_answer(text, think):
         calls, _ = reward.parse(answer)
     except (reward.FormatError, RecursionError):
         calls = None  # the client sees the text as it is
-    if calls:
+    if calls and all(isinstance(call["name"], str) for call in calls):
         message["content"] = answer.partition("<tool_call>")[0].strip() or None
         message["tool_calls"] = [
             {"index": i, "id": f"call_{time.time_ns()}_{i}", "type": "function",
@@ -200,6 +210,11 @@ def make_choices(chat, request, chatting):
 class Server(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
+
+    def service_actions(self):
+        """Called twice a second. A server whose engine has failed ends; its clients have been told."""
+        if self.engine.error:
+            raise InputError(self.engine.error)
 
     def process_request(self, request, client_address):
         if threading.active_count() > MAX_CONNECTIONS:

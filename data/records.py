@@ -1,7 +1,7 @@
 """Read record files: JSON lines of three shapes become records of one format, which everything else reads.
 
     {"id": str, "source": str,
-     "tools": [{"name", "description", "parameters": JSON schema}],
+     "tools": [{"name", "description", "parameters": JSON schema, or {argument: its type} as in xLAM}],
      "messages": [ everything before the answer:
                   {"role": "system"|"user"|"assistant"|"tool", "content": str or None,
                    optionally "tool_calls": [{"name", "arguments": dict}], "reasoning_content": str}, ...],
@@ -10,7 +10,7 @@
 
 The keys of a line tell its shape: this format ("answer" or "responses"); the STAR authors' (`messages` and `tools`;
 the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].function` with arguments as a JSON string,
-wrapped tools, the older `functions` and `function_call`). Types as in xLAM ("List[int], optional") become JSON schema.
+wrapped tools, the older `functions` and `function_call`). Parameters are kept as they are, as in the released code.
 
 Departures from the released code:
 1. Nothing is repaired. A gold call to a tool that is not offered is an error; the authors match similar tool names
@@ -32,10 +32,6 @@ from reward import score
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "developer": "system", "function": "tool"}
-TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean",
-         "dict": "object", "mapping": "object", "none": "null", "nonetype": "null"}
-TYPES |= dict.fromkeys(("list", "tuple", "set", "sequence", "iterable"), "array")
-TYPES |= {name: name for name in TYPES.values()}
 
 
 def add_data_flags(parser, what):
@@ -71,7 +67,7 @@ def stream_records(path, need_answer=True, vocab_size=None, check_answer=True, l
         try:
             record = read_record(item, f"{stem}:{number}", check_answer)
             check_record(record, need_answer, vocab_size, check_answer)
-        except InputError as e:
+        except (InputError, RecursionError) as e:
             raise InputError(f"{where}: {e}") from e
         yield record
     if not number:
@@ -103,14 +99,19 @@ def read_lines(path):
 
 # ---- From a line to a record. `stream_records` adds the file and the line to an InputError.
 
-def read_record(item, default_id, check):
-    """A JSON object of any shape as a record. check: as in `read_calls`, for its answer."""
+def read_record(item, default_id, check, text_history=False):
+    """A JSON object of any shape as a record.
+
+    check: as in `read_calls`, for its answer
+    text_history: keep a call in an earlier turn that cannot be parsed as text
+    """
     if not isinstance(item.get("messages"), list) or not item["messages"]:
         raise InputError('no messages; add a list of "messages"')
     tools = item.get("tools") or item.get("functions") or []
     tools = as_list(parse(tools, "tools") if isinstance(tools, str) else tools)
     *history, last = item["messages"]
-    messages = [*map(read_message, history), read_message(last, check)]
+    messages = [read_message(message, as_text=text_history) for message in history]
+    messages.append(read_message(last, check))
     record = {"id": default_id, "source": default_id.rpartition(":")[0]}
     our_format = "answer" in item or "responses" in item
     check_fields(item if our_format else {}, RECORD, "the record", "give it as README.md says")
@@ -134,8 +135,9 @@ def read_record(item, default_id, check):
     return record
 
 
-def read_message(message, check=True):
-    """A message of any shape in the record format, without ids and other keys. check: as in `read_calls`."""
+def read_message(message, check=True, as_text=False):
+    """A message of any shape in the record format, without ids and other keys. check: as in `read_calls`; as_text: keep
+    a call in the content that cannot be parsed as text."""
     role = str(message.get("role") if isinstance(message, dict) else message)
     if role not in ROLES or not isinstance(message, dict):
         raise InputError(f"unknown role {role!r}; roles are system, user, assistant, tool")
@@ -150,11 +152,17 @@ def read_message(message, check=True):
     if not calls and "<tool_call>" in (content or ""):
         # text, inside of a block, text, inside of a block, ...
         pieces = re.split(r"<tool_call>(.*?)(?:</tool_call>|\Z)", content, flags=re.S)
-        calls = [parse(piece, "<tool_call>", check) for piece in pieces[1::2]]
-        content = "".join(pieces[::2]).strip() or None
+        try:
+            calls = read_calls([parse(piece, "<tool_call>", check) for piece in pieces[1::2]], check)
+            content = "".join(pieces[::2]).strip() or None
+        except InputError:
+            if not as_text:
+                raise
+    elif calls:
+        calls = read_calls(calls, check)
     result = {"role": role, "content": content}
     if calls:
-        result["tool_calls"] = read_calls(calls, check)
+        result["tool_calls"] = calls
     if reasoning:
         result["reasoning_content"] = reasoning
     return result
@@ -207,81 +215,10 @@ def read_tool(tool):
     tool = tool.get("function", tool) if isinstance(tool, dict) else {}
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
         raise InputError('a tool has no name; tools are {"name", "parameters", ...}')
-    return {"name": tool["name"], "description": tool.get("description") or "",
-            "parameters": to_json_schema(tool.get("parameters") or {})}
-
-
-def to_json_schema(parameters):
-    """A tool's parameters as a JSON schema; a JSON schema is returned unchanged.
-
-    parameters: {"city": {"type": "str, optional", "description": ..., "default": ...}} or {"city": "str"}. A parameter
-        is required unless its type says optional or it has a default. A boolean "required" overrides both.
-
-    >>> to_json_schema({"n": {"type": "List[int], optional"}})["properties"]
-    {'n': {'type': 'array', 'items': {'type': 'integer'}}}
-    """
-    specs = parameters if isinstance(parameters, dict) else {"": None}
-    if isinstance(specs.get("type"), str):
-        if isinstance(specs.get("properties"), dict):
-            return parameters
-        if TYPES.get(specs["type"]) == "object":  # a tool without parameters
-            specs = {}
-    if not all(isinstance(spec, (dict, str)) for spec in specs.values()):
-        raise InputError("parameters must be a JSON schema, or a type for each name")
-    properties = {}
-    required = []
-    for name, spec in specs.items():
-        spec = {"type": spec} if isinstance(spec, str) else dict(spec)
-        schema, optional = type_schema(spec.pop("type", "any"))
-        needed = not optional and "default" not in spec
-        if isinstance(spec.get("required"), bool):
-            needed = spec.pop("required")
-        properties[name] = schema | spec
-        required += [name] * needed
-    return {"type": "object", "properties": properties, "required": required}
-
-
-def type_schema(kind):
-    """(JSON schema, whether it is optional) of a Python type written as text. {} is any type.
-
-    >>> type_schema("Optional[Union[int, Dict[str, Any]]]")
-    ({'anyOf': [{'type': 'integer'}, {'type': 'object'}]}, True)
-    """
-    if not isinstance(kind, str):
-        return {"type": kind}, False
-    kind, *notes = split(kind, ",") or [""]
-    optional = any(note.lower().startswith("optional") for note in notes)
-    base, _, inner = kind.removesuffix("]").partition("[")
-    base = base.strip().lower().removeprefix("typing.")
-    inner = split(inner, ",")
-    alternatives = split(kind, "|")
-    schema = {"type": TYPES[base]} if base in TYPES else {}
-    if base in ("optional", "union") or len(alternatives) > 1:
-        parts = alternatives if len(alternatives) > 1 else inner
-        schemas = [type_schema(part)[0] for part in parts]
-        others = [part for part in schemas if part != {"type": "null"}]
-        optional = optional or base == "optional" or len(others) < len(schemas)
-        schema = {"anyOf": others} if others and {} not in others else {}
-        if len(others) == 1:
-            schema = others[0]
-    elif schema == {"type": "array"}:
-        items = [type_schema(item)[0] for item in inner if item != "..."]
-        if items and items[0] and items.count(items[0]) == len(items):
-            schema["items"] = items[0]
-    return schema, optional
-
-
-def split(string, separator):
-    """Split at separators outside brackets: "Dict[str, Any], optional" has two pieces at ","."""
-    pieces = [""]
-    depth = 0
-    for char in string:
-        depth += (char == "[") - (char == "]")
-        if char == separator and depth == 0:
-            pieces.append("")
-        else:
-            pieces[-1] += char
-    return [piece.strip() for piece in pieces if piece.strip()]
+    parameters = tool.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise InputError("parameters must be an object: a JSON schema, or a type for each name")
+    return {"name": tool["name"], "description": tool.get("description") or "", "parameters": parameters}
 
 
 def check_record(record, need_answer, vocab_size, check_answer):

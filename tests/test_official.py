@@ -299,15 +299,21 @@ def test_a_whole_run_of_acebench(checkout, tmp_path, capsys):
     assert summary["scores"]["summary"]["mean"] == pytest.approx(100 * (10 * 2 / 3 + 2 * 3 / 4) / 12)
     assert "subset of the items" in table and "summary" in table and "off" in table
 
-    results = out / "result_all/result_en/gpt-4o/data_normal_similar_api_result.json"  # as a kill leaves it
+    results = out / "tool/result_all/result_en/gpt-4o/data_normal_similar_api_result.json"  # as a kill leaves it
     results.write_text(results.read_text()[:-5])
+    name = "normal_multi_turn_user_adjust"
+    results = out / f"tool/result_all/result_en/gpt-4o/data_{name}_result.json"  # as they arrive
+    results.write_text("".join(reversed(results.read_text().splitlines(keepends=True))))
     assert run_ace(checkout, out, "--resume") == 0
     assert json.loads((out / "summary.json").read_text())["requests"] == 47
+    ids = [[json.loads(line)["id"] for line in path.read_text().splitlines()]
+           for path in (results, out / "tool" / acebench.DATA / f"data_{name}.json")]
+    assert ids[0] == ids[1]
     capsys.readouterr()
     assert run_ace(checkout, tmp_path / "two", "--items", "2", "--categories", "multi_turn", "--compare", str(out)) == 0
     table = capsys.readouterr().out
     assert "difference" in table and "summary" not in table
-    lines = (tmp_path / "two" / acebench.DATA / "data_normal_multi_turn_user_adjust.json").read_text().splitlines()
+    lines = (tmp_path / "two/tool" / acebench.DATA / "data_normal_multi_turn_user_adjust.json").read_text().splitlines()
     assert len(lines) == 4  # both turns of two dialogues
 
 
@@ -495,5 +501,5 @@ def test_acebench_itself(long_teacher, tmp_path):
     summary = json.loads((tmp_path / "out/summary.json").read_text())
     assert summary["failures"] == 0 and summary["requests"] > 5 and summary["scores"]["normal_similar_api"]["mean"] == 0
     chat = Chat.from_pretrained(long_teacher)
-    prompts = [text for name in acebench.NORMAL for text in ace_prompts(checkout, tmp_path / "out", chat, name)]
+    prompts = [text for name in acebench.NORMAL for text in ace_prompts(checkout, tmp_path / "out/tool", chat, name)]
     assert summary["prompt_tokens"] == sum(len(chat.encode(text)) for text in prompts)

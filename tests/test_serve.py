@@ -17,6 +17,7 @@ import torch
 import star
 from apps import serve
 from apps.engine import Job
+from data import InputError
 from data import tiny
 from data.chat import Chat
 from data.groups import Response
@@ -249,14 +250,44 @@ def test_too_many_waiting_requests_are_refused(records, greedy):
 
 
 def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", lambda error: errors.append(error.exc_value))
     server = start()
-    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
     monkeypatch.setattr(server.engine.sampler, "compute", lambda *inputs: torch.zeros(-1))
-    for _ in range(2):
-        status, reply = post(server, "/v1/completions", {"prompt": "a"})
-        assert status in (500, 503) and "the sampler failed" in reply["error"]["message"]
-    server.shutdown()
+    status, reply = post(server, "/v1/completions", {"prompt": "a"})
+    assert status == 500 and "the sampler failed" in reply["error"]["message"]
+    for _ in range(50):  # the thread that listens ends, too
+        if any(isinstance(error, InputError) and "the sampler failed" in str(error) for error in errors):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"it still listens: {errors}")
     server.server_close()
+
+
+def test_an_answer_that_cannot_be_parsed_can_be_sent_back(server):
+    for text in ('<tool_call>\n{"name": "f", "argum', "<tool_call>\n[1]\n</tool_call>"):
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": text},
+                    {"role": "user", "content": "b"}]
+        status, reply = post(server, "/v1/chat/completions", {"messages": messages, "max_tokens": 4})
+        assert status == 200, reply
+        chat = server.engine.sampler.chat
+        prompt = serve.read_prompt(server.engine, {"messages": messages}, True)
+        assert prompt == chat.prompt({"messages": messages, "tools": []}) and text in prompt
+
+
+@pytest.mark.parametrize("body", [
+    {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}, {"logprobs": True}, {"best_of": 2}])
+def test_what_would_change_an_answer_is_refused(server, body):
+    status, reply = post(server, "/v1/completions", {"prompt": "a"} | body)
+    assert status == 400 and f"{next(iter(body))} is not supported" in reply["error"]["message"]
+    harmless = {"tool_choice": "auto", "frequency_penalty": 0.0, "logprobs": None, "max_tokens": 2}
+    assert post(server, "/v1/completions", {"prompt": "a"} | harmless)[0] == 200
+
+
+def test_a_call_without_a_name_stays_text():
+    text = '<tool_call>\n{"name": 1, "arguments": {}}\n</tool_call>'
+    assert serve.read_answer(text, "none") == {"role": "assistant", "content": text}
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded(server, capsys):
