@@ -13,6 +13,7 @@ Departures from the released model code:
 3. Dense models only. Mixture of experts, sliding windows, rope scaling and quantisation are refused by name.
 """
 import shutil
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,10 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from data import MODEL_FOLDER, InputError, atomic_folder, read_json, write_json
+from data import MODEL_FOLDER, InputError, atomic_folder, read_json, refuse_on_all, write_json
 from data.checkpoints import save_tensors
 from data.fields import CONFIG, ROPE, WEIGHT_INDEX, check_fields
-from shard import gather, parameters, part_of, rank, whole
+from shard import parameters, part_of, rank, whole
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
@@ -90,10 +91,10 @@ class RMSNorm(nn.Module):
 
 def rotary_angles(positions, head_dim, theta, dtype):
     """Cosines and sines [B, 1, T, D] of the rotary angles at positions [B, T]; both halves of D are equal."""
-    exact = torch.promote_types(dtype, torch.float32)
-    dims = torch.arange(0, head_dim, 2, device=positions.device, dtype=exact)
+    wide = torch.promote_types(dtype, torch.float32)
+    dims = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide)
     frequencies = theta ** -(dims / head_dim)  # [D/2]
-    angles = positions[:, None, :, None].to(exact) * frequencies  # [B, 1, T, D/2]
+    angles = positions[:, None, :, None].to(wide) * frequencies  # [B, 1, T, D/2]
     angles = torch.cat((angles, angles), dim=-1)  # [B, 1, T, D]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -134,17 +135,17 @@ class Attention(nn.Module):
 
 
 def attention(q, k, v, mask=None):
-    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, T, D].
+    """Attention [B, H, T, D] of q [B, H, T, D] over k, v [B, Hkv, S, D].
 
-    mask: bool [B, 1, T, T]; a BlockMask, in compiled layers on a GPU; None: causal
+    mask: bool, broadcast to [B, H, T, S]; a BlockMask, in compiled layers on a GPU; None: causal
     """
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     grouped = q.device.type == "cpu"  # elsewhere a mask with enable_gqa falls back to a slow kernel
     if not grouped:
         shared = q.shape[1] // k.shape[1]  # query heads per key/value head
-        k = k.repeat_interleave(shared, dim=1)  # [B, H, T, D]
-        v = v.repeat_interleave(shared, dim=1)
+        k = k.repeat_interleave(shared, dim=1)  # [B, H, S, D]
+        v = v.repeat_interleave(shared, dim=1)  # [B, H, S, D]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -297,14 +298,13 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
         if self.folder and not self.folder.exists():
-            raise InputError(f"{self.folder}: is gone, and with it the tokenizer; restore it, and use --resume")
-        state = gather(parameters(self), dtype)
-        if rank() > 0:
-            return
+            refuse_on_all(f"{self.folder}: is gone, and with it the tokenizer; restore it, and use --resume")
         config = {**self.config, "torch_dtype": str(dtype or self.head_weight.dtype).removeprefix("torch.")}
         config.pop("dtype", None)  # the newer name of torch_dtype
-        with atomic_folder(folder) as new:
-            save_tensors(state, new / "model.safetensors")
+        with nullcontext() if rank() > 0 else atomic_folder(folder) as new:
+            save_tensors(parameters(self), new and new / "model.safetensors", dtype)
+            if rank() > 0:
+                return
             write_json(new / "config.json", config)
             for file in COPIED_FILES:
                 if self.folder and (self.folder / file).exists():
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def copy_weights(self, other):
-        """Copy the weights of another model into this one, in place; to itself, nothing is done."""
+        """Copy the weights of another model into this one, in place. A no-op if it is this model."""
         for p, new in zip(self.parameters(), parameters(other).values()):
             if p is not new:
                 p.copy_(whole(new.to(p.dtype)))
@@ -333,7 +333,7 @@ def read_tensors(folder, known):
     """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: expected names."""
     index = folder / "model.safetensors.index.json"
     paths = [folder / "model.safetensors"]
-    if index.exists() and not paths[0].exists():  # the same order as in transformers
+    if index.exists() and not paths[0].exists():  # as in transformers, one file goes first
         weight_map = check_fields(read_json(index), WEIGHT_INDEX, index).get("weight_map") or {}
         paths = [folder / shard for shard in sorted(set(weight_map.values()))]
     elif not paths[0].exists():
@@ -345,7 +345,7 @@ def read_tensors(folder, known):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    if name in known:
+                    if name in known and file.get_slice(name).get_dtype() in ("BF16", "F16", "F32", "F64"):
                         yield path, name, file.get_tensor(name)
                     # Some folders also store a copy of the tied head or a table of rotary frequencies.
                     elif name != "lm_head.weight" and not name.endswith("inv_freq"):

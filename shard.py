@@ -1,8 +1,8 @@
 """A model sharded over several ranks by torch's FSDP2 (`fully_shard`). With one process, nothing here changes anything.
 
 A rank keeps some rows of every weight, of its gradient and of its moments. The weights of a layer are gathered while it
-computes; gradients are summed over the ranks, and each rank keeps its rows of the sum. Forward and backward passes,
-`whole` and `gather` are collective: every rank must make the same ones, or the others wait forever.
+computes; gradients are summed over the ranks, and each rank keeps its rows of the sum. Forward and backward passes and
+`whole` are collective: every rank must make the same ones, or the others wait forever.
 """
 import torch
 import torch.distributed as dist
@@ -56,16 +56,6 @@ def part_of(tensor, p):
 def whole(tensor):
     """The whole tensor, on every rank, of a sharded one; any other tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def gather(tensors, dtype=None):
-    """{name: whole tensor} in host memory on rank 0, {} on the others. A GPU holds one whole tensor at a time."""
-    gathered = {}
-    for name, tensor in tensors.items():
-        tensor = whole(tensor.detach().to(dtype or tensor.dtype))
-        if rank() == 0:
-            gathered[name] = tensor.cpu()
-    return gathered
 
 
 def parameters(model):

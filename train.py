@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError, non_negative, number, positive
+from data import InputError, non_negative, number, positive, refuse_on_all
 from data.checkpoints import latest_checkpoint
 from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
@@ -52,7 +52,7 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         "changes memory and speed, and the gradient by rounding only (except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
     add("--compile", action="store_true", help="on a GPU: compile the layers, with flex_attention; halves a step of "
-        "16,000 tokens, after half a minute of compiling; not run with several ranks")
+        "16,000 tokens, after up to a minute of compiling; not run with several ranks")
     add("--shard-ranks", type=positive, metavar="N",
         help="under torchrun: processes that share one copy of the weights; default: all; not run on several GPUs yet")
     add_output_flags(parser, "folder of the run")
@@ -151,17 +151,17 @@ def pick_device(args):
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     name = next(name for name in present if present[name]) if args.device == "auto" else args.device
     if not present[name]:
-        raise InputError(f"--device {name}: no such device on this machine; use --device cpu")
+        refuse_on_all(f"--device {name}: no such device on this machine; use --device cpu")
     if getattr(args, "compile", False) and name != "cuda":
-        raise InputError(f"--compile: the device is {name}, but flex_attention trains on CUDA only; leave the flag out")
+        refuse_on_all(f"--compile: the device is {name}, but flex_attention trains on CUDA only; leave the flag out")
     if name == "cpu":
         keep_pages()
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         if name == "cuda":
-            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if number >= count:
-                raise InputError(f"--device cuda: no GPU for rank {number}; use torchrun --nproc-per-node {count}")
-            torch.cuda.set_device(number)
+            count = torch.cuda.device_count()
+            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
+                refuse_on_all(f"--device cuda: more ranks than GPUs; use torchrun --nproc-per-node {count}")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # A rank may end its share of a rollout hours before another one; nccl's own limit is ten minutes.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
     mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs
@@ -255,21 +255,24 @@ def peak_memory(device):
 
 # ---- Runs and checkpoints
 
-def open_run(args, models=(), files=(), others=()):
-    """Prepare the folder --out for a run. Returns the step to resume after, 0 for a new run; the same on every rank.
+def open_run(args, models=(), files=()):
+    """Prepare the folder --out for a run. Returns the step to resume after: 0 for a new run, -1 for a finished one.
 
-    models, files: what the run reads, the model that trains first; broken models are refused before anything is written
-    others: other paths that it uses. A path that is None is skipped. InputError as `check_folder`, `prepare_folder`
+    models, files: what the run reads, or None; the model that trains first. Broken models are refused before anything
+        is written; also InputError as `check_folder` and `prepare_folder`
     """
-    models, files, others = ([path for path in paths if path] for paths in (models, files, others))
+    models, files = ([path for path in paths if path] for paths in (models, files))
     step = 0
     with fail_together():
         loaded = [Transformer.from_pretrained(folder, device="meta") for folder in models]
         shapes = [{name: list(p.shape) for name, p in model.named_parameters()} for model in loaded[:1]]
         if rank() == 0:
-            check_folder(args, [*models, *files, *others])
+            check_folder(args)
             step = prepare_folder(args, [*models, *files], *shapes)
-    return int(sum_over_ranks({"step": step})["step"])
+    step = int(sum_over_ranks({"step": step})["step"])
+    if step < 0:
+        note(f"{args.out}: is already finished")
+    return step
 
 
 @contextmanager

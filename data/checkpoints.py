@@ -2,6 +2,7 @@
 
     OUT/checkpoints/step-000100/    weights, exp_avg, exp_avg_sq, momentum_buffer .safetensors; progress.json
 """
+import json
 import math
 import os
 import re
@@ -10,12 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from data import InputError, atomic_folder, read_json, remove, write_json
+from data import InputError, atomic_folder, read_json, refuse_on_all, remove, write_json
 from data.fields import PROGRESS, check_fields
-from shard import gather, parameters, part_of, rank, wait_for_ranks, whole
+from shard import parameters, part_of, rank, wait_for_ranks, whole
 
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # of safetensors
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # the state of AdamW and Muon
 
 
@@ -44,28 +45,43 @@ def check_finite(out, step, name, value):
         return
     good = latest_checkpoint(out)
     state = f"the last good checkpoint is {out}/checkpoints/step-{good:06d}" if good else "there is no checkpoint yet"
-    raise InputError(
+    refuse_on_all(
         f"{out}: step {step}: {name} is {value}, training has diverged; {state}; "
-        "start again with --overwrite and a lower --lr, or with --dtype float32")
+        "start again with another --out and a lower --lr, or with --dtype float32")
 
 
-def save_tensors(tensors, path):
-    """Write {name: tensor} to a .safetensors file and flush it to the disk. OSError if that fails."""
-    Path(path).touch()
-    mode = os.stat(path).st_mode  # safetensors would let only its owner read the file
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-        os.chmod(path, mode)
-    except SafetensorError as e:  # raised when the disk is full
-        raise OSError(f"{path}: could not be written ({e})") from e
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def save_tensors(tensors, path, dtype=None):
+    """Write {name: tensor} to a .safetensors file, in `dtype` if it is given, and flush it to the disk. Every rank must
+    call this: sharded tensors are gathered one at a time, so no rank ever holds them all. Rank 0 writes.
+
+    The file is the length of a header, the header in JSON, and the tensors' bytes; safetensors itself would need all
+    tensors at once.
+    """
+    end = 0
+    header = {"__metadata__": {"format": "pt"}}
+    for name, tensor in tensors.items():
+        start = end
+        end += tensor.numel() * (dtype or tensor.dtype).itemsize
+        code = CODES[dtype or tensor.dtype]
+        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") if rank() == 0 else nullcontext() as file:
+        if file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            tensor = whole(tensor.detach().to(dtype or tensor.dtype))
+            if file:
+                file.write(tensor.cpu().flatten().view(torch.uint8).numpy())
+        if file:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def save_checkpoint(out, step, model, optimisers, progress):
     """Write checkpoints/step-... atomically and keep the last two. progress["updates"] counts optimiser steps.
 
-    Every rank must call this. Rank 0 writes whole tensors, so any number of ranks can resume.
+    Every rank must call this. The files hold whole tensors, so any number of ranks can resume.
     """
     weights = parameters(model)
     total = sum(whole(p.detach().sum()).item() for p in weights.values())
@@ -74,15 +90,13 @@ def save_checkpoint(out, step, model, optimisers, progress):
     state = {}  # of each parameter; empty before the first update
     for optimiser in optimisers:
         state |= optimiser.state
-    files = {"weights": weights}  # a file each: writing one takes a copy in memory
+    files = {"weights": weights}
     for moment in MOMENTS:
         files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
         for name, tensors in files.items():
-            tensors = gather(tensors)
-            if rank() == 0:
-                save_tensors(tensors, new / f"{name}.safetensors")
-            wait_for_ranks()  # not in the next `gather`: the groups of --shard-ranks have a shorter time limit
+            save_tensors(tensors, new and new / f"{name}.safetensors")
+            wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
             write_json(new / "progress.json", progress)
     if rank() == 0:
@@ -113,6 +127,9 @@ def open_checkpoint(out, step, command, shapes=None):
             wrong += [name for name in shapes if part == "weights" and name not in slices]
         if wrong:
             raise InputError(f"{path}: {wrong[0]} does not match the model that this run trains; {remedy}")
+    names, first, second, momentum = (set(file.keys()) for file in files.values())
+    if first != second or first ^ momentum != (names if progress["updates"] else set()):  # a weight has one kind
+        raise InputError(f"{folder}: has not the moments of all weights; {remedy}")
     return progress, files
 
 

@@ -344,7 +344,7 @@ import torch.distributed as dist
 from data import checkpoints
 start, save = dist.init_process_group, checkpoints.save_tensors
 dist.init_process_group = lambda backend, timeout: start(backend, timeout=timedelta(seconds=4))
-checkpoints.save_tensors = lambda tensors, path: (time.sleep(6 * ("step-000004" in str(path))), save(tensors, path))
+checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))
 runpy.run_path({program!r}, run_name="__main__")
 """
 
@@ -401,9 +401,11 @@ def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(InputError, match="no GPU for rank 2; use torchrun --nproc-per-node 2"):
-        train.pick_device(settings("sft", device="cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    for rank, error in (("0", InputError), ("2", SystemExit)):  # once for all ranks
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(error, match="2" if rank == "2" else "more ranks than GPUs; use torchrun --nproc-per-node 2"):
+            train.pick_device(settings("sft", device="cuda"))
 
 
 # ---- Memory
