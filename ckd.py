@@ -5,8 +5,8 @@ At a position, p is the teacher's distribution and q the student's, softmaxes ov
 
     L_CKD = sum_{v in V_k} p_v log(p_v / q_v)  +  lambda * sum_{v in V_m, not in V_k} q_v            Eqs. 3-5
 
-a forward KL on the teacher's top-k, plus a penalty on the student's mass on its own likely tokens that the teacher
-does not rank high. Neither p nor q is renormalised over V_k, so the first sum is partial and can be negative. With
+a forward KL on the teacher's top-k, plus a penalty on the student's mass on its own top-m tokens outside the teacher's
+top-k. Neither p nor q is renormalised over V_k, so the first sum is partial and can be negative. With
 P = sum_{V_k} p and S' = the second sum, the gradient with respect to the student's logits, for V_m held fixed, is
 
     dL/dz_j = q_j (P - lambda S') - p_j [j in V_k] + lambda q_j [j in V_m, not in V_k]               Eqs. 14, 26, 27
@@ -107,7 +107,7 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m=100, tail_weight=10.0
     kd_ratio: weight of distillation; cross-entropy on the target has 1 - kd_ratio
 
     Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence), tail (S'), captured (P, the teacher's mass
-    on V_k), inside (the student's mass on V_k).
+    on V_k; for rskd 1), inside (the student's mass on V_k).
     """
     log_q = logits.log_softmax(-1)  # [C, V]
     log_p = teacher_log_p.to(logits.dtype)  # [C, k]
@@ -124,7 +124,7 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m=100, tail_weight=10.0
     captured = log_p.exp().sum(-1)  # [C]
     inside = on_topk.exp().sum(-1)  # [C]
     if divergence is sampled_kl:  # ids repeat: the mean over draws of q / (count / k) sums q once per token
-        captured = torch.ones_like(kl)
+        captured = torch.ones_like(kl)  # [C]
         inside = (on_topk - log_p).exp().mean(-1)
     return losses, {
         "nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail, "captured": captured, "inside": inside}
@@ -214,7 +214,7 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     """
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
-    high = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     sums = {"loss": 0.0}
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
@@ -223,7 +223,7 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = hidden_states(student, packed, dtype)  # [N, H]
         head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
-        weights = torch.full((len(hidden),), active / total, device=device, dtype=high)
+        weights = torch.full((len(hidden),), active / total, device=device, dtype=wide)
         value, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()
@@ -315,8 +315,9 @@ def run_training(args, student_folder, teacher_folder=None):
             train.note(line)
         if teacher_folder:
             key = cache_key(args, groups + valid, vocab_size)
-    start = train.open_run(args, [student_folder, teacher_folder],
-                           [args.data, args.valid], [getattr(args, "cache", None)])
+    start = train.open_run(args, [student_folder, teacher_folder], [args.data, args.valid])
+    if start < 0:
+        return
 
     # 2. Load the models; write the teacher's cache if it is missing.
     teacher = None
@@ -339,7 +340,7 @@ def run_training(args, student_folder, teacher_folder=None):
     if not distill(student, teacher, groups, valid, args, start, answer_valid):
         return train.stopped_run(args)
 
-    # 4. Write all results before anything is printed; the summary last, as a run with a summary is finished.
+    # 4. Write all results before anything is printed; the summary last, by which a run counts as finished.
     shown = valid[:args.samples]
     samples = answer_before_and_after(student, student_folder, chat, shown, args) if shown else []
     if train.rank() == 0:
@@ -349,8 +350,7 @@ def run_training(args, student_folder, teacher_folder=None):
 
 
 def answer_before_and_after(student, folder, chat, groups, args):
-    """Greedy answers to a few groups' prompts by the student's folder, which is untrained, and by the student. All
-    ranks answer, as the weights are gathered from all."""
+    """Greedy answers to a few groups' prompts before and after training. Collective: the weights are gathered."""
     dtype = getattr(torch, args.dtype)
     after = greedy_answers(student.in_dtype(dtype), chat, groups, "after")
     with train.fail_together():  # the folder may be gone by now

@@ -48,7 +48,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
         if stopped:
             return None
         with train.timed(seconds, "seconds_sampling"):
-            # 1. Start as many prompts as will fill the step, if the share with a signal stays as it is. Each goes to
+            # 1. Start as many prompts as should fill the step at the present share with a signal. Each goes to
             # the rank with the most free slots, so ranks that are busy with long responses get fewer.
             share = (1 + len(kept)) / (1 + len(accepted))
             missing = args.prompts_per_step - len(kept)
@@ -82,7 +82,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
 
 
 def score_responses(responses, record, score, chat):
-    """Give responses to one record their texts and scores."""
+    """Decode and score the responses to one record, in place."""
     for response in responses:
         response.text = chat.decode(response.ids)
         response.details = dict(score(record, response.text))
@@ -91,14 +91,14 @@ def score_responses(responses, record, score, chat):
 
 
 def exchange(sampler, finished, stop):
-    """Exchange between ranks. Returns each one's free slots, whether any should stop, all {number: responses}."""
+    """All-gather over ranks: (free slots of each rank, whether any should stop, {number: responses} of all)."""
     state = (sampler.num_free, stop, {request.number: request.responses for request in finished})
     free, stops, done = zip(*train.gather_over_ranks([state]))
     return list(free), any(stops), {number: responses for part in done for number, responses in part.items()}
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):
-    """`score_answers` of a model that has no sampler yet."""
+    """`score_answers` with a sampler of its own."""
     slots = min(64, len(groups))
     sampler = Sampler(model, chat, slots, slots, max(len(group.prompt) for group in groups), max_new_tokens)
     return score_answers(sampler, groups, score, max_new_tokens)

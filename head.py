@@ -11,7 +11,7 @@ from data.groups import attention_mask
 
 CHUNK = 256  # positions at a time
 GPU_CHUNK = 2048  # fewer products, each large enough for a GPU; 1.2 GB of float32 logits
-WEIGHT_BLOCK = 8192  # rows of the head whose gradient is summed at a time: its product stays in the processor's cache
+WEIGHT_BLOCK = 8192  # rows of the head in one product of its gradient, which then fits the processor's cache
 
 
 class WithGradients(torch.autograd.Function):
@@ -48,14 +48,14 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
     tensor(0.5514)
     """
     dtype = dtype or hidden.dtype
-    high = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
+    wide = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
     x = hidden.detach().to(dtype)  # [N, H]
     w = weight.detach().to(dtype)  # [V, H]
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_grad:
-        d_hidden = torch.zeros_like(hidden, dtype=high)  # [N, H]
-        d_weight = torch.zeros_like(weight, dtype=high)  # [V, H]
-    total = torch.zeros((), dtype=high, device=hidden.device)
+        d_hidden = torch.zeros_like(hidden, dtype=wide)  # [N, H]
+        d_weight = torch.zeros_like(weight, dtype=wide)  # [V, H]
+    total = torch.zeros((), dtype=wide, device=hidden.device)
     sums = {}
     weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
     for rows, logits in logits_in_chunks(x, w, chunk):
@@ -79,11 +79,11 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
 
 def logits_in_chunks(hidden, weight, chunk=None):
     """Yield (rows, logits [C, V] of these rows) of hidden [N, H] x weight^T; in float32, or in tests float64."""
-    high = torch.promote_types(hidden.dtype, torch.float32)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
     chunk = chunk or (GPU_CHUNK if hidden.is_cuda else CHUNK)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, start + chunk)
-        yield rows, (hidden[rows] @ weight.T).to(high)
+        yield rows, (hidden[rows] @ weight.T).to(wide)
 
 
 @torch.no_grad()
@@ -110,11 +110,11 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):  # [N, H], [V, 
 
 
 def inverse_transform(probs, uniform):  # [R, V], [R, n] -> ids [R, n], whole mass [R, 1]
-    """Draw the first token whose cumulative mass exceeds each uniform number, in [0, 1), times the whole mass."""
-    high = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
-    mass = probs.cumsum(-1, dtype=high)  # [R, V]
+    """Inverse transform sampling: the first id whose cumulative mass exceeds uniform, in [0, 1), x whole mass."""
+    wide = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
+    mass = probs.cumsum(-1, dtype=wide)  # [R, V]
     total = mass[:, -1:]  # [R, 1]
-    ids = torch.searchsorted(mass, uniform.to(high) * total, right=True)  # [R, n]
+    ids = torch.searchsorted(mass, uniform.to(wide) * total, right=True)  # [R, n]
     return ids.clamp(max=probs.shape[-1] - 1), total  # in float32 the product may round up to the whole mass
 
 
@@ -125,7 +125,7 @@ def entropy(log_p):
 
 
 def hidden_states(model, packed, dtype):
-    """The hidden states [N, H] that predict a packed batch's counted tokens, computed in `dtype`."""
+    """The hidden states [N, H] that predict a packed batch's counted tokens; matrix products in `dtype`."""
     device = packed["targets"].device
     mask = attention_mask(packed, blocks=model.model.compiled)
     with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):  # not for float32, or float64 in tests

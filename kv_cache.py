@@ -1,7 +1,7 @@
 """The keys and values of prompts and of the responses that continue them, and attention over both.
 
-Shapes: B responses, P prompts, G responses to a prompt at most, T tokens, S cached keys, H query heads, Hkv key/value
-heads, R = H / Hkv query heads that share keys, D head size.
+Shapes: B responses (prompts, in a prefill), P prompts, G responses to a prompt at most, T tokens, S keys (of a prompt,
+of a response, or both), H query heads, Hkv key/value heads, R = H / Hkv query heads that share keys, D head size.
 
 Departure from the released code: vLLM keeps keys in pages; here a response has a row of fixed length.
 """
@@ -32,14 +32,14 @@ class KVCache:
         """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
         self.row = row
         self.known = known
-        self.attend = KVCache.attend_in_prompts  # unbound: a reference cycle would keep the buffers until collected
+        self.attend = KVCache.attend_in_prompts  # unbound: a bound one would be a reference cycle
 
     def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.
 
         grid: int64 [P, G], from `lay_out`
-        places: int64 [4, B]: the row of each response's prompt, its column in the grid, the tokens of the prompt, the
-            tokens of the response before this one
+        places: four int64 [B]: the row of each response's prompt, its column in the grid, the stored tokens of the
+            prompt (all but its last), the tokens of the response before this one
         prompt_keys, response_keys: how many keys of a row to read; those beyond a sequence are masked
         """
         self.grid = grid
@@ -77,29 +77,29 @@ class KVCache:
         own_k, own_v = responses[:, :B, :, :self.widths[1]]  # [B, Hkv, S, D] each
         # One softmax over the keys of the prompt and of the response. On a CPU the scores are in float32, as in
         # training: Qwen2.5 has scores above 1,000, where a step of bfloat16 is 8. On a GPU this would copy all keys.
-        exact = torch.promote_types(q.dtype, torch.float32)
-        dtype = exact if q.device.type == "cpu" else q.dtype
+        wide = torch.promote_types(q.dtype, torch.float32)
+        dtype = wide if q.device.type == "cpu" else q.dtype
         q = q.view(B, k.shape[1], -1, D).to(dtype) * D ** -0.5  # [B, Hkv, R, D]
-        scores = self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)
+        scores = self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)  # [B, Hkv, R, S] each
         scores = torch.cat(scores, dim=-1).masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
-        on_prompt, on_own = scores.softmax(-1, dtype=exact).to(k.dtype).split(self.widths, dim=-1)
+        on_prompt, on_own = scores.softmax(-1, dtype=wide).to(k.dtype).split(self.widths, dim=-1)
         x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]
         return x.view(B, H, 1, D)
 
     def by_prompt(self, x, y):
         """x [B, Hkv, R, M] @ y [P, Hkv, M, N] of each one's prompt -> [B, Hkv, R, N].
 
-        All responses to a prompt are rows of one product, so what is stored of the prompt is read once.
+        The responses to a prompt share one matrix product, so the prompt's keys and values are read once.
         """
         P, G = self.grid.shape
         _, heads, R, M = x.shape
-        x = x[self.grid].transpose(1, 2).reshape(P, heads, G * R, M)
-        x = (x @ y).view(P, heads, G, R, -1)
+        x = x[self.grid].transpose(1, 2).reshape(P, heads, G * R, M)  # [P, Hkv, G * R, M]
+        x = (x @ y).view(P, heads, G, R, -1)  # [P, Hkv, G, R, N]
         return x[self.row_of_prompt, :, self.column]  # [B, Hkv, R, N]
 
 
 def lay_out(prompt_rows):
-    """A table of responses with a row for each prompt, shorter rows filled with 0, and the column of each response.
+    """Arrange responses in a table with a row for each prompt, padded with 0. Returns it and each response's column.
     prompt_rows: B integers, the row of each response's prompt
 
     >>> lay_out([1, 0, 1])

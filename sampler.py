@@ -38,8 +38,8 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     """Flags that say how many responses are sampled, and of what length."""
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
-    add("--max-concurrent", type=positive, default=64, metavar="N", help="sequences generated concurrently; changes "
-        "memory and speed and, by rounding, samples: about half of them with bfloat16, few with float32")
+    add("--max-concurrent", type=positive, default=64, metavar="N", help="sequences generated concurrently; affects "
+        "memory and speed; rounding also changes about half of the samples with bfloat16, few with float32")
     add_length_flag(parser)
 
 
@@ -74,7 +74,7 @@ class Request:
         return bool(self.responses) and all(r.finish_reason for r in self.responses)
 
 
-Slot = namedtuple("Slot", "request response uniforms")  # a response that is being sampled, a number for each token
+Slot = namedtuple("Slot", "request response uniforms")  # a response being sampled; a uniform number for each token
 
 
 class Sampler:
@@ -107,7 +107,7 @@ class Sampler:
         self.requests.append(request)
 
     def cancel(self, request):
-        """Drop what waits of a request; a response in a slot ends at the next step. Returns whether none is in one."""
+        """Drop a request's waiting responses; those in slots end at the next step. Returns whether there are none."""
         self.requests = deque(other for other in self.requests if other is not request)
         self.waiting = deque(slot for slot in self.waiting if slot.request is not request)
         for response in request.responses:
@@ -139,7 +139,7 @@ class Sampler:
             return []
         # 2. Feed the last token of every slot to the model, and draw the next one.
         tokens, log_probs = self.next_tokens()
-        # 3. Append the drawn tokens. This is the only place where the CPU waits for the device.
+        # 3. Append the drawn tokens: a GPU has to finish its work here.
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
         # 4. Free the slots of finished responses.
@@ -231,9 +231,9 @@ class Sampler:
 
     def replay(self, grid, places, draws, shape):
         """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are
-        recorded once, as a CUDA graph, and then started together. Sizes are rounded up: there are few shapes."""
+        recorded once, as a CUDA graph, and then started together. Sizes are rounded up, to keep shapes few."""
         B = round_up(len(self.slots), self.num_slots)
-        order = [i if i < len(self.slots) else 0 for i in range(B)]  # idle rows compute what slot 0 does, once more
+        order = [i if i < len(self.slots) else 0 for i in range(B)]  # padding rows repeat slot 0
         P, G = grid.shape
         grid = F.pad(grid, (0, round_up(G, B) - G, 0, round_up(P, self.num_prompts) - P))
         inputs = (grid, places[:, order], draws[:, order])
@@ -242,7 +242,7 @@ class Sampler:
             if len(self.graphs) == MAX_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
             buffers = [tensor.to(self.model.head_weight.device) for tensor in inputs]
-            self.compute(*buffers, *shape)  # compiles, and takes memory, neither of which can be recorded
+            self.compute(*buffers, *shape)  # warm-up: compiling and allocating cannot be recorded
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.graph_memory):
                 outputs = self.compute(*buffers, *shape)
@@ -273,7 +273,7 @@ class Sampler:
 
 
 def compact(items, keep, buffers):
-    """Remove the items that `keep` refuses. The last item moves into each hole, and so does its row of the buffers."""
+    """Remove the items for which keep(item) is false. The last item, and its row of the buffers, fills each hole."""
     for row in reversed(range(len(items))):
         if not keep(items[row]):
             last = items.pop()
@@ -298,7 +298,7 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 
     logits: [R, V]
     uniform: [R], in [0, 1)
-    temperature: [R]; below 1e-6 takes the most likely token. None: so in all rows
+    temperature: [R]; below 1e-6 is greedy. None: greedy in all rows
     top_p: [R]; below 1, keep the fewest tokens whose total probability reaches it. None: 1 in all rows
 
     Returns ids [R] and log-probs [R], after temperature and top-p; for temperature 0, under the plain softmax.
@@ -333,8 +333,8 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 def cache_size(num_slots, requests):
     """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
 
-    The first responses to a prompt end long before the last one, so there is room for three times as many prompts as
-    would fill the slots with all their responses.
+    Most responses end long before the last one of their prompt, so there is room for three times the prompts that
+    would fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
     num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))
@@ -354,7 +354,7 @@ def describe_cache(model, num_slots, num_prompts, prompt_tokens, max_new_tokens)
 
 
 def generate(model, requests, num_slots, chat):
-    """Answer requests; yields each as soon as all its responses are done. Parameters as of `Sampler`."""
+    """Yield each request as soon as all its responses are done. Parameters as in `Sampler`."""
     sampler = Sampler(model, chat, *cache_size(num_slots, requests))
     for request in requests:
         sampler.add(request)

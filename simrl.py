@@ -11,7 +11,7 @@ The reward is a function of a record and a text; the loop knows nothing of tool 
 Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step is a rollout batch and several updates.
 
 Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
-1. pi_old: the log-probs of the samples are computed again before the updates, except for the first update of a step,
+1. pi_old: the log-probs of the samples are recomputed before the updates, except for the first update of a step,
    whose loss computes the same numbers. Ids beyond the tokenizer are cut off, as in the sampler.
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
    so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
@@ -83,13 +83,13 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     clip: (low, high)
 
     Returns losses [C] and {name: [C]}: policy, entropy, clipped; with ref_log_p also kl, with sampler_log_p also
-    mismatch, the difference between the log-probs of the trainer and the sampler.
+    mismatch, the absolute difference between log-probs under pi_old of the trainer and of the sampler.
     """
     log_probs = (logits / temperature).log_softmax(-1)  # [C, V]
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
     if old_log_p is None:
         old_log_p = log_p.detach()
-    ratio = (log_p - old_log_p).exp()  # [C], r
+    ratio = (log_p - old_log_p).exp()  # [C], r of Eq. 12
     unclipped = ratio * advantage  # [C]
     limited = ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage  # [C]
     policy = -torch.minimum(unclipped, limited)  # [C], Eq. 11
@@ -98,8 +98,8 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
         stats["mismatch"] = (old_log_p - sampler_log_p).abs()
     if ref_log_p is None:
         return policy, stats
-    k2 = 0.5 * (log_p - ref_log_p) ** 2  # [C], estimates the KL
-    kl = k2.clamp(max=10)  # as released
+    k2 = 0.5 * (log_p - ref_log_p) ** 2  # [C], estimates the KL of Eq. 11
+    kl = k2.clamp(max=10)  # [C], as released
     return policy + kl_weight * kl, stats | {"kl": kl}
 
 
@@ -132,7 +132,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     valid: held-out groups without responses, answered greedily before the first step and every --valid-every steps
 
     Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns False if Ctrl-C
-    stopped the run. Which prompt is p-th in a run, and the seed of its samples, depend on --seed and p only.
+    stopped the run. The p-th prompt of a run and the seed of its samples depend on --seed and p only.
     """
     if (args.kl_weight > 0) != (reference is not None):
         raise ValueError("a reference is required when kl_weight > 0, and only then")
@@ -217,7 +217,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     """
     device = model.head_weight.device
     dtype = getattr(torch, args.dtype)
-    wide_dtype = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(dtype, torch.float32)
     batches = []
     for update, batch in enumerate(optimiser_batches(groups, args.batch_size, args.seed, step)):
         parts = micro_batches(batch, args.micro_batch_tokens)
@@ -225,7 +225,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
         for micro, active in train.share_of_rank(parts):
             packed = pack(micro, device) | {"active": active}
             responses = [r for group in micro for r in group.responses]
-            advantage = torch.tensor([r.advantage for r in responses], dtype=wide_dtype, device=device)
+            advantage = torch.tensor([r.advantage for r in responses], dtype=wide, device=device)
             packed["advantage"] = advantage[packed["response"]]
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
@@ -233,7 +233,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args) if update else None
             packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args) if reference else None
             packed["token_weights"] = active * token_weights(
-                args.loss_mean, packed["response"], batch, len(parts), wide_dtype)
+                args.loss_mean, packed["response"], batch, len(parts), wide)
             batches[-1].append(packed)
     return batches
 
@@ -288,7 +288,7 @@ def simrl_flags(parser):
     train.add_valid_flags(parser, "records with gold answers, answered greedily", every=10)
     add = parser.add_argument_group("steps").add_argument
     add("--prompts-per-step", type=positive, default=128, help="groups per step")
-    add("--temperature", type=number(float, 1e-6), default=1.0, help="not 0")
+    add("--temperature", type=number(float, 1e-6), default=1.0, help="of the samples, above 0")
     add("--episodes", type=positive, default=3, help="passes over the prompts")
     add("--steps", type=positive, help="overrides --episodes")
     add = parser.add_argument_group("reward and filter").add_argument
@@ -322,15 +322,16 @@ def run_simrl(args):
             valid, too_long = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
             train.note(f"{len(valid):,} prompts to validate on, {too_long} skipped as too long")
     start = train.open_run(args, [args.model], [args.data, args.valid])
+    if start < 0:
+        return
 
     # 2. Load the policy and the reference.
     model = Transformer.from_pretrained(args.model, device=device, shard=shard)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     dtype = getattr(torch, args.dtype)
     reference = Transformer.from_pretrained(args.model, dtype, device, shard) if args.kl_weight else None
-    resumed = f"; resuming after step {start}" if start else ""
-    train.note(f"{len(prompts):,} prompts, {skipped} skipped as too long; {args.prompts_per_step} x {args.n} responses "
-               f"a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
+    train.note(f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses a step; "
+               f"{model.num_parameters() / 1e6:,.1f} M parameters" + f"; resumed after step {start}" * (start > 0))
     steps, updates = plan_steps(len(prompts), args)
     if not args.steps and updates < 10:
         train.note(f"That is only {steps} steps with {updates} updates. To train longer, use --steps or --episodes, "

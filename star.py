@@ -62,6 +62,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args, run = parse(argv)
     again = "continue with the same command and --resume"
+    code = 2
     try:
         check_call(argv, args)
         result = run(args)
@@ -69,21 +70,22 @@ def main(argv=None):
             return importlib.import_module("apps.curriculum").run_all(result, args, parse, main)
         sys.stdout.flush()
         return result or 0
-    except BrokenPipeError:  # `| head` has closed it; results were written before
+    except BrokenPipeError:  # closed, by `| head` for example; results are on disk already
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # what a shell reports for SIGPIPE
     except (InputError, OSError) as e:
-        code = 2
         message = str(e)
-        if isinstance(e, OSError) and e.errno and not e.filename and {"resume", "out"} <= vars(args).keys():
-            message = f"{args.out}: {e.strerror}; correct that and continue with --resume"  # a failed write
-    except RuntimeError as e:
-        if type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(e):
-            code = 2
+        if isinstance(e, OSError) and e.errno and not e.filename and getattr(args, "out", None):  # a failed write
+            message = f"{args.out}: {e.strerror}; correct that and {again if 'resume' in args else 'try again'}"
+    except (RuntimeError, MemoryError) as e:
+        name = type(e).__name__
+        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(e):
             message = "out of memory; README.md, *Out of memory?*, says which flags reduce it"
-        elif type(e).__name__ != "DistBackendError" and "gloo" not in str(e):
+        elif name == "RecursionError":
+            message = "something is nested too deeply: JSON in an input, or a list of commands that runs itself"
+        elif not name.startswith("Dist") and "gloo" not in str(e):
             raise
-        else:  # this rank waits for one that is gone
+        else:  # a collective failed: another rank has ended
             code = 1
             message = f"another rank has ended, or cannot be reached ({str(e).splitlines()[0]}); {again}"
     except KeyboardInterrupt:
@@ -99,11 +101,14 @@ def main(argv=None):
 
 if __name__ == "__main__":
     # Where the terminal cannot encode a character, print an escape instead of failing.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by the caller
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
-    except SystemExit as e:  # of argparse, or of a rank that leaves the message to another one
+    except SystemExit as e:  # of argparse, or of a rank whose error another rank reports
         code = e.code
+    except KeyboardInterrupt:  # while modules were imported
+        code = 130
     if several_processes():
         leave(code)
     sys.exit(code)

@@ -61,7 +61,7 @@ class Teacher:
 def check_pair(teacher_folder, student_folder):
     """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
 
-    Returns the number of ids of both, cut to the tokenizer if their embeddings are padded differently.
+    Returns the number of ids to use: the rows of both embeddings, or of the tokenizer if these differ.
     """
     teacher, student = vocabulary(teacher_folder), vocabulary(student_folder)
     if teacher != student:
@@ -74,7 +74,7 @@ def check_pair(teacher_folder, student_folder):
 
 
 def vocabulary(folder):
-    """What decides the ids of a text: a tokenizer's (token, id) pairs in the order of ids, and its merges."""
+    """What decides how text is tokenized: a tokenizer's (token, id) pairs in the order of ids, and its merges."""
     tokenizer = read_tokenizer(folder)
     tokens = tokenizer.get_vocab(with_added_tokens=True).items()
     merges = json.loads(tokenizer.to_str())["model"].get("merges")
@@ -95,8 +95,9 @@ def cache_key(args, groups, vocab_size):
     """
     if not args.cache:
         return None
-    if Path(args.out).resolve().is_relative_to(Path(args.cache).resolve()):
-        raise InputError(f"{args.out}: lies in --cache {args.cache}; use another --out")
+    out, cache = Path(args.out).resolve(), Path(args.cache).resolve()
+    if out.is_relative_to(cache) or cache.is_relative_to(out):
+        raise InputError(f"{args.cache}: --cache and --out lie one in the other; use folders apart")
     view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
     digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
     key = {"teacher": model_hash(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}

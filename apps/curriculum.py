@@ -11,10 +11,11 @@ from functools import cache
 from pathlib import Path
 
 from apps.evaluate import identity
-from data import InputError, hash_files, one_line, print_table, read_json, refuse_changes, same, seconds_in
+from data import InputError, hash_files, one_line, print_table
+from data import read_json, refuse_changes, refuse_existing, same, seconds_in
 from data.chat import Chat
 from data.fields import EVALUATION, check_fields
-from data.records import stream_records
+from data.records import has_answer, stream_records
 from data.rollouts import read_rows
 from model import Transformer
 
@@ -43,7 +44,10 @@ EVAL = "--data data/tiny/values.jsonl.gz --n 4 --max-concurrent 512 --max-new-to
 FULL = {"rollout": 3200, "ckd": 45, "simrl": 60, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
+PAGES = ("lens", "plot")  # commands that replace what is at --out
 OUTPUTS = ("compare", "evals", "runs", "story")  # flags that name folders which earlier commands have written
+
+RESUME = "skip finished lines, continue the stopped one"
 
 # of the table; also pass@n, seconds
 COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct refusals", "entropy")
@@ -56,7 +60,8 @@ def split_lines(text):
     ['sft --model m --data d', 'plot run']
     """
     lines = []
-    text = re.sub(r"""("[^"\n]*"|'[^'\n]*')|(?<!\S)#.*""", r"\1", text.replace("\r\n", "\n"))  # without comments
+    # Drop comments; a # in quotes begins none.
+    text = re.sub(r"""("(?:\\.|[^"\\\n])*"|'[^'\n]*')|(?<!\S)#.*""", r"\1", text.replace("\r\n", "\n"))
     for line in text.replace("\\\n", " ").split("\n"):
         words = shlex.split(line)
         if words[:2] == ["python", "star.py"]:
@@ -70,27 +75,23 @@ def split_lines(text):
 
 def curriculum_flags(parser):
     parser.add_argument("file", help="star.py command lines; \\ or an indent continues a line")
-    add_continue_flags(parser)
-
-
-def add_continue_flags(parser):
-    """What to do with results that exist already."""
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", action="store_true", help="skip finished lines, continue the stopped one")
-    add("--overwrite", action="store_true", help="start every line again")
+    parser.add_argument("--resume", action="store_true", help=RESUME)
 
 
 def run_curriculum(args):
     """Run the star.py command lines of a file in order, as printed; --resume continues after a stop."""
     try:
-        lines = split_lines(Path(args.file).read_text(encoding="utf-8-sig"))
+        text = Path(args.file).read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("a NUL character")
+        lines = split_lines(text)
     except (OSError, ValueError) as e:  # also: not UTF-8, a quote that is not closed
         raise InputError(f"{args.file}: cannot be read ({e}); give a text file of star.py command lines") from e
     if not lines:
         raise InputError(f"{args.file}: has no command; write one star.py command per line")
     for line in lines:
-        if {"--resume", "--overwrite"} & set(shlex.split(line)):
-            raise InputError(f"{args.file}: {line!r}: give --resume and --overwrite to `curriculum` instead")
+        if "--resume" in shlex.split(line):
+            raise InputError(f"{args.file}: {line!r}: give --resume to `curriculum` instead")
     return lines
 
 
@@ -102,9 +103,9 @@ def run_all(lines, args, parse, main):
             stages.append(parse(shlex.split(line))[0])
         except SystemExit:
             print(f"(in the line: {line})", file=sys.stderr)
-            raise
+            raise SystemExit(2) from None
     outs = [Path(getattr(stage, "out", None) or os.devnull) for stage in stages]
-    check_outs(lines, stages, outs, args.resume or args.overwrite)
+    check_outs(lines, stages, outs, args.resume)
     # What an evaluation was compared with is not recorded, so it is compared again, which is quick.
     finished = [args.resume and not getattr(stage, "compare", None) and is_finished(out, stage)
                 for out, stage in zip(outs, stages)]
@@ -113,11 +114,9 @@ def run_all(lines, args, parse, main):
     for line, stage, out, done in zip(lines, stages, outs, finished):
         words = shlex.split(line)
         # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded.
-        if done and (not ran or stage.command not in ("plot", "lens") and is_finished(out, stage)):
+        if done and (not ran or stage.command not in PAGES and is_finished(out, stage)):
             print(f"\n$ python star.py {line}   # finished", flush=True)
             continue
-        if args.overwrite and hasattr(stage, "overwrite"):
-            words.append("--overwrite")
         if args.resume and hasattr(stage, "resume"):
             if stage.command == "curriculum" or out.exists() or Path(f"{out}.part").exists():
                 words.append("--resume")
@@ -128,17 +127,16 @@ def run_all(lines, args, parse, main):
     return 0
 
 
-def check_outs(lines, stages, outs, again):
-    """InputError if two lines write to one place, or one to a place that exists already. again: that may exist.
-    A picture or page, which has no --overwrite, may be drawn again."""
+def check_outs(lines, stages, outs, resume):
+    """InputError if two lines write to one place, or, unless a list is resumed, one to a place that exists already."""
     for number, (line, stage, out) in enumerate(zip(lines, stages, outs)):
         others = [other for before, other in zip(stages[:number], outs)
-                  if hasattr(stage, "overwrite") or hasattr(before, "overwrite")]
+                  if stage.command not in PAGES or before.command not in PAGES]
         if out != Path(os.devnull) and any(same(out, other) for other in others):
             raise InputError(f"{out}: another line writes there, too; use another --out (in the line: {line})")
         exists = out.is_file() or Path(f"{out}.part").exists() or out.is_dir() and any(out.iterdir())
-        if hasattr(stage, "overwrite") and exists and not again:
-            raise InputError(f"{out}: exists already; give --resume or --overwrite (in the line: {line})")
+        if stage.command not in PAGES and exists and not resume:
+            raise InputError(f"{out}: exists already; give --resume or another --out (in the line: {line})")
 
 
 def check_inputs(lines, stages, outs, finished):
@@ -181,8 +179,9 @@ def check_input(path, name, command, think, limit):
             Chat.from_pretrained(path, think)
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
-        for _ in stream_records(path, command != "rollout", limit=limit):
-            pass
+        for record in stream_records(path, command != "rollout", limit=limit):
+            if command in ("simrl", "eval") and not has_answer(record):
+                raise InputError(f"{path}: record {record['id']} has no gold answer to score against")
 
 
 def is_finished(out, stage):
@@ -190,13 +189,13 @@ def is_finished(out, stage):
     if Path(f"{out}.part").exists() or not (out.is_file() or (out / "summary.json").exists()):
         return False
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
-    if hasattr(stage, "overwrite") and stage.command != "reward" and not saved.exists():
+    if stage.command not in (*PAGES, "reward") and not saved.exists():
         return False  # the command itself says what is there
     before = read_json(saved) if saved.exists() else {}
     now = {name: value for name, value in vars(stage).items() if name in before}
     if isinstance(inputs := before.get("inputs"), dict):
         now["inputs"] = inputs | hash_files(inputs)  # a file that was deleted since counts as unchanged
-    refuse_changes(f"{out}: was made with", before, now, "use its flags, or start again with --overwrite")
+    refuse_changes(f"{out}: was made with", before, now, f"use its flags, or remove {out} to run that line again")
     return True
 
 
@@ -205,19 +204,18 @@ def demo_flags(parser):
     add("--out", default="runs/demo", help="folder for everything the demo writes")
     add("--quick", action="store_true", help="a few steps only: shows the stages, teaches little")
     add("--seed", type=int, default=42, help="random seed")
-    add_continue_flags(parser)
+    add("--resume", action="store_true", help=RESUME)
 
 
 def run_demo(args):
     """STAR on the bundled models: score teacher and student, distil (CKD), refine (Sim-RL), score again."""
-    if Path(args.out).exists() and not (args.resume or args.overwrite):
-        raise InputError(f"{args.out}: exists already; use --resume to continue it or --overwrite to start again")
+    refuse_existing(Path(args.out), args.resume)
     machine = f"--device cpu --dtype float32 --seed {args.seed}"
     lengths = QUICK if args.quick else FULL
     score = f"{EVAL} --limit {lengths['limit']} {machine}"
-    text = DEMO.format(out=shlex.quote(args.out), machine=machine, eval=score, **lengths)
     tiny = os.path.relpath(Path(__file__).parents[1] / "data/tiny")
-    return split_lines(text.replace("data/tiny", shlex.quote(tiny)))
+    text = DEMO.replace("{eval}", score).replace("data/tiny", shlex.quote(tiny))
+    return split_lines(text.format(out=shlex.quote(args.out), machine=machine, **lengths))
 
 
 def table_flags(parser):
@@ -251,7 +249,7 @@ def read_scores(folder):
     if run.exists():
         summary = read_json(run)
         seconds = {name: "a number" for name in summary if name.startswith("seconds")}
-        check_fields(summary, seconds, run, "run it again")
+        check_fields(summary, seconds, run, "run it again", needed=True)
         scores["seconds"] = f"{seconds_in(summary):.0f}"
     return scores
 

@@ -105,10 +105,12 @@ def forward_operations(c, args, prompts):
 def sampling_hours(c, args, prompts):
     """Hours to sample n responses to each prompt on one GPU: a step reads the weights and the keys of all slots."""
     slots = args.max_concurrent
-    keys = 4 * c["num_hidden_layers"] * c["kv"] * slots * (args.prompt_tokens / args.n + args.response_tokens / 2)
+    width = getattr(torch, args.dtype).itemsize
+    tokens = slots * (args.prompt_tokens / args.n + args.response_tokens / 2)  # read at each step
+    keys = 2 * width * c["num_hidden_layers"] * c["kv"] * tokens
     steps = prompts * args.n * args.response_tokens / slots
     prefill = prompts * args.prompt_tokens * 2 * c["weights"] / args.tflops / 1e12
-    return (steps * (2 * c["weights"] + keys) / args.bandwidth / 1e12 + prefill) / 3600
+    return (steps * (width * c["weights"] + keys) / args.bandwidth / 1e12 + prefill) / 3600
 
 
 def stage_hours(stage, student, teacher, args):

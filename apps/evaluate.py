@@ -26,10 +26,10 @@ from tqdm import tqdm
 
 import reward
 from apps.rollout import print_examples, read_inputs, sample_responses
-from data import InputError, one_line, parse_json, positive, print_table, read_json, same, write_json, write_lines
+from data import InputError, one_line, parse_json, positive, print_table, read_json
+from data import refuse_overlap, write_json, write_lines
 from data.chat import add_prompt_flags
 from data.fields import check_fields
-from data.prepare import turns
 from data.records import add_data_flags, read_lines
 from data.rollouts import finish_rollouts, read_rows, score_response
 from data.runs import add_output_flags, check_folder, prepare_folder
@@ -67,8 +67,8 @@ def run_eval(args):
         elif args.compare:
             results.append(read_evaluation(Path(args.compare)))
         inputs = [read_inputs(run) for run in runs]
-        for run in runs if rank() == 0 else ():  # refuse both before one of them is cleared
-            check_folder(run, filter(None, (args.data, args.model, args.compare)))
+        for run in runs if rank() == 0 else ():  # refuse both before anything is written
+            check_folder(run)
         for run in runs if rank() == 0 else ():
             prepare_folder(run, [run.model, run.data])
     for run, (chat, groups) in zip(runs, inputs):
@@ -85,6 +85,8 @@ def answer_records(args, chat, groups, device):
     draws = [draw for draw in draws if draw[0] > 0]
     finished, rows = sample_responses(args, out, chat, groups, draws, device, resume=True, scored=True)
     with fail_together():
+        if finished and [row["id"] for row in finished] != [group.record["id"] for group in groups]:
+            raise InputError(f"{out}: has lost records; remove it, and the run answers them again")
         for row in tqdm(rows, "score", unit="record", delay=2):
             for response in row["responses"]:
                 response.update(score_response(chat, row, response["text"]))
@@ -157,21 +159,9 @@ def sign_flip_p(differences):
 
 
 def summarise(rows):
-    """The metrics with intervals, and their means "by" kind and source."""
+    """The number of records, and the metrics with intervals."""
     metrics = {name: bootstrap_ci(values) | {"items": len(values)} for name, values in metric_values(rows).items()}
-    kinds = {}
-    sources = {}
-    for row in rows:
-        calls = min(2, len(row["answer"]["tool_calls"]))
-        length = "multi-turn" if turns(row) > 1 else "single-turn"
-        for name in (("text", "one call", "several calls")[calls], length):
-            kinds.setdefault(name, []).append(row)
-        sources.setdefault(row["source"], []).append(row)
-    by = {}
-    for name, part in (kinds | sources).items():
-        means = {metric: float(np.mean(values)) for metric, values in metric_values(part).items()}
-        by[name] = {"items": len(part)} | means
-    return {"items": len(rows), "metrics": metrics, "by": by}
+    return {"items": len(rows), "metrics": metrics}
 
 
 def compare(rows, others):
@@ -221,7 +211,6 @@ def reward_flags(parser):
     add = parser.add_argument
     add("--data", required=True, help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
     add("--out", metavar="FILE", help="file to write; default: the terminal")
-    add("--overwrite", action="store_true", help="replace the file if it exists")
     add("--explain", type=positive, metavar="LINE", help="explain the reward of this line instead")
     add("--think", choices=("on", "none"), default="on",
         help="none: for models without think tags, require no think block")
@@ -232,11 +221,10 @@ def reward_flags(parser):
 
 def run_reward(args):
     """Print the reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines."""
-    if args.out and same(Path(args.out), Path(args.data)):
-        raise InputError(f"{args.out}: is the file to read; name another --out")
-    if args.out and Path(args.out).exists() and not args.overwrite:
-        raise InputError(f"{args.out}: exists already; use --overwrite or another --out")
     if args.out:
+        refuse_overlap(args.out, [args.data])
+        if Path(args.out).exists():
+            raise InputError(f"{args.out}: exists already; remove it or use another --out")
         write_lines(args.out, score_file(args))
     else:
         sys.stdout.writelines(score_file(args))

@@ -92,8 +92,10 @@ def choose_response(records, chat, args):
         raise InputError(f"{where} no gold answer; give a --response up to {count}")
     # For 0 no response is left, and the group is made with the gold answer.
     record = record | {"responses": responses[number - 1:number]}
-    (group,), _ = make_groups([record], chat, math.inf, math.inf, where=f"{args.data}: ")
-    return group, f"response {number} of {count}" if number else "the gold answer"
+    groups, _ = make_groups([record], chat, math.inf, math.inf, where=f"{args.data}: ")
+    if not groups:
+        raise InputError(f"{where} an empty response {number}; give another --response")
+    return groups[0], f"response {number} of {count}" if number else "the gold answer"
 
 
 def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):

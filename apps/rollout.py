@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, number, one_line, print_table, read_json, same
+from data import InputError, one_line, print_table, refuse_overlap
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
 from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, prompt_groups
@@ -23,9 +23,7 @@ def rollout_flags(parser):
     parser.add_argument("--model", required=True, help="model folder")
     add_data_flags(parser, "records, with or without gold answers")
     add_output_flags(parser, "file to write: the records with `responses`")
-    add = parser.add_argument_group("filters, at the end of a run").add_mutually_exclusive_group().add_argument
-    add("--keep-all", action="store_true", help="keep duplicates and responses of bad form")
-    add("--min-reward", type=number(float, -1.0, 1.0), metavar="X", help="also drop responses with a lower reward")
+    parser.add_argument("--keep-all", action="store_true", help="keep duplicates and responses of bad form")
     add_prompt_flags(parser)
     add_count_flags(parser, 8)
     add_sampling_flags(parser, temperature=1.0)
@@ -38,30 +36,24 @@ def run_rollout(args):
     out = Path(args.out)
     device = pick_device(args)
     with fail_together():
-        if same(out, Path(args.data)):
-            raise InputError(f"{out}: would be written over --data; use another --out")
-        saved = Path(f"{out}.arguments.json")
-        command = read_json(saved).get("command") if saved.exists() else None
-        if args.overwrite and out.exists() and command != "rollout" and not Path(f"{out}.part").exists():
-            raise InputError(f"{out}: was not written by rollout; remove it or use another --out")
-        chat, groups = read_inputs(args, args.min_reward is not None)
+        refuse_overlap(out, [args.data])
+        chat, groups = read_inputs(args, need_gold=False)
         arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
-    finished, rows = sample_responses(args, out, chat, groups, draws, device, arguments=arguments,
-                                      resume=args.resume, overwrite=args.overwrite)
+    finished, rows = sample_responses(
+        args, out, chat, groups, draws, device, arguments=arguments, resume=args.resume)
     dropped = {}
     if finished:
         note(f"{out}: is already finished; nothing is sampled, and the filters are not run again")
     with fail_together():
         if rows:
-            finished, dropped = filter_responses(rows, chat, args.keep_all, args.min_reward)
+            finished, dropped = filter_responses(rows, chat, args.keep_all)
             if not finished:
                 reasons = ", ".join(f"{reason}: {n}" for reason, n in dropped.items())
                 remedy = f"all of them are in {out}.part: use --resume with --keep-all"
                 raise InputError(f"{out}: no response is left ({reasons}); {remedy}")
-            filters = {"keep_all": args.keep_all, "min_reward": args.min_reward}  # for apps/curriculum.py
-            finish_rollouts(out, finished, arguments | filters)
+            finish_rollouts(out, finished, arguments | {"keep_all": args.keep_all})  # for apps/curriculum.py
     if rank() > 0:
         return
     print_examples(finished)
@@ -106,7 +98,7 @@ def sample_responses(args, out, chat, groups, draws, device, **options):
     args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
     chat, groups: of `read_inputs`
     draws: [(n, temperature, top_p)]; a record gets n responses from each
-    options: arguments, resume, overwrite, scored of `open_rollouts`
+    options: arguments, resume, scored of `open_rollouts`
     """
     finished, rows = None, {}
     with fail_together():
@@ -143,8 +135,11 @@ def sample_share(args, out, chat, groups, draws, device, share, total):
             for request in generate(model, queue, args.max_concurrent, chat):
                 i = request.number
                 if i in requests and all(other.done for other in requests[i]):
-                    responses = [r for other in requests.pop(i) for r in other.responses]
+                    finished = requests.pop(i)
+                    responses = [r for other in finished for r in other.responses]
                     append_rollout(out, i, groups[i].record, responses, chat, rank())
+                    for other in finished:
+                        other.responses = []  # the queue keeps the request
                     bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
         except KeyboardInterrupt:
             count = f"{bar.n} of these {total}" if world_size() == 1 else "finished"

@@ -38,7 +38,8 @@ def parse_json(data, where, remedy, kind=dict):
     """Return the value of JSON bytes; InputError with the remedy if they are broken or not of this kind."""
     try:
         value = json.loads(data.decode("utf-8-sig"))
-        if re.search(rb"\\u[dD][89a-fA-F]", data):  # it may be half a surrogate pair
+        # It may hold half a surrogate pair, or be nested deeper than can be written again.
+        if re.search(rb"\\u[dD][89a-fA-F]", data) or data.count(b"[") + data.count(b"{") > 500:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:  # a UnicodeError is a ValueError
         raise InputError(f"{where}: is not JSON in UTF-8 ({e}); {remedy}") from e
@@ -118,6 +119,12 @@ def refuse_changes(where, before, now, remedy):
                          "or start again")
 
 
+def refuse_existing(path, resume):
+    """InputError if a result exists already and is not to be resumed."""
+    if path.exists() and not resume:
+        raise InputError(f"{path}: exists already; continue it with --resume, remove it, or use another --out")
+
+
 locks = {}  # {path: file descriptor}, of this process
 
 
@@ -146,6 +153,14 @@ def unlock_all():
 def same(path, other):
     """Whether two paths are the same file or folder, also on a case-insensitive file system."""
     return path.resolve() == other.resolve() or path.exists() and other.exists() and path.samefile(other)
+
+
+def refuse_overlap(out, inputs):
+    """InputError if a file that a command reads is its --out, or would be replaced while that is written."""
+    for path in map(Path, inputs):
+        for ending in ("", ".tmp", ".part", ".part.tmp", ".arguments.json", ".arguments.json.tmp"):
+            if same(Path(f"{out}{ending}"), path):
+                raise InputError(f"{out}: would be written over {path}, which is read; name another --out")
 
 
 def remove(path):
@@ -193,6 +208,11 @@ def several_processes():
 def is_first_rank():
     """Whether this is the only process, or the first that torchrun started."""
     return not several_processes() or os.environ.get("RANK") == "0"
+
+
+def refuse_on_all(message):
+    """Raise an InputError that every rank raises: the first one reports it, the others end without a message."""
+    raise InputError(message) if is_first_rank() else SystemExit(2)
 
 
 def leave(code):

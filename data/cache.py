@@ -7,11 +7,12 @@
 A cache made from anything else is refused. teacher.py says which k ids a position has.
 """
 import hashlib
+import math
 import os
 import shutil
 import sys
+from io import BytesIO
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 from tqdm import tqdm
@@ -51,12 +52,15 @@ def open_cache(folder, made_from):
     arrays = []
     for name, dtype in (("ids", np.int32), ("log_p", np.float16)):
         path = folder / f"{name}.npy"
-        try:
-            arrays.append(np.load(path, mmap_mode="r"))
-        except (ValueError, OSError, EOFError, TokenError) as e:
-            raise InputError(f"{path}: was cut or changed ({e}); remove the folder") from e
-        if arrays[-1].shape != (made_from["positions"], made_from["k"]) or arrays[-1].dtype != dtype:
-            raise InputError(f"{path}: is not what {folder}/cache.json describes; remove the folder")
+        shape = (made_from["positions"], made_from["k"])
+        header = BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
+        header = header.getvalue()
+        size = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
+        if not path.is_file() or path.stat().st_size != size or path.open("rb").read(len(header)) != header:
+            raise InputError(f"{path}: was cut or changed; remove the folder")
+        arrays.append(np.load(path, mmap_mode="r"))
     return arrays
 
 
@@ -75,6 +79,8 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
     if os.path.ismount(Path(folder).resolve()):
         raise InputError(f"{folder}: is a mount point, which cannot be replaced; name a folder in it")
     lock(folder)
+    if open_cache(folder, made_from):  # another process has finished it meanwhile
+        return
     with atomic_folder(folder) as new:
         if shutil.disk_usage(new).free < size:
             raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; "

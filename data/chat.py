@@ -57,7 +57,7 @@ class Chat:
         """Read a Hugging Face model folder. InputError for a broken file, or a template of another family.
 
         think: "on" opens a think block at the end of every prompt, "off" writes an empty one, "none" writes none;
-            None takes `default_think` of tokenizer_config.json (only data/tiny has it), else what the family knows
+            None takes `default_think` of tokenizer_config.json (--think of a training run), else what the family knows
         tools: "flat" writes a tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
             {"type": "function", "function": {...}}
         """
@@ -68,12 +68,12 @@ class Chat:
         chat.family, chat.default_system, chat.example_call = read_flavour(folder, config.get("chat_template"))
         chat.tools = tools
         chat.think = think or config.get("default_think") or ("on" if chat.family == "qwen3" else "none")
-        if chat.think not in THINK or tools not in ("flat", "wrapped"):
-            raise InputError("think is on, off or none; tools is flat or wrapped")
+        if chat.think not in THINK:
+            raise InputError(f"{path}: think is {chat.think}, not on, off or none; correct default_think")
         path = folder / "tokenizer.json"
         chat.tokenizer = read_tokenizer(folder)
         vocabulary = chat.tokenizer.get_vocab(with_added_tokens=True)
-        chat.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
+        chat.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
         rows = read_optional(folder / "config.json").get("vocab_size")
         if isinstance(rows, int) and rows < chat.vocab_size:
             raise InputError(f"{path}: has {chat.vocab_size} ids, the model only {rows} (config.json); "
@@ -211,6 +211,7 @@ def read_tokenizer(folder):
         raise InputError(f'{path}: has no "model"; download or copy it again')
     try:
         tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.encode("a\n")
     except Exception as e:  # tokenizers raises nothing narrower
         raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
     tokenizer.no_truncation()
@@ -245,7 +246,11 @@ def read_flavour(folder, template):
     if not tools or switch or "<think>" in template or system is None:
         raise InputError(f"{path}: the chat template is neither Qwen2.5's nor Qwen3's; use a folder with one of these")
     # Evaluate escapes as the template engine does.
-    system = system[1].encode("ascii", "backslashreplace").decode("unicode-escape")
+    try:
+        system = system[1].encode("ascii", "backslashreplace").decode("unicode-escape")
+        system.encode()  # half a surrogate pair is no text
+    except UnicodeError as e:
+        raise InputError(f"{path}: the system prompt in the template has a bad escape ({e}); download it again") from e
     # In some templates the example stands inside a string, so its doubled braces reach the model.
     doubled = re.search(r'\{\{\\?"name\\?": <function-name>', template)
     return "qwen2.5", system, "{" + EXAMPLE_CALL + "}" if doubled else EXAMPLE_CALL

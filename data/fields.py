@@ -4,7 +4,6 @@ The code that reads a file checks it once, so that all later code can trust the 
 ignored; missing or null fields are refused only where they are needed.
 """
 import json
-import math
 
 from data import MODEL_FOLDER, InputError, one_line
 
@@ -25,10 +24,11 @@ KINDS = {
     "an object": lambda value: isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
     "a whole number": lambda value: type(value) is int and value >= 0,
-    "a whole number above 0": lambda value: is_id(value) and value > 0,
-    "a number above 0": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "a size": lambda value: type(value) is int and 0 < value < 2 ** 24,
+    "a number of layers": lambda value: type(value) is int and 0 < value < 10_000,
+    "a number above 0": lambda value: type(value) in (int, float) and 0 < value < 1e300,
     "a number": lambda value: type(value) in (int, float) and abs(value) < 1e300,
-    "a number or NaN": lambda value: type(value) in (int, float),
+    "a number or NaN": lambda value: type(value) is float or KINDS["a number"](value),
     "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
     "a template, or a list of templates with names": is_template,
@@ -42,12 +42,12 @@ KINDS = {
 }
 
 CONFIG = dict.fromkeys((
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings"), "a whole number above 0") | dict.fromkeys((
+    "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "max_position_embeddings"), "a size") | dict.fromkeys((
         "tie_word_embeddings", "attention_bias", "use_sliding_window"), "true or false") | {
-    "model_type": "text", "hidden_act": "text", "rms_norm_eps": "a number above 0", "rope_theta": "a number above 0",
-    "rope_parameters": "an object", "rope_scaling": "an object", "layer_types": "a list",
-    "eos_token_id": "an id or a list of ids"}
+    "num_hidden_layers": "a number of layers", "model_type": "text", "hidden_act": "text",
+    "rms_norm_eps": "a number above 0", "rope_theta": "a number above 0", "rope_parameters": "an object",
+    "rope_scaling": "an object", "layer_types": "a list", "eos_token_id": "an id or a list of ids"}
 ROPE = {"rope_theta": "a number above 0", "rope_type": "text", "type": "text"}
 GENERATION_CONFIG = {"eos_token_id": "an id or a list of ids"}
 TOKENIZER_CONFIG = {"default_think": "text", "chat_template": "a template, or a list of templates with names"}

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, hash_files, positive, print_table, same, write_json, write_lines
+from data import InputError, hash_files, lock, positive, print_table, refuse_overlap, write_json, write_lines
 from data.chat import Chat
 from data.records import has_answer, read_records, self_check
 
@@ -46,19 +46,15 @@ def prepare_flags(parser):
     add("--max-prompt-tokens", type=positive, default=8192, metavar="N",
         help="with --model: skip records with longer prompts")
     add("--seed", type=int, default=42, help="random seed of the choice")
-    add("--overwrite", action="store_true", help="replace the file if it exists")
 
 
 def run_prepare(args):
     """Drop records with bad gold answers, label the others, and choose a mix of them by quotas."""
     out = Path(args.out)
-    if any(same(out, Path(path)) for path in args.data):
-        raise InputError(f"{out}: is one of the files to read; name another --out")
+    refuse_overlap(out, args.data)
     part = Path(f"{out}.part")
-    if part.exists() and part.stat().st_size:  # one of `prepare` is empty
-        raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
-    if out.exists() and not (args.overwrite or part.exists()):
-        raise InputError(f"{out}: exists already; give --overwrite or another --out")
+    if out.exists() and not part.exists():
+        raise InputError(f"{out}: exists already; remove it or use another --out")
     chat = Chat.from_pretrained(args.model) if args.model else None
     records = []
     for path in args.data:
@@ -86,10 +82,14 @@ def run_prepare(args):
     if args.size:
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
     chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)} for record in chosen]
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite")}
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
     tokenizer = [Path(args.model) / name for name in TOKENIZER_FILES] if chat else []
     settings["inputs"] = hash_files([*args.data, *tokenizer])
-    write_lines(part, ())  # a file with settings counts as finished, except while this one is there
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()  # a file with settings counts as finished, except while this one is there
+    lock(part)
+    if part.stat().st_size:
+        raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
     write_json(f"{out}.arguments.json", settings)
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
     part.unlink()

@@ -9,7 +9,7 @@ A response is {"text", "ids", "finish_reason", "logprob"}, with "reward" if the 
 
 The filters check form, not correctness, as in the paper: exactly one think block if the prompt asks for one; calls that
 can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt are dropped. A
-teacher's mistakes are kept, unless a minimum reward is set (the paper has no such filter).
+teacher's mistakes are kept.
 
 Departures from the released code, as far as it is described:
 1. A call that is never closed fails, even after closed calls, where the reward ignores it.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, lock, parse_json, read_json, refuse_changes, write_json, write_lines
+from data import InputError, lock, parse_json, read_json, refuse_changes, refuse_existing, write_json, write_lines
 from data.fields import SAMPLED, SCORED, check_fields
 from data.groups import Group
 from data.records import has_answer, stream_records
@@ -65,32 +65,31 @@ def score_response(chat, record, text, **options):
 
 # ---- Sampling that can resume: open the file, append each record, finish
 
-CHANGED = "the line was changed or cut: remove it, or start again with --overwrite"
+CHANGED = "the line was changed or cut: remove it, or start again with another --out"
 
 
-def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, scored=False):
+def open_rollouts(out, groups, arguments=None, resume=False, scored=False):
     """Start or resume the rollout file `out` (a Path) of the records of groups. `arguments` are its settings.
 
     scored: whether a finished file is that of an evaluation
 
     Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
     OUT.part, which stays locked, and of other ranks. InputError if they were made with other settings or from other
-    records, and if the file exists and neither resume nor overwrite is set.
+    records, and if the file exists and resume is not set.
     """
     part = Path(f"{out}.part")
-    others = [path for path in out.parent.glob("*.part.[0-9]*") if path.stem == part.name]
+    others = [path for path in out.parent.glob("*.part.*") if path.stem == part.name and path.suffix[1:].isdecimal()]
     for path in (out, part):
-        if path.exists() and not (resume or overwrite):
-            raise InputError(f"{path}: exists already; use --resume to continue it or --overwrite to start again")
-    if resume and out.exists() and not part.exists():
+        refuse_existing(path, resume)
+    if out.exists() and not part.exists():
         if arguments is not None:
-            remedy = "start again with --overwrite, or use another --out"
+            remedy = "resume with the flags in its .arguments.json, or use another --out"
             saved = read_json(f"{out}.arguments.json", remedy)
             refuse_changes(f"{out}: was made with", saved, arguments, remedy)
         return read_rows(out, scored), {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    begun = resume and part.exists() and part.stat().st_size > 0
-    part.touch(exist_ok=resume or overwrite)
+    begun = part.exists() and part.stat().st_size > 0
+    part.touch(exist_ok=resume)
     lock(part)
     lines = []
     for path in (part, *others) if begun else ():
@@ -100,7 +99,7 @@ def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, sc
                     where = f"{path}:{number}"
                     lines.append((where, parse_json(line, where, CHANGED)))
     if lines:
-        remedy = "resume with the settings in its first line, or start again with --overwrite"
+        remedy = "resume with the settings in its first line, or use another --out"
         where, saved = lines[0]
         if "index" in saved:  # not the settings: OUT.part was cut
             raise InputError(f"{where}: {CHANGED}")
@@ -111,7 +110,7 @@ def open_rollouts(out, groups, arguments=None, resume=False, overwrite=False, sc
         check_responses(row, where, SAMPLED)
         record = groups[i].record if i < len(groups) else None
         if record is None or record["id"] != row.get("id"):
-            raise InputError(f"{part}: holds other records; start again with --overwrite")
+            raise InputError(f"{part}: holds other records; use another --out")
         rows[i] = record | {"responses": row["responses"]}
     while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
         others.pop().unlink()
@@ -168,9 +167,9 @@ def json_line(value):
 
 # ---- Filters
 
-def filter_responses(rows, chat, keep_all=False, min_reward=None):
-    """Score the responses of records; drop duplicates, responses of bad form, and rewards below min_reward.
-    keep_all: drop nothing. Returns (rows, dropped): the records that still have responses, and {reason: count}.
+def filter_responses(rows, chat, keep_all=False):
+    """Score the responses of records; drop duplicates and responses of bad form, or with keep_all nothing. Returns
+    (rows, dropped): the records that still have responses, and {reason: count}.
     """
     kept = []
     dropped = Counter()
@@ -180,13 +179,10 @@ def filter_responses(rows, chat, keep_all=False, min_reward=None):
         for response in row["responses"]:
             text = response["text"]
             if has_answer(row):
-                reward = score_response(chat, row, text)["reward"]
-                response = response | {"reward": reward}
+                response = response | {"reward": score_response(chat, row, text)["reward"]}
             reason, content = check_form(chat, row, text)
             if reason is None and content in contents:
                 reason = "duplicate"
-            elif reason is None and min_reward is not None and reward < min_reward:
-                reason = f"reward below {min_reward:g}"
             contents.add(content)
             if reason is None or keep_all:
                 responses.append(response)

@@ -18,33 +18,23 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, hash_files, lock, one_line, parse_json, print_table
-from data import read_json, refuse_changes, remove, same, write_json
-from data.checkpoints import delete_checkpoints, latest_checkpoint, list_checkpoints, open_checkpoint
-from data.fields import GROUP, check_fields
+from data import read_json, refuse_changes, refuse_existing, write_json
+from data.checkpoints import delete_checkpoints, latest_checkpoint, open_checkpoint
+from data.fields import GROUP, PROGRESS, check_fields
 from data.groups import counted_tokens
 from data.records import read_lines
 from shard import rank, wait_for_ranks
 
 # A resumed run may change these: they affect memory, speed, what is shown, or the filters at the end of a rollout.
-FREE_FLAGS = {"resume", "overwrite", "out", "device", "keep_all", "min_reward", "compare", "samples",
-              "save_every", "micro_batch_tokens", "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks",
-              "prefix_tokens"}
-
-# What a run writes under --out, checkpoints apart, and all that --overwrite deletes. The summary, by which a run counts
-# as finished, goes first.
-RUN_FILES = ("summary.json", "model", "metrics.jsonl", "samples.jsonl", "samples.json",
-       "generations.jsonl", "generations.jsonl.part", "generations.jsonl.part.[0-9]*")
-SCORE_FILES = ("summary.json", "items.json", "stats.json", "test_case_ids_to_generate.json", "generate.log",
-              "evaluate.log", "result_star", "score_star", "result_all", "score_all", "data_all")  # bfcl and acebench
+FREE_FLAGS = {"resume", "out", "device", "keep_all", "compare", "samples", "save_every", "micro_batch_tokens",
+              "gradient_checkpointing", "compile", "max_concurrent", "shard_ranks", "prefix_tokens"}
 
 
 def add_output_flags(parser, what):
     """Flags that say where to write, and what to do with an earlier run there."""
     group = parser.add_argument_group("output")
     group.add_argument("--out", required=True, help=what)
-    group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="continue a stopped run")
-    group.add_argument("--overwrite", action="store_true", help="delete an earlier run and start again")
 
 
 def settings(args, inputs):
@@ -53,29 +43,20 @@ def settings(args, inputs):
     return {name: value for name, value in vars(args).items() if name not in free} | {"inputs": hash_files(inputs)}
 
 
-def check_folder(args, paths):
-    """InputError if --out cannot be the folder of this run, or if the run would overwrite a path that it uses."""
+def check_folder(args):
+    """InputError if --out cannot be the folder of this run: it exists already, or is none to resume."""
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
-    own = [out / name for name in ("checkpoints", "arguments.json", *RUN_FILES, *SCORE_FILES)]
-    for path in map(Path, paths):
-        around = [path.resolve(), *path.resolve().parents]
-        if same(out, path) or any(same(file, place) for file in own for place in around):
-            raise InputError(f"{out}: would write over {path}, which this run reads; use another --out")
     if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
-        if not (args.resume or args.overwrite):
-            raise InputError(f"{out}: exists already; use --resume to continue it or --overwrite to start again")
+        refuse_existing(out, args.resume)
         if not (out / "arguments.json").exists():
             raise InputError(f"{out}: has no arguments.json, so it is not a run; remove it or use another --out")
-        command = read_json(out / "arguments.json", "remove the folder").get("command")
-        if args.overwrite and command != args.command:
-            raise InputError(f"{out}: holds a run of {command!r}; remove it or use another --out")
 
 
 def prepare_folder(args, inputs, shapes=None):
-    """Clear or resume --out, after `check_folder`, and write arguments.json. Returns the step to resume after, 0 for a
-    new run.
+    """Begin or resume --out, after `check_folder`, and write arguments.json. Returns the step to resume after, 0 for a
+    new run, -1 for a finished one.
 
     inputs: the files and model folders that the run reads; they must not change before it is finished
     shapes: {name: shape} of the weights that train, which a checkpoint must have
@@ -86,30 +67,23 @@ def prepare_folder(args, inputs, shapes=None):
     now = settings(args, inputs)
     out.mkdir(parents=True, exist_ok=True)
     lock(out)
-    if args.overwrite:
-        clear_folder(out, SCORE_FILES if args.command in ("bfcl", "acebench") else RUN_FILES)
-    elif saved.exists():
-        remedy = "resume with the flags in its arguments.json, or start again with --overwrite"
+    if saved.exists():
+        remedy = "resume with the flags in its arguments.json, or use another --out"
         refuse_changes(f"{out}: was started with", read_json(saved, remedy), now, remedy)
+    write_json(saved, now)
+    if args.command not in PROGRESS:  # the others train
+        return 0
+    if (out / "summary.json").exists():
+        return -1
     step = latest_checkpoint(out)
     if step:
         open_checkpoint(out, step, args.command, shapes)
-    write_json(saved, now)
     delete_checkpoints(out)
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl")[:2 if args.command == "simrl" else 1]:
         cut_log(out / name, step)
     if (out / "metrics.jsonl").exists():
         read_metrics(out, whole=True)
     return step
-
-
-def clear_folder(out, own):
-    """Delete what a run has written, all in its model and checkpoints included. arguments.json and other files stay."""
-    for name in own:
-        for path in (*out.glob(f"{name}.tmp"), *out.glob(name)):
-            remove(path)
-    for _, folder in list_checkpoints(out, r"(\.tmp)?"):
-        remove(folder)
 
 
 def lines_from_end(path):
@@ -191,7 +165,7 @@ def rows_with(rows, name, out):
     """The rows that have this figure; the validation before the first step has none of training."""
     rows = [row for row in rows if name in row]
     if not rows:
-        raise InputError(f"{out}/metrics.jsonl: no step of this run is left in it; start again with --overwrite")
+        raise InputError(f"{out}/metrics.jsonl: no step of this run is left in it; start again with another --out")
     return rows
 
 
@@ -227,9 +201,13 @@ def summarise_refinement(out):
 def finish_run(args, model, summarise, memory, show):
     """Write the model and the summary, `summarise(out) | memory`, of a finished run, then `show(out, summary)`.
     Its last checkpoint has the same weights."""
-    model.save_pretrained(Path(args.out) / "model", getattr(torch, args.save_dtype))
+    folder = Path(args.out) / "model"
+    model.save_pretrained(folder, getattr(torch, args.save_dtype))
     wait_for_ranks()  # as in `save_checkpoint`
     if rank() == 0:
+        if args.think:  # from now on the model's own; `serve` and others need no flag
+            config = folder / "tokenizer_config.json"
+            write_json(config, (read_json(config) if config.exists() else {}) | {"default_think": args.think})
         summary = summarise(args.out) | memory
         write_json(Path(args.out) / "summary.json", summary)
     wait_for_ranks()

@@ -274,8 +274,7 @@ def test_folder_errors(tmp_path):
     folder = make_folder(tmp_path / "m", model_type="llama")
     refused("m/config.json: no chat template.* 'llama'.*; use a Qwen2.5 or Qwen3 folder")
     folder = make_folder(tmp_path / "m", QWEN3)
-    refused("think is on, off or none", think="maybe")
-    refused("tools is flat or wrapped", tools="both")
+    refused("tokenizer_config.json: think is maybe, not on, off or none", think="maybe")
     for broken, pattern in ((b"{", "tokenizer.json: is not JSON"), (b"[]", "tokenizer.json: holds a JSON list"),
                             (b"{}", 'has no "model"'), (b"\xff", "is not JSON in UTF-8")):
         (folder / "tokenizer.json").write_bytes(broken)

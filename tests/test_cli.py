@@ -191,22 +191,22 @@ REFUSED = {
     "ids below zero": (SFT, lambda: change_responses([{"text": "x", "ids": [-1]}]),
                        "train.jsonl:3: .*ids.*; run rollout aga"),
     "all prompts too long": (f"{SFT} --max-prompt-tokens 3", None, "train.jsonl: no record is left .*; "),
-    "run exists": (SFT, lambda: run_before(SFT), "run: exists already; use --resume .* or --overwrite"),
+    "run exists": (SFT, lambda: run_before(SFT), "run: exists already; continue it with --resume, remove it"),
     "run is a file": (f"{SFT} --out train.jsonl", None, "train.jsonl: is a file; --out names a folder"),
-    "run is a file, overwritten": (f"{SFT} --out train.jsonl --overwrite", None, "train.jsonl: is a file; --out names"),
-    "overwrite what is no run": (f"{SFT} --out teacher --overwrite", None, "teacher: .*not .*a run.*; "),
-    "overwrite what is read": (f"sft --model run/model {TRAIN} --overwrite", lambda: run_before(SFT),
-                               "run: would write over run/model, which this run reads; "),
-    "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: cut(
-        str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors"))),
+    "run is a file, resumed": (f"{SFT} --out train.jsonl --resume", None, "train.jsonl: is a file; --out names"),
+    "resume what is no run": (f"{SFT} --out teacher --resume", None, "teacher: .*not .*a run.*; "),
+    "a run in the model that it reads": (f"sft --model run/model {TRAIN} --resume", lambda: run_before(SFT),
+                                         "run: was started with another model; resume"),
+    "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: (Path("run/summary.json").unlink(), cut(
+        str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors")))),
         "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from"),
-    "a cache in place of the model": (f"{CKD} --cache run/model", None, "run: would write over run/model, which this"),
-    "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache/run: lies in --cache cache; use another"),
-    "a run that is its cache": (f"{CKD} --cache run", None, "run: lies in --cache run; use another --out"),
+    "a cache in place of the model": (f"{CKD} --cache run/model", None, "run/model: --cache and --out lie one in the"),
+    "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache: --cache and --out lie one in the other; "),
+    "a run that is its cache": (f"{CKD} --cache run", None, "run: --cache and --out lie one in the other; use"),
     "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: run_before(CKD),
                        "run: was started with another .*k.*; resu"),
     "cache of another teacher": (
-        f"{CKD} --cache cache --overwrite", lambda: run_before(
+        f"{CKD} --cache cache --out new", lambda: run_before(
             f"{CKD} --cache cache", lambda: change_tensors(lambda t: t["model.norm.weight"].mul_(2),
                                                            "teacher/model.safetensors")),
         "cache: this cache was made from another teacher; remove the folder or name a new one"),
@@ -218,9 +218,9 @@ REFUSED = {
     "broken cache": (f"{CKD} --cache cache --out new", lambda: run_before(
         f"{CKD} --cache cache", lambda: cut("cache/cache.json")), r"cache/cache.json: is not JSON .*; --cache"),
     "rollout exists": (ROLLOUT, lambda: run_before(ROLLOUT),
-                       "out.jsonl: exists already; use --resume .* or --overwrite"),
+                       "out.jsonl: exists already; continue it with --resume, remove it"),
     "part of a rollout exists": (ROLLOUT, lambda: Path("out.jsonl.part").write_text(""),
-                                 "out.jsonl.part: exists already; use --resume .* or --overwrite"),
+                                 "out.jsonl.part: exists already; continue it with --resume, remove it"),
     "no tools file": ("chat --model student --tools nowhere.json", None, "nowhere.json: no such file; give a JSON lis"),
     "plot of no run": ("plot teacher --out x.png", None, "teacher: no metrics.jsonl; name the --out folder of a run"),
     "no model to refine": (f"{SIMRL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
@@ -230,15 +230,14 @@ REFUSED = {
                             "train.jsonl: record .* has no gold answer .*; add one, or remove the record"),
     "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: run_before(SIMRL),
                                  "run: was started with another n; "),
-    "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --overwrite", None,
-                                   "train.jsonl: would be written ov"),
+    "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --resume", None,
+                                   "train.jsonl: would be written over train.jsonl, which"),
     "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: run_before(ROLLOUT),
-                                            "out.jsonl: was made with another model; start again"),
-    "overwrite another command's run": (f"{SFT} --overwrite", lambda: run_before(CKD),
-                                        "run: holds a run of 'ckd'; remove "),
-    "evaluate into the model": (f"{EVAL} --model run/model --out run --overwrite", lambda: run_before(SFT),
-                                "run: would write over run/model, which this run reads; "),
-    "evaluate no data": (f"{EVAL} --data nowhere.jsonl --overwrite", lambda: run_before(EVAL),
+                                            "out.jsonl: was made with another model; resume with"),
+    "resume another command's run": (f"{SFT} --resume", lambda: run_before(CKD), "run: was started with another version"),
+    "evaluate into the model": (f"{EVAL} --model run/model --out run --resume", lambda: run_before(SFT),
+                                "run: was started with another version"),
+    "evaluate no data": (f"{EVAL} --data nowhere.jsonl --resume", lambda: run_before(EVAL),
                          "nowhere.jsonl: cannot be"),
     "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
     "compare with nothing": (f"{EVAL} --compare nowhere", None,
@@ -264,7 +263,23 @@ REFUSED = {
             Path("cache/ids.npy").read_bytes().replace(b")", b" ", 1))), "cache/ids.npy: was cut or changed"),
     "more ids than rows": (SFT, lambda: edit("student/config.json", vocab_size=300),
                            "student/tokenizer.json: has [0-9]* ids, the model only 300"),
-    "demo exists": ("demo --out teacher", None, "teacher: exists already; use --resume .* or --overwrite"),
+    "integers for weights": (SFT, lambda: change_tensors(
+        lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int16)})), "student/model.safetensors: te"),
+    "nested JSON": (SFT, lambda: change_line(lambda record: json.dumps(record | {"x": 0}).replace(
+        '"x": 0', '"x": ' + "[" * 990 + "]" * 990)), "train.jsonl:3: is not JSON .*; each line"),
+    "a large number": (SFT, lambda: edit("student/config.json", rope_theta=10 ** 400),
+                       "student/config.json: rope_theta is .*, not a number above 0"),
+    "too many layers": (SFT, lambda: edit("student/config.json", num_hidden_layers=2 ** 31 - 1),
+                        "student/config.json: num_hidden_layers is .*, not a number of layers"),
+    "an unknown think opening": (SFT, lambda: edit("student/tokenizer_config.json", default_think="maybe"),
+                                 "student/tokenizer_config.json: think is maybe"),
+    "look at an empty response": (f"{LENS} --row 3 --response 1", lambda: change_responses(
+        [{"text": "", "finish_reason": "length"}]), "train.jsonl: record 3 has an empty response 1; give another"),
+    "a table of a broken run": ("table scores", lambda: (run_before(SFT), run_before(
+        f"{EVAL} --model run/model"), edit("run/summary.json", seconds=None)), "run/summary.json: seconds is null, not"),
+    "a large number in metrics": ("plot run --out x.png", lambda: run_before(SFT, lambda: Path(
+        "run/metrics.jsonl").write_text('{"step": 1, "loss": ' + "1" * 400 + "}\n")), "run/metrics.jsonl:1: loss is 1"),
+    "demo exists": ("demo --out teacher", None, "teacher: exists already; continue it with --resume, remove it"),
 }
 
 
@@ -298,7 +313,7 @@ def test_refused_by_a_process(here):
     f"{SFT} --max-prompt-tokens 0", f"{SFT} --max-response-tokens 0", f"{SFT} --batch-size many",
     f"{ROLLOUT} --n 0", f"{ROLLOUT} --max-concurrent 0", f"{ROLLOUT} --temperature -1", f"{ROLLOUT} --top-p 0",
     f"{ROLLOUT} --top-p 1.5", f"{ROLLOUT} --max-new-tokens 0", f"{ROLLOUT} --limit 0",
-    f"{SIMRL} --n 1", f"{ROLLOUT} --resume --overwrite", f"{SFT} --seed -1", f"{SFT} --seed 5000000000",
+    f"{SIMRL} --n 1", f"{SFT} --seed -1", f"{SFT} --seed 5000000000",
     f"{LENS} --row 0", f"{LENS} --response -1", f"{LENS} --seed 1", f"{SIMRL} --clip 0.2",
     f"{SIMRL} --kl-weight -1", f"{SIMRL} --max-draws 0", f"{SIMRL} --temperature 0", f"{SIMRL} --top-p 0.9",
     f"{SFT} --learning-rate 1", f"{SFT} --mask some", "sft", "distill", ""])
@@ -338,14 +353,14 @@ def test_a_run_of_the_version_before_is_refused(here, capsys, command, new_flags
     assert run(f"{command} --resume") == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.match(
-        rf"star.py {name}: {out}.* another version of this program, without {new_flags}, inputs; .*--overwrite", error), error
+        rf"star.py {name}: {out}.* another version of this program, without {new_flags}, inputs; .*another --out", error), error
     assert files(here) == before
 
 
 DIVERGED = (r"star.py \w+: run: step (\d+): (the gradient norm|the validation nll|a weight) is (nan|inf), "
             r"training has diverged; "
             r"(the last good checkpoint is (run/checkpoints/step-\d{6})|there is no checkpoint yet); "
-            r"start again with --overwrite and a lower --lr, or with --dtype float32")
+            r"start again with another --out and a lower --lr, or with --dtype float32")
 
 
 @pytest.mark.parametrize("command, step, name, checkpoint", [
@@ -425,8 +440,8 @@ def test_held_out_prompts_are_answered_at_each_validation(here):
                "--dtype float32 --device cpu") == 0
     summary = json.loads(Path("scores/summary.json").read_text())
     assert logged[-1]["valid_reward"] == pytest.approx(summary["metrics"]["reward"]["mean"])
-    assert run(f"{command} --overwrite --max-response-tokens 200") == 0
-    for before, after in zip(logged, rows("run/metrics.jsonl")):
+    assert run(f"{command} --out new --max-response-tokens 200") == 0
+    for before, after in zip(logged, rows("new/metrics.jsonl")):
         assert before.get("loss") == after.get("loss") and "valid_exact" not in after
 
 
@@ -498,7 +513,7 @@ def test_rollout(here, capsys):
     assert run(f"{CKD} --data out.jsonl") == 0 and "24 prompts" not in capsys.readouterr().err
     stamp = Path("out.jsonl").stat().st_mtime_ns
     assert run(f"{ROLLOUT} --resume") == 0 and Path("out.jsonl").stat().st_mtime_ns == stamp  # finished: unchanged
-    assert run(f"{ROLLOUT} --overwrite --seed 1") == 0 and rows("out.jsonl") != written
+    assert run(f"{ROLLOUT} --out new.jsonl --seed 1") == 0 and rows("new.jsonl") != written
 
 
 def test_chat(here, monkeypatch, capsys):

@@ -125,10 +125,10 @@ def test_an_unknown_command_stops_everything(here, capsys):
 
 
 def test_a_failing_line_stops_the_rest(here, capsys):
-    Path("plan.txt").write_text(PLAN.replace("--keep-all", "--min-reward 1"))
+    Path("plan.txt").write_text(PLAN.replace("--keep-all", "--max-prompt-tokens 3"))
     assert run() == 2
     output, message = capsys.readouterr()
-    assert "no response is left" in message and not Path("run/ckd").exists()
+    assert "no prompt is left" in message and not Path("run/ckd").exists()
     assert commands(output) == ORDER[:4]
 
 
@@ -154,7 +154,7 @@ def test_resume_skips_finished_lines_and_continues_the_stopped_one(here, capsys)
     rollouts = Path("run/rollouts.jsonl").read_bytes()
     capsys.readouterr()
 
-    assert run() == 2  # neither --resume nor --overwrite
+    assert run() == 2  # without --resume
     assert "run/eval/teacher: exists already" in capsys.readouterr().err
 
     # A run stopped in its last line: everything else is skipped.
@@ -199,29 +199,12 @@ def test_a_picture_is_drawn_again_if_a_line_before_it_ran(here, capsys):
         assert drawn[0] == "plot" and (drawn[-1] == "finished") == finished
 
 
-def test_overwrite_starts_every_line_again(here, capsys):
-    assert run() == 0
-    expected = weights()
-    Path("run/ckd/checkpoints/step-000002/weights.safetensors").write_bytes(b"")
-    capsys.readouterr()
-    assert run("--overwrite") == 0
-    lines = printed_lines(capsys.readouterr().out)
-    assert [words[-1] == "--overwrite" for words in lines] == [True] * 8 + [False]  # table writes nothing
-    assert weights() == expected
-
-
 def test_resume_runs_lines_that_write_no_file_again(here, capsys):
     Path("lines.jsonl").write_text('{"prompt": "", "generation": "<think></think>Yes.", "label": "Yes."}\n')
     Path("plan.txt").write_text("reward --data lines.jsonl\n")
-    for flags in ([], ["--resume"], ["--overwrite"]):
+    for flags in ([], ["--resume"]):
         assert run(*flags) == 0
         assert '"reward"' in capsys.readouterr().out
-
-
-def test_resume_or_overwrite_not_both(here, capsys):
-    with pytest.raises(SystemExit) as error:
-        run("--resume", "--overwrite")
-    assert error.value.code == 2 and not Path("run").exists()
 
 
 # ---- The demo and the examples -----------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ prepare --data train.jsonl --model teacher --size 16 --out chosen.jsonl
 """
 COMMANDS = {"sft": f"{SFT} --save-every 1", "ckd": f"{CKD} --save-every 1 --valid-answers 2",
             "cache": f"{CKD} --cache cache", "simrl": SIMRL, "rollout": f"{ROLLOUT} --limit 5 --max-concurrent 4", "eval": f"{EVAL} --n 2",
-            "chain": "curriculum chain.txt", "overwrite": f"{SFT} --save-every 1 --overwrite"}
+            "chain": "curriculum chain.txt"}
 FAULTS = ("kill", "torn", "full")
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
 
@@ -106,9 +106,6 @@ def check(name, samples=None, seed=0):
         world.mkdir()
         make_world(world)
         (world / "chain.txt").write_text(CHAIN)
-        again = COMMANDS[name] if name == "overwrite" else f"{COMMANDS[name]} --resume"
-        if name == "overwrite":
-            attempt(f"{SFT} --seed 7", world)
         whole = shutil.copytree(world, Path(temporary) / "whole")
         code, errors, operations = attempt(COMMANDS[name], whole)
         assert code == 0, errors
@@ -124,7 +121,7 @@ def check(name, samples=None, seed=0):
             if "Traceback" in errors or fault == "full" and (code, len(lines)) not in ((0, 0), (2, 1)):
                 wrong = f"ended with {code}: {errors[-1500:]}"
             else:
-                code, errors, _ = attempt(again, folder)
+                code, errors, _ = attempt(f"{COMMANDS[name]} --resume", folder)
                 found = results(folder)
                 if code:
                     wrong = f"the resumed run ended with {code}: {errors[-1500:]}"

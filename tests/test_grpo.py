@@ -695,7 +695,7 @@ def test_a_diverged_run_stops_before_anything_is_saved(dtype, tmp_path, monkeypa
     message = str(error.value)
     assert message.startswith(f"{tmp_path}: step 3: the gradient norm is nan")
     assert f"last good checkpoint is {tmp_path}/checkpoints/step-000002" in message
-    assert "--overwrite" in message and "--lr" in message and "--dtype float32" in message
+    assert "another --out" in message and "--lr" in message and "--dtype float32" in message
     assert "\n" not in message
     assert len(calls) == 1  # the first update of step 3, whose gradient was finite
     assert contents(tmp_path / "checkpoints") == checkpoints and len(checkpoints) == 2 * 5

@@ -204,8 +204,8 @@ def test_prepare(write, tmp_path, capsys):
             "- gold answer: label cannot be read 5", "- duplicates 2", "kept 3"} <= set(said)
     assert {"single - 2", "response - 1", "s 10 3"} <= set(said)
     first = (tmp_path / "new" / "out.jsonl.gz").read_bytes()
-    run(one, two, out=tmp_path / "new" / "out.jsonl.gz", overwrite=True)
-    assert (tmp_path / "new" / "out.jsonl.gz").read_bytes() == first
+    run(one, two, out=tmp_path / "again.jsonl.gz")
+    assert (tmp_path / "again.jsonl.gz").read_bytes() == first
     capsys.readouterr()
     run(one, two, out=tmp_path / "calls.jsonl", labels="single")
     assert prepared(tmp_path / "calls.jsonl") == rows[:2] and "- other labels  " in capsys.readouterr().out
@@ -244,25 +244,24 @@ def test_prepare_measures_prompts(world, write, tmp_path, capsys):
 def test_prepare_refuses(write, tmp_path):
     path, out = write(record()), tmp_path / "out.jsonl"
     out.write_text("precious")
-    for data, flags, message in (([path], {"out": out}, "out.jsonl: exists already; give --overwrite"),
-                                 ([path], {"out": path, "overwrite": True}, "data.jsonl: is one of the files to read"),
-                                 ([path, tmp_path / "no"], {"out": out, "overwrite": True}, "no: cannot be read")):
+    for data, flags, message in (([path], {"out": out}, "out.jsonl: exists already; remove it or"),
+                                 ([path], {"out": path}, "data.jsonl: would be written over"),
+                                 ([path, tmp_path / "no"], {"out": tmp_path / "new"}, "no: cannot be read")):
         with pytest.raises(InputError, match=message):
             run(*data, **flags)
     assert out.read_text() == "precious" and sorted(p.name for p in tmp_path.iterdir()) == ["data.jsonl", "out.jsonl"]
 
 
-def test_a_failed_write_leaves_the_old_file(write, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_file(write, tmp_path, monkeypatch):
     path, out = write(record()), tmp_path / "out.jsonl"
-    out.write_text("precious")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError):
-        run(path, out=out, overwrite=True)
-    assert out.read_text() == "precious" and not Path(f"{out}.tmp").exists()
+        run(path, out=out)
+    assert not out.exists() and not Path(f"{out}.tmp").exists()
 
 
 # ---- rollout filters ---------------------------------------------------------------------------------------------
@@ -341,13 +340,6 @@ def test_duplicates():
     assert len(rollouts.filter_responses(rows, renderer())[0]) == 2
 
 
-def test_min_reward():
-    half = said(block(CALL | {"arguments": {"city": "Lima"}}))
-    assert filtered(GOOD, half, said("No.")) == ([GOOD, half, said("No.")], {})
-    assert filtered(GOOD, half, said("No."), min_reward=0.5) == ([GOOD, half], {"reward below 0.5": 1})
-    assert filtered(half, min_reward=0.75) == ([], {"reward below 0.75": 1, "prompts without responses": 1})
-
-
 def test_rewards_and_dropped_prompts():
     rows = [record(id="good") | {"responses": [{"text": GOOD, "ids": [1]}, {"text": "never closed"}]},
             record(id="bad") | {"responses": [{"text": "never closed"}] * 2},
@@ -418,7 +410,7 @@ def test_rollout_filters_and_tells(stage, capsys):
 
 
 def test_a_resumed_rollout_is_the_same_and_may_filter_otherwise(stage, tmp_path):
-    wholes = {"default": {}, "keep": {"keep_all": True}, "least": {"min_reward": 0.5}}
+    wholes = {"default": {}, "keep": {"keep_all": True}}
     for name, options in wholes.items():
         stage(f"{name}.jsonl", **options)
         for before in wholes.values():
@@ -440,17 +432,6 @@ def test_nothing_left_keeps_the_part(stage, tmp_path, world):
     assert not (tmp_path / "out.jsonl").exists()
     rows, answered = stage("out.jsonl", records=two, resume=True, keep_all=True)
     assert answered == 0 and [len(row["responses"]) for row in rows] == [3, 3]
-
-
-def test_min_reward_needs_answers(stage, tmp_path, world):
-    records = read_records(world / "train.jsonl")[:2]
-    del records[1]["answer"]
-    with pytest.raises(InputError, match="data.jsonl:2: no answer; give a last"):
-        stage("out.jsonl", records=records, min_reward=0.5)
-    records[1]["responses"] = [{"text": "of an earlier rollout"}]
-    with pytest.raises(InputError, match=f"record {records[1]['id']} has no gold answer to score against; add one"):
-        stage("out.jsonl", records=records, min_reward=0.5)
-    assert not Path(f"{tmp_path}/out.jsonl.part").exists()
 
 
 def test_examples_in_docstrings():

@@ -159,13 +159,11 @@ def test_a_rank_that_dies_ends_the_other(here, monkeypatch, capfd, command):
 
 
 def test_records_of_an_earlier_run_are_not_taken(here):
-    """Another --seed over a stopped run, and a part file whose OUT.part is gone."""
+    """Part files of ranks whose OUT.part is gone."""
     assert star.main(f"{ROLLOUT} --limit 4 --out whole".split()) == 0
     records = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
     lines = [json.dumps({"index": i, "id": record["id"], "responses": []}) + "\n" for i, record in enumerate(records)]
-    for name, flags in (("a", ""), ("b", "--resume"), ("c", "--overwrite")):
-        if name == "c":
-            Path("c.part").write_text(json.dumps({"seed": 1}) + "\n")
+    for name, flags in (("a", ""), ("b", "--resume")):
         Path(f"{name}.part.1").write_text("".join(lines))
         Path(f"{name}.part.12").write_text("".join(lines))
         assert run(f"{ROLLOUT} --limit 4 --out {name} {flags}", 2) == [0, 0]
@@ -176,7 +174,7 @@ def test_records_of_an_earlier_run_are_not_taken(here):
 @pytest.mark.parametrize("command, message", [
     (f"{ROLLOUT} --out new --data nowhere.jsonl", "nowhere.jsonl: cannot be read"),  # on all ranks
     (f"{ROLLOUT} --out old", "old: exists already"),  # on rank 0
-    (f"{ROLLOUT.replace('--keep-all', '--min-reward 1')} --out new", "new: no response is left"),
+    (f"{ROLLOUT.replace('--keep-all', '--max-new-tokens 1')} --out new", "new: no response is left"),
     (f"{ROLLOUT} --out old/new", "old"),
     (f"{EVAL} --out new --model nowhere", "nowhere/config.json: no such file"),
     (f"{EVAL} --out old", "old: is a file"),

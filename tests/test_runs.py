@@ -14,6 +14,7 @@ import star
 from apps import curriculum
 from apps.checks import IDLE
 from data import InputError, lock, prepare
+from data.chat import Chat
 from data.checkpoints import latest_checkpoint, list_checkpoints
 from data.runs import cut_log, log_metrics, read_metrics
 from test_cli import CKD, EVAL, PROGRAM, ROLLOUT, SFT, SIMRL, files, here, run, start, wait_for  # noqa: F401
@@ -45,36 +46,82 @@ def test_only_own_checkpoints_are_looked_at(here):
     assert [step for step, _ in list_checkpoints("run")] == [1, 2, 1_000_000]
     (folder / "step-1000000").rmdir()
     shutil.rmtree(folder / "step-000002")
+    Path("run/summary.json").unlink()
     assert run(f"{STEPS} --resume") == 0
     assert before.keys() == files("run").keys() and not (folder / "step-000007.tmp").exists()
     assert (folder / "step-best").is_dir() and (folder / "step-000009x").is_dir()
 
 
-def test_overwrite_deletes_what_a_run_wrote(here):
-    command = f"{CKD} --cache run/cache"
-    assert run(command) == 0
-    Path("run/notes.txt").write_text("mine")
-    Path("run/checkpoints/notes.txt").write_text("mine")
-    cache = files("run/cache")
-    assert run(f"{command} --overwrite --steps 1") == 0
-    assert Path("run/notes.txt").read_text() == Path("run/checkpoints/notes.txt").read_text() == "mine"
-    assert files("run/cache") == cache and latest_checkpoint("run") == 1
-
-
-def test_overwrite_of_links_and_of_other_files(here, capsys):
-    assert run(STEPS) == 0
-    shutil.move("run/model", "elsewhere")
-    Path("run/model").symlink_to(Path("elsewhere").resolve())
-    assert run(f"{STEPS} --overwrite") == 0 and Path("elsewhere/config.json").exists()
-    assert not Path("run/model").is_symlink()
+def test_no_command_writes_over_a_file_of_another(here, capsys):
     Path("notes.jsonl").write_text("mine")
-    assert "was not written by rollout" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --overwrite")
-    assert Path("notes.jsonl").read_text() == "mine"
     assert run("prepare --data train.jsonl --out chosen.jsonl") == 0
-    assert "was not written by rollout" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --overwrite")
+    before = files(".")
+    for name in ("notes.jsonl", "chosen.jsonl"):
+        assert f"{name}: exists already" in refused(capsys, f"{ROLLOUT} --out {name}")
+    assert "notes.jsonl.arguments.json: no such file" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --resume")
+    assert "chosen.jsonl: was made with another" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --resume")
+    assert files(".") == before
     Path("sampled.jsonl.part").write_text("{}\n")
-    assert "belongs to an unfinished rollout" in refused(capsys, "prepare --data train.jsonl --out sampled.jsonl --overwrite")
+    assert "belongs to an unfinished rollout" in refused(capsys, "prepare --data train.jsonl --out sampled.jsonl")
     assert Path("sampled.jsonl.part").read_text() == "{}\n"
+
+
+def test_a_finished_run_is_left_alone(here, capsys):
+    assert run(STEPS) == 0
+    Path("run/model/notes.txt").write_text("mine")
+    before = files("run")
+    capsys.readouterr()
+    assert run(f"{STEPS} --resume") == 0 and "run: is already finished" in capsys.readouterr().err
+    assert files("run") == before
+
+
+def test_eval_leaves_logs_and_checkpoints_alone(here):
+    assert run(EVAL) == 0
+    for name in ("samples.jsonl", "metrics.jsonl", "checkpoints/step-000001/progress.json"):
+        Path("scores", name).parent.mkdir(exist_ok=True, parents=True)
+        Path("scores", name).write_text('{"step": 1}\n')
+    before = files("scores")
+    assert run(f"{EVAL} --resume") == 0 and files("scores") == before
+
+
+@pytest.mark.parametrize("ending", [".tmp", ".part", ".arguments.json"])
+@pytest.mark.parametrize("command", [
+    "prepare --data {0} --out new", "reward --data {0} --out new", f"{ROLLOUT} --data {{0}} --out new --resume"])
+def test_an_input_may_not_have_the_name_of_a_temporary_file(here, capsys, command, ending):
+    shutil.copyfile("train.jsonl", f"new{ending}")
+    before = files(".")
+    assert "would be written over" in refused(capsys, command.format(f"new{ending}"))
+    assert files(".") == before
+
+
+def test_a_backup_beside_a_part_file_is_left_alone(here):
+    backup = Path("out.jsonl.part.2026-11-29")
+    backup.write_text("mine")
+    assert run(ROLLOUT) == 0 and backup.read_text() == "mine"
+
+
+def test_moments_that_are_not_those_of_the_weights(here, capsys):
+    assert run(STEPS) == 0
+    folder = Path("run/checkpoints/step-000002")
+    Path("run/summary.json").unlink()
+    for names in (("exp_avg_sq",), ("exp_avg_sq", "exp_avg")):
+        for name in names:  # of AdamW, momentum_buffer is empty
+            shutil.copyfile(folder / "momentum_buffer.safetensors", folder / f"{name}.safetensors")
+        assert "has not the moments of all weights; remove that folder" in refused(capsys, f"{STEPS} --resume")
+
+
+def test_answers_that_were_removed_are_missed(here, capsys):
+    assert run(EVAL) == 0
+    path = Path("scores/generations.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert "scores/generations.jsonl: has lost records" in refused(capsys, f"{EVAL} --resume")
+
+
+def test_the_think_opening_of_training_is_the_models_own(here):
+    assert run(f"{STEPS} --think off --out a") == 0 and run(f"{STEPS} --out b") == 0
+    assert Chat.from_pretrained("a/model").think == "off"
+    assert Chat.from_pretrained("b/model").think == Chat.from_pretrained("student").think == "on"
+    assert Path("b/model/tokenizer_config.json").read_bytes() == Path("student/tokenizer_config.json").read_bytes()
 
 
 def test_a_start_that_was_killed_can_be_repeated(here):
@@ -106,6 +153,7 @@ def test_resume_refuses_changed_inputs(here, capsys, command, change):
 def test_resume_with_other_speed_and_reports(here):
     assert run(STEPS) == 0
     shutil.rmtree(Path("run/checkpoints/step-000002"))
+    Path("run/summary.json").unlink()
     assert run(f"{STEPS} --resume --micro-batch-tokens 100 --save-every 5 --samples 2") == 0
 
 
@@ -117,7 +165,6 @@ def test_two_processes_on_one_out(here, capsys, command):
     try:
         wait_for(process, lambda: Path(part[command.split()[0]]).exists())
         assert "another process writes there" in refused(capsys, f"{command} --resume")
-        assert "another process writes there" in refused(capsys, f"{command} --overwrite")
     finally:
         process.kill()
         process.communicate()
@@ -288,11 +335,31 @@ def test_a_chain_goes_on_after_a_stage_was_finished_by_hand(here):
 def test_a_stage_whose_input_was_made_anew_is_not_finished(here, capsys):
     Path("chain.txt").write_text(CHAIN)
     assert run("curriculum chain.txt") == 0
-    assert run(f"{CHAIN.splitlines()[0]} --seed 7 --overwrite") == 0
+    shutil.rmtree("a")
+    assert run(f"{CHAIN.splitlines()[0]} --seed 7") == 0
     Path("chain.txt").write_text(CHAIN.replace("--out a", "--seed 7 --out a", 1))
     assert "b: was made with another a/model/model.safetensors" in refused(capsys, "curriculum chain.txt --resume")
     shutil.rmtree("a")  # it is made anew by the chain itself
     assert "b: was made with another a/model/model.safetensors" in refused(capsys, "curriculum chain.txt --resume")
+
+
+def test_lists_that_cannot_run(here, capsys):
+    Path("chain.txt").write_text(f"sft --help\n{STEPS}\n")
+    assert run("curriculum chain.txt") == 2 and not Path("run").exists()  # help is not a run that has ended well
+    Path("chain.txt").write_text("curriculum chain.txt")
+    capsys.readouterr()
+    assert run("curriculum chain.txt") == 2 and "a list of commands that runs itself" in capsys.readouterr().err
+    Path("chain.txt").write_text("table a\0b")
+    assert "a NUL character" in refused(capsys, "curriculum chain.txt")
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["responses"] = [{"text": "a"}]
+        del line["answer"]
+    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for command in (SIMRL, EVAL):
+        Path("chain.txt").write_text(f"{ROLLOUT}\n{command}\n")
+        assert "has no gold answer" in refused(capsys, "curriculum chain.txt") and not Path("out.jsonl").exists()
+    assert curriculum.split_lines(r'table "a \" b # c" # d') == [r"""table 'a " b # c'"""]
 
 
 def test_chains_of_chains_and_limits(here):
@@ -318,8 +385,8 @@ def test_a_chain_notices_another_filter_or_comparison(here, capsys):
     rollout = ROLLOUT.replace(" --keep-all", "")
     Path("chain.txt").write_text(f"{rollout}\n{EVAL}\n")
     assert run("curriculum chain.txt") == 0
-    Path("chain.txt").write_text(f"{rollout} --min-reward 0.5\n{EVAL}\n")
-    assert "was made with another min_reward" in refused(capsys, "curriculum chain.txt --resume")
+    Path("chain.txt").write_text(f"{ROLLOUT}\n{EVAL}\n")
+    assert "was made with another keep_all" in refused(capsys, "curriculum chain.txt --resume")
     shutil.copytree("scores", "before")
     Path("chain.txt").write_text(f"{rollout}\n{EVAL} --compare before\n")
     assert run("curriculum chain.txt --resume") == 0
