@@ -289,7 +289,7 @@ def simrl_flags(parser):
     add = parser.add_argument_group("steps").add_argument
     add("--prompts-per-step", type=positive, default=128, help="groups per step")
     add("--temperature", type=number(float, 1e-6), default=1.0, help="of the samples, above 0")
-    add("--episodes", type=positive, default=3, help="passes over the prompts")
+    add("--episodes", type=positive, default=3, help="steps = prompts x episodes / prompts-per-step")
     add("--steps", type=positive, help="overrides --episodes")
     add = parser.add_argument_group("reward and filter").add_argument
     add("--reward", choices=("similarity", "binary"), default="similarity",

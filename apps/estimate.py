@@ -12,7 +12,7 @@ import torch
 from data import MODEL_FOLDER, non_negative, number, positive, print_table, read_json
 from head import CHUNK, GPU_CHUNK
 from model import Transformer
-from sampler import Request, cache_size
+from sampler import PREFILL_TOKENS, Request, cache_size
 
 
 def read_sizes(folder):
@@ -69,12 +69,14 @@ def frozen_memory(c, args, gpus):
 
 
 def sampling_memory(c, args):
-    """{part: size} of the sampler: weights, keys and values, and the logits of a draw."""
+    """{part: size} of the sampler: weights, keys and values, a layer of a prefill, the logits of a draw."""
     width = getattr(torch, args.dtype).itemsize
     request = Request([0] * args.max_prompt_tokens, args.n, 0, 1.0, args.max_new_tokens)
     slots, prompts, prompt_tokens, new_tokens = cache_size(args.max_concurrent, [request] * args.max_concurrent)
     tokens = prompts * prompt_tokens + slots * new_tokens
+    layer = 2 * c["hidden_size"] + 3 * c["intermediate_size"] + c["q"] + 2 * c["kv"]  # numbers a token
     return {"copies": width * c["weights"], "keys": 2 * width * c["num_hidden_layers"] * c["kv"] * tokens,
+            "activations": width * layer * max(PREFILL_TOKENS, prompt_tokens),
             "head": 24 * slots * c["vocab_size"] if args.device == "cuda" else 0}
 
 
@@ -89,6 +91,7 @@ def stage_memory(stage, student, teacher, args, gpus):
     sampler = sampling_memory(model, args)
     if args.dtype == "float32" and gpus == 1:
         sampler["copies"] = 0  # the model that trains is whole and in this precision: it samples itself
+    del sampler["activations"]  # fewer than those of training
     for name, size in sampler.items():
         parts[name] = parts.get(name, 0) + size
     return parts | {"frozen": frozen_memory(model, args, gpus)}
@@ -133,6 +136,7 @@ def estimate_flags(parser):
     parser.add_argument("--student", required=True, help="model folder; only its config.json is read")
     parser.add_argument("--teacher", required=True, help="the same")
     parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 8], metavar="N", help="numbers of GPUs")
+    parser.add_argument("--shard-ranks", type=positive, metavar="N", help="GPUs that share a copy; default: all")
     add = parser.add_argument_group("data").add_argument
     add("--prompts", type=positive, default=128_000, help="one epoch of rollout and ckd")
     add("--n", type=positive, default=8, help="responses to a prompt")
@@ -164,7 +168,7 @@ def run_estimate(args):
         print(f"\n{gpus} GPU{'s' * (gpus > 1)}; GB on each, and hours\n")
         rows = [["", *columns, "all", "hours"]]
         for stage in ("rollout", "ckd", "simrl", "refine"):
-            parts = stage_memory(stage, student, teacher, args, gpus)
+            parts = stage_memory(stage, student, teacher, args, min(gpus, args.shard_ranks or gpus))
             sizes = [parts.get(name, 0) for name in columns]
             hours = stage_hours(stage, student, teacher, args) / gpus
             rows.append([stage, *(f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))), f"{hours:.1f}"])

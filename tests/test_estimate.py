@@ -3,13 +3,16 @@ import itertools
 import json
 import shlex
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import simrl  # noqa: E402
 import star  # noqa: E402
 import train  # noqa: E402
 from apps.checks import SEVERAL_PROCESSES  # noqa: E402
@@ -20,10 +23,12 @@ from conftest import settings  # noqa: E402
 from data import leave  # noqa: E402
 from data.groups import Group, Response  # noqa: E402
 from model import Transformer  # noqa: E402
+from sampler import Request, Sampler, cache_size  # noqa: E402
 from teacher import Teacher  # noqa: E402
 from test_shard import finish_ranks, start_ranks  # noqa: E402
 
 TOKENS = 4096  # of a micro-batch
+SAMPLES = {"device": "cpu", "n": 1, "max_new_tokens": 128, "max_concurrent": 32}
 CONFIG = {"model_type": "qwen3", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384,
           "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
           "tie_word_embeddings": True}
@@ -38,9 +43,20 @@ def pair(tmp_path_factory):
     return folder
 
 
+@contextmanager
+def measured_memory():
+    """Yield a list, which gets the largest sum of what torch has allocated in this context, in bytes."""
+    peak = []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield peak
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    peak.append(max(itertools.accumulate(event.nbytes() for event in events)))
+
+
 def ckd_step(folder, dtype, checkpointing):
     """Load both models and train a step, on all ranks. Returns the largest sum of what was allocated, in bytes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with measured_memory() as peak:
         args = settings("ckd", device="cpu", dtype=dtype, micro_batch_tokens=TOKENS)
         shard = train.sharding(args, train.pick_device(args))
         model = Transformer.from_pretrained(f"{folder}/teacher", getattr(torch, dtype), shard=shard)
@@ -53,22 +69,64 @@ def ckd_step(folder, dtype, checkpointing):
         loss_over_batch(student, teacher, groups, ckd_loss, args, step=1)
         train.clip_gradients(student)
         train.optimiser_step(optimisers, 1e-6)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    return max(itertools.accumulate(event.nbytes() for event in events))
+    return peak[0]
 
 
-def assert_as_computed(measured, folder, ranks, dtype, checkpointing=False, rel=0.15):
+def sample(model, args):
+    """Fill the slots of a sampler, and draw a few tokens. Returns it: it holds the keys and values."""
+    chat = SimpleNamespace(stop_ids=[], vocab_size=CONFIG["vocab_size"])
+    requests = [Request([1] * 256, args.n, i, 1.0, args.max_new_tokens) for i in range(args.max_concurrent // args.n)]
+    sampler = Sampler(model, chat, *cache_size(args.max_concurrent, requests))
+    for request in requests:
+        sampler.add(request)
+    for _ in range(3):
+        sampler.step()
+    return sampler
+
+
+def rollout_step(folder, dtype):
+    args = settings("rollout", dtype=dtype, **SAMPLES)
+    with measured_memory() as peak:
+        sample(Transformer.from_pretrained(f"{folder}/teacher", getattr(torch, dtype)), args)
+    return peak[0]
+
+
+def simrl_step(folder, dtype):
+    args = settings("simrl", dtype=dtype, micro_batch_tokens=TOKENS, batch_size=8, **SAMPLES)
+    with measured_memory() as peak:
+        model = Transformer.from_pretrained(f"{folder}/student")
+        reference = Transformer.from_pretrained(f"{folder}/student", getattr(torch, dtype))
+        optimisers = train.make_optimisers(model, args)
+        sampler = sample(model.in_dtype(getattr(torch, dtype)), args)
+        responses = [Response([1] * 256, (0, 256), log_probs=[-1.0] * 256, advantage=1.0) for _ in range(TOKENS // 512)]
+        groups = [Group({}, list(range(256)), [response]) for response in responses]
+        for batch in simrl.prepare_batches(model, reference, groups, CONFIG["vocab_size"], args, 1):
+            simrl.accumulate_gradients(model, batch, CONFIG["vocab_size"], args)
+            train.clip_gradients(model)
+            train.optimiser_step(optimisers, 1e-6)
+        del sampler
+    return peak[0]
+
+
+def assert_as_computed(measured, folder, ranks, dtype, checkpointing=False, rel=0.15, stage="ckd"):
     flags = (f"--student {folder}/student --teacher {folder}/teacher --device cpu --dtype {dtype} "
              f"--micro-batch-tokens {TOKENS} --prompt-tokens 256 --n 1 --response-tokens 256")
+    if stage != "ckd":
+        flags += f" --max-prompt-tokens 256 --max-concurrent {SAMPLES['max_concurrent']} --max-new-tokens 128"
     args, _ = star.parse(["estimate", *flags.split(), *["--gradient-checkpointing"] * checkpointing])
-    parts = stage_memory("ckd", read_sizes(args.student), read_sizes(args.teacher), args, ranks)
+    parts = stage_memory(stage, read_sizes(args.student), read_sizes(args.teacher), args, ranks)
     assert measured == pytest.approx(sum(parts.values()), rel=rel), parts
 
 
 @pytest.mark.parametrize("dtype,checkpointing", [("float32", False), ("float32", True), ("bfloat16", False)])
 def test_memory_of_a_ckd_step(pair, dtype, checkpointing):
     assert_as_computed(ckd_step(pair, dtype, checkpointing), pair, 1, dtype, checkpointing)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage,step", [("rollout", rollout_step), ("simrl", simrl_step)])
+def test_memory_of_a_step_that_samples(pair, stage, step, dtype):
+    assert_as_computed(step(pair, dtype), pair, 1, dtype, stage=stage)
 
 
 def test_memory_of_a_ckd_step_on_two_ranks(pair, tmp_path):

@@ -1,7 +1,7 @@
 """Sharded training: several ranks against one, checkpoints that another number of ranks resumes, the memory of a rank.
 
     python tests/test_shard.py table     the table of tests/README: all cases on 2, 3, 4 and 2 x 2 ranks, some minutes
-    python tests/test_shard.py memory    half the layers of a 0.6B on 4 ranks and on one, some minutes and 10 GB
+    python tests/test_shard.py memory    a random 0.6B on 4 ranks and on one, four minutes and 17 GB
 
 STAR_LONG=1 runs the whole table as tests.
 """
