@@ -94,7 +94,7 @@ DIVERGENCES = {
     "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
 
 
-def ckd_loss(logits, target, teacher_ids, teacher_log_p, m=100, tail_weight=10.0, divergence=forward_kl, kd_ratio=1.0):
+def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, divergence=forward_kl, kd_ratio=1.0):
     """The distillation loss at each position: Eq. 3, or with another divergence, mixed with cross-entropy.
 
     logits: [C, V], the student's
@@ -242,7 +242,7 @@ def validate(student, teacher, valid, args, answer_valid=None):
     loss = cross_entropy
     if teacher:
         divergence = sampled_kl if args.objective == "rskd" else forward_kl
-        loss = partial(ckd_loss, m=args.m, divergence=divergence)
+        loss = partial(ckd_loss, m=args.m, tail_weight=0.0, divergence=divergence)
     means = loss_over_batch(student, teacher, valid, loss, args)
     del means["loss"]  # not the training objective
     answers = answer_valid(student.in_dtype(getattr(torch, args.dtype))) if answer_valid else {}

@@ -186,7 +186,7 @@ def ckd_row(folder):
 
     def step(groups):
         model.zero_grad()
-        loss_over_batch(model, teacher, groups, ckd_loss, args, step=1)
+        loss_over_batch(model, teacher, groups, partial(ckd_loss, m=100, tail_weight=10.0), args, step=1)
 
     seconds = medians(2, ours=partial(step, [group]), padded=partial(step, padded))
     report("CKD step, 600-token prompt x 8 x 60", seconds["ours"], {"padded rows here": seconds["padded"]}, 4)
@@ -258,7 +258,7 @@ def slopes_row(folder):
                          for _ in range(sizes["responses"])]
             groups.append(Group({}, [r.randrange(9_000) for _ in range(200)], responses))
         teacher = Teacher(model, sizes["k"], sizes["vocabulary"])
-        loss = partial(ckd_loss, m=sizes["k"])
+        loss = partial(ckd_loss, m=sizes["k"], tail_weight=10.0)
         args = training_args("ckd", 4096, "float32")
         return medians(3, step=lambda: loss_over_batch(model, teacher, groups, loss, args, step=1))["step"]
 
@@ -398,14 +398,15 @@ def head_inputs(N, V=151_936, H=896, k=100):
 def head_row(folder, N=1024, chunk=256):
     """CKD's loss and gradients against the three matrix products that it cannot do without."""
     W, h, weights, tensors = head_inputs(N)
+    loss = partial(ckd_loss, m=100, tail_weight=10.0)
     for dtype, targets in ((torch.float32, (1.1, 1.4, 0.8)), (BF16, (1.5, 2.2, 0.65))):
         def ours():
             h.grad = W.grad = None
-            head_loss(h, W, weights, ckd_loss, *tensors, chunk=chunk, dtype=dtype)[0].backward()
+            head_loss(h, W, weights, loss, *tensors, chunk=chunk, dtype=dtype)[0].backward()
 
         def textbook():
             h.grad = W.grad = None
-            losses, _ = ckd_loss((h.to(dtype) @ W.to(dtype).T).float(), *tensors)
+            losses, _ = loss((h.to(dtype) @ W.to(dtype).T).float(), *tensors)
             (losses @ weights).backward()
 
         @torch.no_grad()
@@ -520,7 +521,8 @@ def write_rollouts(path, prompts, vocab_size):
 def head_memory(N):
     """Peak memory of the head's loss and gradients in bfloat16, above that of its inputs, in GB."""
     W, h, weights, tensors = head_inputs(N)
-    return peak_above_start(lambda: head_loss(h, W, weights, ckd_loss, *tensors, dtype=BF16)[0].backward())
+    loss = partial(ckd_loss, m=100, tail_weight=10.0)
+    return peak_above_start(lambda: head_loss(h, W, weights, loss, *tensors, dtype=BF16)[0].backward())
 
 
 def peak_above_start(run):

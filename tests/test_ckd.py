@@ -1,5 +1,4 @@
 """The losses against textbook loops, formulas and identities; the chunked head loss; teacher, cache and loop."""
-import inspect
 import json
 import math
 import shutil
@@ -438,9 +437,6 @@ def test_defaults_are_the_released_settings():
     loss = objective_loss(a)
     assert loss.func is ckd_loss and loss.keywords == {
         "m": 100, "tail_weight": 10.0, "divergence": DIVERGENCES["ckd"], "kd_ratio": 1.0}
-    parameters = inspect.signature(ckd_loss).parameters
-    for name, value in loss.keywords.items():
-        assert parameters[name].default == value
     a = settings("rollout")
     assert (a.n, a.temperature, a.top_p) == (8, 1.0, 1.0)
 

@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +67,7 @@ def ckd_step(folder, dtype, checkpointing):
         optimisers = train.make_optimisers(student, args)
         count = train.world_size() * TOKENS // 512  # a micro-batch for each rank
         groups = [Group({}, list(range(256)), [Response(list(range(256)), (0, 256))]) for _ in range(count)]
-        loss_over_batch(student, teacher, groups, ckd_loss, args, step=1)
+        loss_over_batch(student, teacher, groups, partial(ckd_loss, m=100, tail_weight=10.0), args, step=1)
         train.clip_gradients(student)
         train.optimiser_step(optimisers, 1e-6)
     return peak[0]
