@@ -96,8 +96,8 @@ def cache_key(args, groups, vocab_size):
     if not args.cache:
         return None
     out, cache = Path(args.out).resolve(), Path(args.cache).resolve()
-    if out.is_relative_to(cache) or cache.is_relative_to(out):
-        raise InputError(f"{args.cache}: --cache and --out lie one in the other; use folders apart")
+    if out.is_relative_to(cache) or {out / "model", out / "checkpoints"} & {cache, *cache.parents}:
+        raise InputError(f"{args.cache}: --cache and --out {args.out} lie one in the other; use another --cache")
     view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
     digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
     key = {"teacher": model_hash(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}

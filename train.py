@@ -158,10 +158,10 @@ def pick_device(args):
         keep_pages()
     if int(os.environ.get("WORLD_SIZE") or 1) > 1 and not dist.is_initialized():
         if name == "cuda":
-            count = torch.cuda.device_count()
-            if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > count:
-                refuse_on_all(f"--device cuda: more ranks than GPUs; use torchrun --nproc-per-node {count}")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if number >= count:
+                refuse_on_all(f"--device cuda: no GPU for rank {number}; use --nproc-per-node {count}", number == count)
+            torch.cuda.set_device(number)
         # A rank may end its share of a rollout hours before another one; nccl's own limit is ten minutes.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
     mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs

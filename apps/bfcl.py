@@ -104,12 +104,12 @@ def run_bfcl(args):
     variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1", "VLLM_ENDPOINT": "127.0.0.1"}
     flags = ["--model", HANDLER, "--result-dir", "result_star"]
     total = sum(map(len, chosen.values()))
-    threads = 100 if v3 else min(2 * args.max_concurrent, 500)  # v3 takes no other number
-    room_for = args.prefix_tokens // PREFIX
-    if room_for < threads and not chosen.keys().isdisjoint(MULTI_TURN):
-        note(f"{threads} conversations run at a time, and --prefix-tokens has room for {room_for}; "
-             f"with {threads * PREFIX} none is computed again")
+    threads = 100 if v3 else min(2 * args.max_concurrent, 500)  # v3 takes no other; the server, 1,000 connections
     if keep_answers(out, is_failure) < total:
+        conversations = min(threads, sum(len(ids) for name, ids in chosen.items() if name in MULTI_TURN))
+        if 0 < args.prefix_tokens < conversations * PREFIX:
+            note(f"--prefix-tokens has room for {args.prefix_tokens // PREFIX} of {conversations} conversations that "
+                 "run at a time; the others are computed again at each turn")
         with serve_model(args, longest) as server:
             command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path",
                        Path(args.model).resolve(), "--run-ids", "--num-threads", threads]
@@ -153,7 +153,7 @@ def install_needs(pip):
 
 
 def prompt_tokens(chat, name, entry):
-    """Tokens of a single-turn item's prompt, a few too many. The tool adds a note to each function's description and,
+    """Tokens of an item's first prompt, a few too many. The tool adds a note to each function's description and,
     in Java and JavaScript, a longer one to each parameter's; it writes tools in ASCII."""
     tools = entry["function"]
     text = chat.render(entry["question"][0], tools, generation_prompt=True)

@@ -181,7 +181,7 @@ def check_input(path, name, command, think, limit):
     elif path.is_file():  # a pipe can be read only once
         for record in stream_records(path, command != "rollout", limit=limit):
             if command in ("simrl", "eval") and not has_answer(record):
-                raise InputError(f"{path}: record {record['id']} has no gold answer to score against")
+                raise InputError(f"{path}: record {record['id']} has no gold answer; add one, or remove it")
 
 
 def is_finished(out, stage):

@@ -123,8 +123,10 @@ def serve_model(args, longest_prompt):
              "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools,
              "--max-prompt-tokens", longest_prompt, "--prefix-tokens", args.prefix_tokens]
     flags += ["--think", args.think] if args.think else []
-    for number in (signal.SIGTERM, signal.SIGHUP):  # end the server and the tool, too
-        signal.signal(number, lambda *_: sys.exit(128 + number))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as by nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the server and the tool, too
     star = Path(__file__).parents[1] / "star.py"
     process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.PIPE,
                                start_new_session=True)  # so that Ctrl-C leaves it its counts to be read
@@ -144,6 +146,8 @@ def serve_model(args, longest_prompt):
     finally:
         process.terminate()
         process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def check_alive(process):

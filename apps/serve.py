@@ -41,8 +41,8 @@ TIMEOUT = 60  # of a socket, in seconds
 
 # Parameters that would change an answer, and the values with which they do not.
 UNSUPPORTED = {
-    "tool_choice": ("auto",), "functions": ([],), "response_format": ({"type": "text"},), "logprobs": (False,),
-    "logit_bias": ({},), "echo": (False,), "suffix": ("",), "best_of": (1,),
+    "tool_choice": ("auto",), "functions": ([],), "function_call": (), "response_format": ({"type": "text"},),
+    "logprobs": (False,), "logit_bias": ({},), "echo": (False,), "suffix": ("",), "best_of": (1,),
     "frequency_penalty": (0,), "presence_penalty": (0,)}
 
 
@@ -121,7 +121,7 @@ def read_prompt(engine, body, chatting):
     chat = engine.sampler.chat
     if chatting:
         messages = {name: body.get(name) for name in ("messages", "tools")}
-        record = read_record(messages, "", False, text_history=True)
+        record = read_record(messages, "", False, as_text=True)
         if "answer" in record:
             raise HTTPError(400, "the last message is the assistant's; it must be the user's or a tool's")
         return chat.prompt(record)
@@ -212,8 +212,9 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def service_actions(self):
-        """Called twice a second. A server whose engine has failed ends; its clients have been told."""
+        """Called at least twice a second. A server whose engine has failed ends, after its clients were told."""
         if self.engine.error:
+            time.sleep(1)
             raise InputError(self.engine.error)
 
     def process_request(self, request, client_address):

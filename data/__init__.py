@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from contextlib import contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -108,6 +109,8 @@ def hash_files(paths):
 def refuse_changes(where, before, now, remedy):
     """InputError that names each setting of `now` whose value in `before` differs, or the input files that do."""
     before, now = dict(before), dict(now)
+    if before.get("command") != now.get("command"):
+        raise InputError(f"{where} the command {before.get('command')}, not {now.get('command')}; {remedy}")
     if unknown := [name for name in now if name not in before]:
         raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
     inputs, old_inputs = now.pop("inputs", {}), before.pop("inputs", {})
@@ -157,10 +160,10 @@ def same(path, other):
 
 def refuse_overlap(out, inputs):
     """InputError if a file that a command reads is its --out, or would be replaced while that is written."""
+    temporary = re.compile(re.escape(Path(out).name) + r"(\.part|\.part\.\d+|\.arguments\.json)?(\.tmp)?")
     for path in map(Path, inputs):
-        for ending in ("", ".tmp", ".part", ".part.tmp", ".arguments.json", ".arguments.json.tmp"):
-            if same(Path(f"{out}{ending}"), path):
-                raise InputError(f"{out}: would be written over {path}, which is read; name another --out")
+        if same(Path(out), path) or temporary.fullmatch(path.name) and same(Path(out).parent, path.parent):
+            raise InputError(f"{out}: would be written over {path}, which is read; name another --out")
 
 
 def remove(path):
@@ -210,9 +213,13 @@ def is_first_rank():
     return not several_processes() or os.environ.get("RANK") == "0"
 
 
-def refuse_on_all(message):
-    """Raise an InputError that every rank raises: the first one reports it, the others end without a message."""
-    raise InputError(message) if is_first_rank() else SystemExit(2)
+def refuse_on_all(message, reports=None):
+    """Raise an InputError that several ranks raise. One reports it, by default the first of each machine; the others
+    end later and without a message, because torchrun stops all ranks when one has ended."""
+    if os.environ.get("LOCAL_RANK", "0") == "0" if reports is None else reports:
+        raise InputError(message)
+    time.sleep(3)
+    raise SystemExit(2)
 
 
 def leave(code):

@@ -53,12 +53,14 @@ def open_cache(folder, made_from):
     for name, dtype in (("ids", np.int32), ("log_p", np.float16)):
         path = folder / f"{name}.npy"
         shape = (made_from["positions"], made_from["k"])
-        header = BytesIO()
+        buffer = BytesIO()
         np.lib.format.write_array_header_1_0(
-            header, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
-        header = header.getvalue()
+            buffer, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
+        header = buffer.getvalue()
         size = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
-        if not path.is_file() or path.stat().st_size != size or path.open("rb").read(len(header)) != header:
+        with open(path, "rb") if path.is_file() else BytesIO() as file:
+            begins = file.read(len(header)) == header
+        if not begins or path.stat().st_size != size:
             raise InputError(f"{path}: was cut or changed; remove the folder")
         arrays.append(np.load(path, mmap_mode="r"))
     return arrays

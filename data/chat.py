@@ -37,7 +37,7 @@ def add_prompt_flags(parser, tools="--tools"):
     """Add --think and the flag named `tools`: how records are rendered as prompts."""
     add = parser.add_argument_group("prompts").add_argument
     add("--think", choices=("on", "off", "none"), help="on: the prompt ends in an opened <think>; off: in an empty "
-        "think block; none: no think tags; default: on (Qwen3), none (Qwen2.5), off (data/tiny)")
+        "think block; none: no think tags; default: as in its training here, else on (Qwen3) or none (Qwen2.5)")
     add(tools, choices=("flat", "wrapped"), default="flat",
         help="flat: tools as in the released data; wrapped: as in OpenAI's API")
 
@@ -211,7 +211,7 @@ def read_tokenizer(folder):
         raise InputError(f'{path}: has no "model"; download or copy it again')
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.encode("a\n")
+        tokenizer.encode("a\n")  # some faults appear only here
     except Exception as e:  # tokenizers raises nothing narrower
         raise InputError(f"{path}: is not a tokenizer ({e}); download or copy it again") from e
     tokenizer.no_truncation()

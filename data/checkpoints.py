@@ -95,7 +95,7 @@ def save_checkpoint(out, step, model, optimisers, progress):
         files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
         for name, tensors in files.items():
-            save_tensors(tensors, new and new / f"{name}.safetensors")
+            save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
             write_json(new / "progress.json", progress)

@@ -24,8 +24,8 @@ KINDS = {
     "an object": lambda value: isinstance(value, dict),
     "a list": lambda value: isinstance(value, list),
     "a whole number": lambda value: type(value) is int and value >= 0,
-    "a size": lambda value: type(value) is int and 0 < value < 2 ** 24,
-    "a number of layers": lambda value: type(value) is int and 0 < value < 10_000,
+    "a whole number from 1 to 2^24": lambda value: type(value) is int and 0 < value <= 2 ** 24,
+    "a whole number from 1 to 10,000": lambda value: type(value) is int and 0 < value <= 10_000,
     "a number above 0": lambda value: type(value) in (int, float) and 0 < value < 1e300,
     "a number": lambda value: type(value) in (int, float) and abs(value) < 1e300,
     "a number or NaN": lambda value: type(value) is float or KINDS["a number"](value),
@@ -43,9 +43,9 @@ KINDS = {
 
 CONFIG = dict.fromkeys((
     "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "max_position_embeddings"), "a size") | dict.fromkeys((
+    "max_position_embeddings"), "a whole number from 1 to 2^24") | dict.fromkeys((
         "tie_word_embeddings", "attention_bias", "use_sliding_window"), "true or false") | {
-    "num_hidden_layers": "a number of layers", "model_type": "text", "hidden_act": "text",
+    "num_hidden_layers": "a whole number from 1 to 10,000", "model_type": "text", "hidden_act": "text",
     "rms_norm_eps": "a number above 0", "rope_theta": "a number above 0", "rope_parameters": "an object",
     "rope_scaling": "an object", "layer_types": "a list", "eos_token_id": "an id or a list of ids"}
 ROPE = {"rope_theta": "a number above 0", "rope_type": "text", "type": "text"}

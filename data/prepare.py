@@ -53,6 +53,8 @@ def run_prepare(args):
     out = Path(args.out)
     refuse_overlap(out, args.data)
     part = Path(f"{out}.part")
+    if part.exists() and part.stat().st_size:  # one of `prepare` is empty
+        raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
     if out.exists() and not part.exists():
         raise InputError(f"{out}: exists already; remove it or use another --out")
     chat = Chat.from_pretrained(args.model) if args.model else None
@@ -88,8 +90,6 @@ def run_prepare(args):
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()  # a file with settings counts as finished, except while this one is there
     lock(part)
-    if part.stat().st_size:
-        raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
     write_json(f"{out}.arguments.json", settings)
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
     part.unlink()

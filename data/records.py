@@ -99,18 +99,18 @@ def read_lines(path):
 
 # ---- From a line to a record. `stream_records` adds the file and the line to an InputError.
 
-def read_record(item, default_id, check, text_history=False):
+def read_record(item, default_id, check, as_text=False):
     """A JSON object of any shape as a record.
 
     check: as in `read_calls`, for its answer
-    text_history: keep a call in an earlier turn that cannot be parsed as text
+    as_text: keep as text a call in an earlier turn that cannot be parsed
     """
     if not isinstance(item.get("messages"), list) or not item["messages"]:
         raise InputError('no messages; add a list of "messages"')
     tools = item.get("tools") or item.get("functions") or []
     tools = as_list(parse(tools, "tools") if isinstance(tools, str) else tools)
     *history, last = item["messages"]
-    messages = [read_message(message, as_text=text_history) for message in history]
+    messages = [read_message(message, as_text=as_text) for message in history]
     messages.append(read_message(last, check))
     record = {"id": default_id, "source": default_id.rpartition(":")[0]}
     our_format = "answer" in item or "responses" in item
@@ -137,7 +137,7 @@ def read_record(item, default_id, check, text_history=False):
 
 def read_message(message, check=True, as_text=False):
     """A message of any shape in the record format, without ids and other keys. check: as in `read_calls`; as_text: keep
-    a call in the content that cannot be parsed as text."""
+    as text a call in the content that cannot be parsed."""
     role = str(message.get("role") if isinstance(message, dict) else message)
     if role not in ROLES or not isinstance(message, dict):
         raise InputError(f"unknown role {role!r}; roles are system, user, assistant, tool")
@@ -216,8 +216,8 @@ def read_tool(tool):
     if not isinstance(tool, dict) or not isinstance(tool.get("name"), str):
         raise InputError('a tool has no name; tools are {"name", "parameters", ...}')
     parameters = tool.get("parameters") or {}
-    if not isinstance(parameters, dict):
-        raise InputError("parameters must be an object: a JSON schema, or a type for each name")
+    if not isinstance(parameters, dict) or isinstance(parameters.get("required"), list) and "type" not in parameters:
+        raise InputError('parameters must be an object: a JSON schema with its "type", or a type for each name')
     return {"name": tool["name"], "description": tool.get("description") or "", "parameters": parameters}
 
 

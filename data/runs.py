@@ -1,4 +1,4 @@
-"""Run folders: what a command writes under --out, how it resumes, and when an earlier run may be deleted.
+"""Run folders: what a command writes under --out, and how it resumes.
 
     OUT/arguments.json    the settings, and hashes of the files read; a resumed run must have the same
     OUT/metrics.jsonl     a line per step
@@ -56,7 +56,7 @@ def check_folder(args):
 
 def prepare_folder(args, inputs, shapes=None):
     """Begin or resume --out, after `check_folder`, and write arguments.json. Returns the step to resume after, 0 for a
-    new run, -1 for a finished one.
+    new run, -1 for a finished training run.
 
     inputs: the files and model folders that the run reads; they must not change before it is finished
     shapes: {name: shape} of the weights that train, which a checkpoint must have
@@ -71,7 +71,7 @@ def prepare_folder(args, inputs, shapes=None):
         remedy = "resume with the flags in its arguments.json, or use another --out"
         refuse_changes(f"{out}: was started with", read_json(saved, remedy), now, remedy)
     write_json(saved, now)
-    if args.command not in PROGRESS:  # the others train
+    if args.command not in PROGRESS:  # not a training run: no checkpoints, no logs
         return 0
     if (out / "summary.json").exists():
         return -1
@@ -79,8 +79,9 @@ def prepare_folder(args, inputs, shapes=None):
     if step:
         open_checkpoint(out, step, args.command, shapes)
     delete_checkpoints(out)
-    for name in ("metrics.jsonl", "samples.jsonl")[:2 if args.command == "simrl" else 1]:
-        cut_log(out / name, step)
+    cut_log(out / "metrics.jsonl", step)
+    if args.command == "simrl":
+        cut_log(out / "samples.jsonl", step)
     if (out / "metrics.jsonl").exists():
         read_metrics(out, whole=True)
     return step

@@ -678,7 +678,7 @@ def stages_row(folder):
     lines = []
     for i in range(64):
         text = " ".join(r.choices("red green blue one two three".split(), k=PROMPT // 2))
-        responses = [{"ids": r.choices(range(known), k=RESPONSE), } for _ in range(N)]
+        responses = [{"ids": r.choices(range(known), k=RESPONSE)} for _ in range(N)]
         lines.append(json.dumps({"id": str(i), "source": "random", "tools": [], "messages": [
             {"role": "user", "content": text}], "answer": {"tool_calls": [], "content": "red"}, "responses": responses}))
     (out / "data.jsonl").write_text("\n".join(lines) + "\n")

@@ -200,9 +200,9 @@ REFUSED = {
     "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: (Path("run/summary.json").unlink(), cut(
         str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors")))),
         "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from"),
-    "a cache in place of the model": (f"{CKD} --cache run/model", None, "run/model: --cache and --out lie one in the"),
-    "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache: --cache and --out lie one in the other; "),
-    "a run that is its cache": (f"{CKD} --cache run", None, "run: --cache and --out lie one in the other; use"),
+    "a cache in place of the model": (f"{CKD} --cache run/model", None, "run/model: --cache and --out run lie one in the"),
+    "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache: --cache and --out cache/run lie one in"),
+    "a run that is its cache": (f"{CKD} --cache run", None, "run: --cache and --out run lie one in the other"),
     "other settings": (f"{CKD} --k 7 --lr 1 --resume", lambda: run_before(CKD),
                        "run: was started with another .*k.*; resu"),
     "cache of another teacher": (
@@ -234,9 +234,9 @@ REFUSED = {
                                    "train.jsonl: would be written over train.jsonl, which"),
     "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: run_before(ROLLOUT),
                                             "out.jsonl: was made with another model; resume with"),
-    "resume another command's run": (f"{SFT} --resume", lambda: run_before(CKD), "run: was started with another version"),
+    "resume another command's run": (f"{SFT} --resume", lambda: run_before(CKD), "run: was started with the command ckd"),
     "evaluate into the model": (f"{EVAL} --model run/model --out run --resume", lambda: run_before(SFT),
-                                "run: was started with another version"),
+                                "run: was started with the command sft, not eval; "),
     "evaluate no data": (f"{EVAL} --data nowhere.jsonl --resume", lambda: run_before(EVAL),
                          "nowhere.jsonl: cannot be"),
     "evaluate no model": (f"{EVAL} --model nowhere", None, "nowhere/config.json: no such file; give a whole model"),
@@ -270,7 +270,7 @@ REFUSED = {
     "a large number": (SFT, lambda: edit("student/config.json", rope_theta=10 ** 400),
                        "student/config.json: rope_theta is .*, not a number above 0"),
     "too many layers": (SFT, lambda: edit("student/config.json", num_hidden_layers=2 ** 31 - 1),
-                        "student/config.json: num_hidden_layers is .*, not a number of layers"),
+                        "student/config.json: num_hidden_layers is .*, not a whole number from 1 to 10,000"),
     "an unknown think opening": (SFT, lambda: edit("student/tokenizer_config.json", default_think="maybe"),
                                  "student/tokenizer_config.json: think is maybe"),
     "look at an empty response": (f"{LENS} --row 3 --response 1", lambda: change_responses(

@@ -42,7 +42,7 @@ COMMANDS = {"sft": f"{SFT} --save-every 1", "ckd": f"{CKD} --save-every 1 --vali
             "cache": f"{CKD} --cache cache", "simrl": SIMRL, "rollout": f"{ROLLOUT} --limit 5 --max-concurrent 4", "eval": f"{EVAL} --n 2",
             "chain": "curriculum chain.txt"}
 FAULTS = ("kill", "torn", "full")
-OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.chmod")
+OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate")
 
 
 def watch(folder, at, fault, count):

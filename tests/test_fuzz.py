@@ -267,7 +267,7 @@ def test_no_file_ends_in_a_traceback(tmp_path):
 
 
 @pytest.mark.parametrize("name, value, message", [
-    ("config.json", {"hidden_size": "32"}, 'hidden_size is "32", not a size'),
+    ("config.json", {"hidden_size": "32"}, 'hidden_size is "32", not a whole number from 1 to 2^24'),
     ("config.json", {"num_key_value_heads": 3}, "do not fit"),
     ("generation_config.json", {"eos_token_id": "<|im_end|>"}, "not an id or a list of ids"),
     ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, "not a template, or a list")])

@@ -102,6 +102,23 @@ def test_a_whole_run(env, tmp_path, capsys):
     assert json.loads((tmp_path / "three/items.json").read_text()) == chosen
 
 
+def test_conversations_that_cannot_begin_are_left_out(env, tmp_path, capsys):
+    """A multi-turn item has the tools of its classes; two conversations do not fit a prefix cache of 9,000 tokens."""
+    data = env / "lib/python3/site-packages/bfcl_eval/data"
+    (data / "multi_turn_func_doc").mkdir()
+    for name, text in (("math_api", "short"), ("ticket_api", "long " * 3000)):
+        tool = {"name": "f", "description": text, "parameters": {}}
+        (data / f"multi_turn_func_doc/{name}.json").write_text(json.dumps(tool) + "\n")
+    lines = [{"id": f"multi_turn_base_{i}", "question": [[{"role": "user", "content": "hello"}]], "involved_classes": [name]}
+             for i, name in enumerate(("MathAPI", "TicketAPI", "MathAPI"))]
+    (data / "BFCL_v4_multi_turn_base.json").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(env, tmp_path / "out", "--categories", "multi_turn_base", "--prefix-tokens", "9000") == 0
+    assert json.loads((tmp_path / "out/summary.json").read_text())["left_out"] == {"multi_turn_base": 1}
+    assert json.loads((tmp_path / "out/items.json").read_text()) == {
+        "multi_turn_base": {"multi_turn_base_0": 1, "multi_turn_base_2": 0}}
+    assert "--prefix-tokens has room for 1 of 2 conversations" in capsys.readouterr().err
+
+
 def test_v3_scores_whole_categories(env, tmp_path, capsys):
     (env / "bin/release").write_text("v3")
     data = env / "lib/python3/site-packages/bfcl_eval/data"

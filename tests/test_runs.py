@@ -59,7 +59,7 @@ def test_no_command_writes_over_a_file_of_another(here, capsys):
     for name in ("notes.jsonl", "chosen.jsonl"):
         assert f"{name}: exists already" in refused(capsys, f"{ROLLOUT} --out {name}")
     assert "notes.jsonl.arguments.json: no such file" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --resume")
-    assert "chosen.jsonl: was made with another" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --resume")
+    assert "chosen.jsonl: was made with the command prepare" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --resume")
     assert files(".") == before
     Path("sampled.jsonl.part").write_text("{}\n")
     assert "belongs to an unfinished rollout" in refused(capsys, "prepare --data train.jsonl --out sampled.jsonl")
@@ -84,7 +84,7 @@ def test_eval_leaves_logs_and_checkpoints_alone(here):
     assert run(f"{EVAL} --resume") == 0 and files("scores") == before
 
 
-@pytest.mark.parametrize("ending", [".tmp", ".part", ".arguments.json"])
+@pytest.mark.parametrize("ending", [".tmp", ".part", ".part.1", ".arguments.json"])
 @pytest.mark.parametrize("command", [
     "prepare --data {0} --out new", "reward --data {0} --out new", f"{ROLLOUT} --data {{0}} --out new --resume"])
 def test_an_input_may_not_have_the_name_of_a_temporary_file(here, capsys, command, ending):
