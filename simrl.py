@@ -310,7 +310,7 @@ def simrl_flags(parser):
 
 
 def run_simrl(args):
-    """Refine a model by GRPO on its own samples, scored by how similar their calls are to the gold calls."""
+    """Refine a model by GRPO, scoring its samples by their calls' similarity to gold. Not run as a whole on a GPU."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
     with train.fail_together():

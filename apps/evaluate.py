@@ -56,7 +56,7 @@ def eval_flags(parser):
 
 def run_eval(args):
     """Score a model's answers to records with gold answers, with intervals; compare two models. Under `torchrun` the
-    ranks share the records, and the files are those of one process, up to rounding."""
+    ranks share the records (not run on several GPUs); the files are those of one process, up to rounding."""
     device = pick_device(args)
     runs = [args]
     results = []

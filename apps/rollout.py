@@ -32,7 +32,7 @@ def rollout_flags(parser):
 
 def run_rollout(args):
     """Sample responses to each record, filter them by form, and score them if there is a gold answer. Under `torchrun`
-    the ranks share the records; the file is that of one process, up to rounding."""
+    the ranks share the records (not run on several GPUs); the file is that of one process, up to rounding."""
     out = Path(args.out)
     device = pick_device(args)
     with fail_together():
