@@ -61,8 +61,8 @@ def serve_flags(parser):
 
 
 def run_serve(args):
-    """Serve a model to OpenAI clients on this machine, until Ctrl-C. Under `torchrun` each rank holds the whole model, and
-    all share the port. Not run on a GPU."""
+    """Serve a model to OpenAI clients on this machine, until Ctrl-C. Under `torchrun` each rank holds the whole model,
+    and all share the port. Not run on a GPU."""
     server = make_server(args)
     chat = server.engine.sampler.chat
     url = f"http://127.0.0.1:{server.server_port}/v1"

@@ -89,6 +89,9 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
                              "use a smaller --k or another disk")
         ids = np.lib.format.open_memmap(new / "ids.npy", "w+", np.int32, shape)
         log_p = np.lib.format.open_memmap(new / "log_p.npy", "w+", np.float16, shape)
+        for array in (ids, log_p) if hasattr(os, "posix_fallocate") else ():
+            with open(array.filename, "r+b") as file:  # a disk that is full later would end the process by a signal
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
         for micro in tqdm(micro_batches(groups, micro_batch_tokens), "teacher cache", unit="batch"):
             packed = pack(micro, device)
             rows = packed["rows"].cpu().numpy()
