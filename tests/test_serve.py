@@ -1,5 +1,6 @@
 """`star.py serve`: what OpenAI's client, plain sockets and floods get. The bundled teacher answers."""
 import http.client
+import io
 import json
 import re
 import shutil
@@ -167,6 +168,30 @@ def test_the_openai_client(server, records):
     assert [c.text for c in two.choices] == [c.text for c in again.choices] and two.choices[0].text != two.choices[1].text
     with pytest.raises(openai.BadRequestError, match="temperature is -1"):
         client.completions.create(model="any", prompt="a", temperature=-1)
+
+
+def test_a_chat_is_that_of_star_py_chat(server, records, tmp_path, monkeypatch, capsys):
+    """Two turns: a request that is answered in text, and another one after it."""
+    tools = records[0]["tools"]
+    (tmp_path / "tools.json").write_text(json.dumps(tools))
+    texts = ["Hello!", "Thank you."]
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in texts)))
+    flags = f"--think off --tools {tmp_path}/tools.json --dtype float32 --device cpu --max-new-tokens 64"
+    assert star.main(["chat", "--model", str(TINY / "teacher"), *flags.split()]) == 0
+    said = [turn.strip() for turn in capsys.readouterr().out.split("you> ")[1:3]]
+    messages = []
+    for text, answer in zip(texts, said, strict=True):
+        messages.append({"role": "user", "content": text})
+        body = {"messages": messages, "tools": tools, "temperature": 0, "max_tokens": 64}
+        status, reply = post(server, "/v1/chat/completions", body)
+        message = reply["choices"][0]["message"]
+        assert status == 200 and message["content"] == answer
+        messages.append(message)
+
+
+def test_a_body_of_a_megabyte_is_read(server, records, greedy):
+    prompt, text = greedy[records[0]["id"]]
+    assert complete(server, prompt, user="a" * 1_000_000) == text
 
 
 def test_reasoning_is_apart():
