@@ -60,7 +60,8 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
     weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
     for rows, logits in logits_in_chunks(x, w, chunk):
         logits.requires_grad_(needs_grad)  # [C, V]
-        losses, stats = loss(logits, *(None if t is None else t[rows] for t in tensors))  # [C], {name: [C]}
+        slices = [None if tensor is None else tensor[rows] for tensor in tensors]  # [C, ...] each
+        losses, stats = loss(logits, *slices)  # [C], {name: [C]}
         total += losses.detach() @ token_weights[rows]
         for name, values in stats.items():
             sums[name] = sums.get(name, 0) + values.detach().sum()

@@ -216,8 +216,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     batch), ref_log_p (None without a reference), token_weights. Also active, see `share_of_rank`.
     """
     device = model.head_weight.device
-    dtype = getattr(torch, args.dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(getattr(torch, args.dtype), torch.float32)
     batches = []
     for update, batch in enumerate(optimiser_batches(groups, args.batch_size, args.seed, step)):
         parts = micro_batches(batch, args.micro_batch_tokens)
