@@ -461,12 +461,12 @@ def test_bfcl_itself(tmp_path):
 @has_bfcl
 def test_multi_turn_items_of_bfcl(long_teacher, tmp_path, monkeypatch):
     flags = ("--model", str(long_teacher), "--categories", "multi_turn_base", "--items", "2", "--max-concurrent", "2")
-    for longest, failed in ((24_000, 0), (100, 2)):  # the bundled tokenizer needs twice as many tokens as Qwen's
+    for longest, fails in ((24_000, False), (100, True)):  # no longer than the longest first prompt; the bundled tokenizer needs twice as many tokens as Qwen's
         monkeypatch.setitem(bfcl.LONGEST, "multi_turn_base", longest)
         assert run(os.environ["STAR_BFCL_ENV"], tmp_path / f"out{longest}", *flags) == 0
         summary = json.loads((tmp_path / f"out{longest}/summary.json").read_text())
-        assert summary["scores"]["multi_turn_base"]["mean"] == 0 and summary["failed_conversations"] == failed
-        if not failed:  # each turn sends those before it again
+        assert summary["scores"]["multi_turn_base"]["mean"] == 0 and (summary["failed_conversations"] > 0) == fails
+        if not fails:  # each turn sends those before it again
             assert summary["requests"] > 4 and summary["failures"] == 0
             assert summary["prompt_tokens_loaded"] > summary["prompt_tokens_computed"]
 
