@@ -80,15 +80,11 @@ def run_bfcl(args):
         entries = [json.loads(line) for _, line in read_lines(files[name])]
         return {entry["id"]: entry for entry in entries}
 
-    @cache
-    def tools_of(name):  # a class of simulated tools
-        path = files["multi_turn_base"].parent / f"multi_turn_func_doc/{TOOLS[name]}.json"
-        return [json.loads(line) for _, line in read_lines(path)]
-
     def tokens(name, entry):
         if name not in MULTI_TURN:
             return prompt_tokens(chat, name, entry)
-        tools = [tool for one in entry["involved_classes"] for tool in tools_of(one)]
+        folder = files[name].parent / "multi_turn_func_doc"
+        tools = [tool for one in entry["involved_classes"] for tool in read_class(folder / f"{TOOLS[one]}.json")]
         return max(min(LONGEST[name], room), prompt_tokens(chat, name, entry | {"function": tools}))
 
     chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
@@ -106,10 +102,7 @@ def run_bfcl(args):
     total = sum(map(len, chosen.values()))
     threads = 100 if v3 else min(2 * args.max_concurrent, 500)  # v3 takes no other; the server, 1,000 connections
     if keep_answers(out, is_failure) < total:
-        conversations = min(threads, sum(len(ids) for name, ids in chosen.items() if name in MULTI_TURN))
-        if 0 < args.prefix_tokens < conversations * PREFIX:
-            note(f"--prefix-tokens has room for {args.prefix_tokens // PREFIX} of {conversations} conversations that "
-                 "run at a time; the others are computed again at each turn")
+        note_room(args.prefix_tokens, min(threads, sum(len(chosen.get(name, ())) for name in MULTI_TURN)))
         with serve_model(args, longest) as server:
             command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path",
                        Path(args.model).resolve(), "--run-ids", "--num-threads", threads]
@@ -126,6 +119,19 @@ def run_bfcl(args):
     subset = "a subset of " if args.items or too_long else ""
     print(f"\nThese are {subset}{args.release}'s items." + (
         "" if v3 else " The paper's columns are v3 and all items: --release v3."))
+
+
+@cache
+def read_class(path):
+    """The tools of a class of simulated ones."""
+    return [json.loads(line) for _, line in read_lines(path)]
+
+
+def note_room(prefix_tokens, conversations):
+    """Say for how many of the conversations that run at a time the prefix cache has room, if not for all."""
+    if 0 < prefix_tokens < conversations * PREFIX:
+        note(f"--prefix-tokens has room for {prefix_tokens // PREFIX} of {conversations} conversations that run at a "
+             "time; the others are computed again at each turn")
 
 
 def item_files(args, env):
