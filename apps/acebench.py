@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from apps.official import RESULTS, add_flags, choose_items, make_environment, open_inputs
-from apps.official import keep_answers, read_score, report, result_lines, run_tool, serve_model
+from apps.official import keep_answers, read_objects, read_score, report, result_lines, run_tool, serve_model
 from data import InputError, write_lines
 from data.records import read_lines
 from train import open_run
@@ -112,8 +112,7 @@ def prompt(chat, templates, turn):
 def read_items(folder, name):
     """{item: its lines} of a category's file of data or of gold answers."""
     items = {}
-    for _, text in read_lines(folder / f"data_{name}.json"):
-        line = json.loads(text)
+    for line in read_objects(folder / f"data_{name}.json"):
         item = line["id"]
         if item.startswith("normal_multi_turn"):  # normal_multi_turn_user_adjust_3_0 is the first turn of dialogue 3
             item = item.rpartition("_")[0]
@@ -140,7 +139,7 @@ def write_items(checkout, out, chosen):
 def sort_answers(out):
     """Put the answers in the order of the items: the tool pairs them by their place, and sorts only at its very end."""
     for path in out.glob(RESULTS):
-        items = [json.loads(line)["id"] for _, line in read_lines(out / DATA / path.name.replace("_result", ""))]
+        items = [line["id"] for line in read_objects(out / DATA / path.name.replace("_result", ""))]
         lines = {json.loads(line)["id"]: line.decode() for _, line in read_lines(path)}
         write_lines(path, [lines[item] for item in items if item in lines])
 

@@ -23,9 +23,8 @@ from functools import cache
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
-from apps.official import keep_answers, read_score, report, result_lines, run_tool, serve_model
+from apps.official import keep_answers, read_objects, read_score, report, result_lines, run_tool, serve_model
 from data import InputError, read_json, write_json
-from data.records import read_lines
 from train import note, open_run
 
 RELEASES = {"v4": "2026.3.23", "v3": "2025.8.6.2"}  # versions of bfcl-eval; the second is v3's last one
@@ -77,8 +76,9 @@ def run_bfcl(args):
     files = item_files(args, tool.parents[1])
 
     def read(name):
-        entries = [json.loads(line) for _, line in read_lines(files[name])]
-        return {entry["id"]: entry for entry in entries}
+        return {entry["id"]: entry for entry in read_objects(files[name])}
+
+    read_class = cache(read_objects)  # the tools of a class of simulated ones
 
     def tokens(name, entry):
         if name not in MULTI_TURN:
@@ -119,12 +119,6 @@ def run_bfcl(args):
     subset = "a subset of " if args.items or too_long else ""
     print(f"\nThese are {subset}{args.release}'s items." + (
         "" if v3 else " The paper's columns are v3 and all items: --release v3."))
-
-
-@cache
-def read_class(path):
-    """The tools of a class of simulated ones."""
-    return [json.loads(line) for _, line in read_lines(path)]
 
 
 def note_room(prefix_tokens, conversations):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from apps.evaluate import identity
 from data import InputError, hash_files, one_line, print_table
-from data import read_json, refuse_changes, refuse_existing, same, seconds_in
+from data import read_json, read_optional, refuse_changes, refuse_existing, same, seconds_in
 from data.chat import Chat
 from data.fields import EVALUATION, check_fields
-from data.records import has_answer, stream_records
+from data.records import require_gold, stream_records
 from data.rollouts import read_rows
 from model import Transformer
 
@@ -180,8 +180,8 @@ def check_input(path, name, command, think, limit):
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
         for record in stream_records(path, command != "rollout", limit=limit):
-            if command in ("simrl", "eval") and not has_answer(record):
-                raise InputError(f"{path}: record {record['id']} has no gold answer; add one, or remove it")
+            if command in ("simrl", "eval"):
+                require_gold(record, path)
 
 
 def is_finished(out, stage):
@@ -191,7 +191,7 @@ def is_finished(out, stage):
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
     if stage.command not in (*PAGES, "reward") and not saved.exists():
         return False  # the command itself says what is there
-    before = read_json(saved) if saved.exists() else {}
+    before = read_optional(saved)
     now = {name: value for name, value in vars(stage).items() if name in before}
     if isinstance(inputs := before.get("inputs"), dict):
         now["inputs"] = inputs | hash_files(inputs)  # a file that was deleted since counts as unchanged

@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from apps.evaluate import INTERVAL
-from data import InputError, natural, positive, print_table, read_json, write_json, write_lines
+from data import InputError, natural, positive, print_table, read_json, read_optional, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.records import read_lines
 from data.runs import add_output_flags
@@ -139,7 +139,7 @@ def serve_model(args, longest_prompt):
             yield Server(port, process)
         finally:
             path = Path(args.out) / "stats.json"
-            before = read_json(path) if path.exists() else {}
+            before = read_optional(path)
             if stats := read_stats(port):
                 write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
         check_alive(process)
@@ -161,6 +161,11 @@ def read_stats(port):
     with suppress(OSError, HTTPException, ValueError):  # the last two: it ended in the middle of its answer
         return json.load(open_url(f"http://127.0.0.1:{port}/v1/stats", timeout=10))
     return {}
+
+
+def read_objects(path):
+    """The JSON objects in the lines of a file of a tool."""
+    return [json.loads(line) for _, line in read_lines(path)]
 
 
 def result_lines(out):
@@ -215,7 +220,7 @@ def read_score(out, pattern, ids, doubtful=frozenset()):
     path = next(out.glob(pattern), None)
     if path is None:
         raise InputError(f"{out}: the tool wrote no score {pattern}; see {out / 'evaluate.log'}")
-    head, *wrong = [json.loads(line) for _, line in read_lines(path)]
+    head, *wrong = read_objects(path)
     wrong = {line["id"] for line in wrong}
     if len(wrong) > head["total_count"] - head["correct_count"]:
         wrong -= doubtful
@@ -277,7 +282,7 @@ def report(args, items, other, sizes, table, details):
         if name in differences:
             rows[-1].append(percent.replace(":", ":+").format(**paired_interval(differences[name])))
     details |= {"max_new_tokens": args.max_new_tokens, "items_per_category": args.items or "all", "dtype": args.dtype,
-                **(read_json(out / "stats.json") if (out / "stats.json").exists() else {})}
+                **read_optional(out / "stats.json")}
     write_json(out / "items.json", items)
     write_json(out / "summary.json", {"model": args.model, "scores": scores, **details})
     print()

@@ -35,6 +35,11 @@ def read_json(path, remedy="download or copy it again", kind=dict):
     return parse_json(data, path, remedy, kind)
 
 
+def read_optional(path):
+    """The object in a JSON file; {} if there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
 def parse_json(data, where, remedy, kind=dict):
     """Return the value of JSON bytes; InputError with the remedy if they are broken or not of this kind."""
     try:

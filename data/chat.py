@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from data import MODEL_FOLDER, InputError, read_json
+from data import MODEL_FOLDER, InputError, read_json, read_optional
 from data.fields import GENERATION_CONFIG, TOKENIZER_CONFIG, check_fields
 
 # The end of the prompt, which opens the answer: `--think on|off|none`.
@@ -198,10 +198,6 @@ def split_reasoning(message):
         reasoning = first.rstrip("\n").split("<think>")[-1].lstrip("\n")
         content = content.lstrip("\n")
     return content, reasoning or ""
-
-
-def read_optional(path):
-    return read_json(path) if path.exists() else {}
 
 
 def read_tokenizer(folder):

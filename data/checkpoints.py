@@ -61,9 +61,9 @@ def save_tensors(tensors, path, dtype=None):
     header = {"__metadata__": {"format": "pt"}}
     for name, tensor in tensors.items():
         start = end
-        end += tensor.numel() * (dtype or tensor.dtype).itemsize
-        code = CODES[dtype or tensor.dtype]
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [start, end]}
+        written = dtype or tensor.dtype
+        end += tensor.numel() * written.itemsize
+        header[name] = {"dtype": CODES[written], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") if rank() == 0 else nullcontext() as file:

@@ -258,6 +258,13 @@ def has_answer(record):
     return bool(answer.get("tool_calls") or answer.get("content"))
 
 
+def require_gold(record, path):
+    """InputError if a record of a file has no gold answer."""
+    if not has_answer(record):
+        raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
+                         "add one, or remove the record")
+
+
 def self_check(record):
     """`reward.score` of the gold answer against itself: below 1 if no response can earn 1."""
     answer = record["answer"]

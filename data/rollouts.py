@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import InputError, lock, parse_json, read_json, refuse_changes, refuse_existing, write_json, write_lines
 from data.fields import SAMPLED, SCORED, check_fields
 from data.groups import Group
-from data.records import has_answer, stream_records
+from data.records import has_answer, require_gold, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
@@ -41,9 +41,8 @@ def prompt_groups(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     groups = []
     skipped = 0
     for record in stream_records(path, need_gold, limit=limit):
-        if need_gold and not has_answer(record):
-            raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
-                             "add one, or remove the record")
+        if need_gold:
+            require_gold(record, path)
         record.pop("responses", None)  # of a rollout file
         record["rendered"] = {"think": chat.think, "tools": chat.tools}
         ids = chat.encode(chat.prompt(record))

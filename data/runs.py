@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from data import InputError, hash_files, lock, one_line, parse_json, print_table
-from data import read_json, refuse_changes, refuse_existing, write_json
+from data import read_json, read_optional, refuse_changes, refuse_existing, write_json
 from data.checkpoints import delete_checkpoints, latest_checkpoint, open_checkpoint
 from data.fields import GROUP, PROGRESS, check_fields
 from data.groups import counted_tokens
@@ -208,7 +208,7 @@ def finish_run(args, model, summarise, memory, show):
     if rank() == 0:
         if args.think:  # from now on the model's own; `serve` and others need no flag
             config = folder / "tokenizer_config.json"
-            write_json(config, (read_json(config) if config.exists() else {}) | {"default_think": args.think})
+            write_json(config, read_optional(config) | {"default_think": args.think})
         summary = summarise(args.out) | memory
         write_json(Path(args.out) / "summary.json", summary)
     wait_for_ranks()

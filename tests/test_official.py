@@ -461,7 +461,8 @@ def test_bfcl_itself(tmp_path):
 @has_bfcl
 def test_multi_turn_items_of_bfcl(long_teacher, tmp_path, monkeypatch):
     flags = ("--model", str(long_teacher), "--categories", "multi_turn_base", "--items", "2", "--max-concurrent", "2")
-    for longest, fails in ((24_000, False), (100, True)):  # no longer than the longest first prompt; the bundled tokenizer needs twice as many tokens as Qwen's
+    # The bundled tokenizer needs twice as many tokens as Qwen's. 100: none but those of the longest first prompt.
+    for longest, fails in ((24_000, False), (100, True)):
         monkeypatch.setitem(bfcl.LONGEST, "multi_turn_base", longest)
         assert run(os.environ["STAR_BFCL_ENV"], tmp_path / f"out{longest}", *flags) == 0
         summary = json.loads((tmp_path / f"out{longest}/summary.json").read_text())

@@ -18,8 +18,7 @@ import torch
 import star
 from apps import serve
 from apps.engine import Job
-from data import InputError
-from data import tiny
+from data import InputError, tiny
 from data.chat import Chat
 from data.groups import Response
 from data.records import read_records
