@@ -1,11 +1,14 @@
 """Checkpoints: weights, optimiser moments and progress of a run, unsharded, in safetensors and JSON.
 
     OUT/checkpoints/step-000100/    weights, exp_avg, exp_avg_sq, momentum_buffer .safetensors; progress.json
+
+progress.json also has the checksum of each file, so that a run does not resume from damaged weights.
 """
 import json
 import math
 import os
 import re
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -52,7 +55,8 @@ def check_finite(out, step, name, value):
 
 def save_tensors(tensors, path, dtype=None):
     """Write {name: tensor} to a .safetensors file, in `dtype` if it is given, and flush it to the disk. Every rank must
-    call this: sharded tensors are gathered one at a time, so no rank ever holds them all. Rank 0 writes.
+    call this: sharded tensors are gathered one at a time, so no rank ever holds them all. Rank 0 writes, and returns
+    the file's checksum.
 
     The file is the length of a header, the header in JSON, and the tensors' bytes; safetensors itself would need all
     tensors at once.
@@ -66,16 +70,30 @@ def save_tensors(tensors, path, dtype=None):
         header[name] = {"dtype": CODES[written], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    data = len(text).to_bytes(8, "little") + text
     with open(path, "wb") if rank() == 0 else nullcontext() as file:
         if file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(data)
+            checksum = zlib.crc32(data)
         for tensor in tensors.values():
             tensor = whole(tensor.detach().to(dtype or tensor.dtype))
             if file:
-                file.write(tensor.cpu().flatten().view(torch.uint8).numpy())
+                data = tensor.cpu().flatten().view(torch.uint8).numpy()
+                file.write(data)
+                checksum = zlib.crc32(data, checksum)
         if file:
             file.flush()
             os.fsync(file.fileno())
+            return checksum
+
+
+def checksum_of(path):
+    """The checksum of a file, as `save_tensors` returns it."""
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def save_checkpoint(out, step, model, optimisers, progress):
@@ -94,11 +112,12 @@ def save_checkpoint(out, step, model, optimisers, progress):
     for moment in MOMENTS:
         files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
+        checksums = {}
         for name, tensors in files.items():
-            save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
+            checksums[name] = save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
-            write_json(new / "progress.json", progress)
+            write_json(new / "progress.json", progress | {"checksums": checksums})
     if rank() == 0:
         delete_checkpoints(out)
 
@@ -107,7 +126,7 @@ def open_checkpoint(out, step, command, shapes=None):
     """(progress, {"weights" and moments: open file}) of the checkpoint after `step`. InputError if it is not whole.
 
     command: of the run; Sim-RL's progress also counts prompts
-    shapes: {name: shape} of the weights that train, or None
+    shapes: {name: shape} of the weights that train, to check the files by; None if that is done already
     """
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     remedy = "remove that folder to resume from the one before"
@@ -127,6 +146,8 @@ def open_checkpoint(out, step, command, shapes=None):
             wrong += [name for name in shapes if part == "weights" and name not in slices]
         if wrong:
             raise InputError(f"{path}: {wrong[0]} does not match the model that this run trains; {remedy}")
+        if shapes is not None and checksum_of(path) != progress["checksums"].get(part):
+            raise InputError(f"{path}: was damaged or changed since it was written; {remedy}")
     names, first, second, momentum = (set(file.keys()) for file in files.values())
     if first != second or first ^ momentum != (names if progress["updates"] else set()):  # a weight has one kind
         raise InputError(f"{folder}: has not the moments of all weights; {remedy}")

@@ -90,6 +90,14 @@ def cut(path):
     Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size // 2])
 
 
+def damage_checkpoint():
+    """Change the last byte of moments in the only checkpoint of a run."""
+    Path("run/summary.json").unlink()
+    path, = Path("run/checkpoints").glob("*/exp_avg.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
 def change_tensors(change, path="student/model.safetensors"):
     """Change the tensors of a safetensors file: `change` gets the dict of them."""
     state = load_file(path)
@@ -200,6 +208,8 @@ REFUSED = {
     "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: (Path("run/summary.json").unlink(), cut(
         str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors")))),
         "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from"),
+    "a checkpoint with another byte": (f"{SFT} --resume", lambda: run_before(SFT, damage_checkpoint),
+        "run/checkpoints/step-0*[0-9]+/exp_avg.safetensors: was damaged or changed .*; remove that folder to resume"),
     "a cache in place of the model": (f"{CKD} --cache run/model", None, "run/model: --cache and --out run lie one in the"),
     "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache: --cache and --out cache/run lie one in"),
     "a run that is its cache": (f"{CKD} --cache run", None, "run: --cache and --out run lie one in the other"),

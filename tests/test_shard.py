@@ -230,6 +230,20 @@ def test_any_number_of_ranks_trains_as_one(models, ranks, shard_ranks):
     assert_equal(ranks, ALL_CASES, models, shard_ranks)
 
 
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=LONG)])
+def test_ranks_read_one_cache(here, ranks):  # noqa: F811
+    """Written by one process, and not changed."""
+    flags = f"{CKD} --steps 3 --cache cache --out"
+    assert run(f"{flags} one") == 0
+    before = {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
+    codes, errors = finish_ranks(start_ranks(ranks, PROGRAM, *f"{flags} several".split()))
+    assert not any(codes), errors
+    assert before == {path: path.stat().st_mtime_ns for path in Path("cache").iterdir()}
+    for a, b in zip(rows("one/metrics.jsonl"), rows("several/metrics.jsonl"), strict=True):
+        for name in a.keys() & {"loss", "kl", "tail", "grad_norm", "valid_kl"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
+
+
 # ---- Work of the ranks
 
 def test_long_responses_keep_their_rank_from_further_prompts(monkeypatch):
