@@ -345,8 +345,7 @@ def run_training(args, student_folder, teacher_folder=None):
     samples = answer_before_and_after(student, student_folder, chat, shown, args) if shown else []
     if train.rank() == 0:
         write_json(Path(args.out) / "samples.json", samples)
-    show = partial(runs.show_training, samples=samples)
-    runs.finish_run(args, student, runs.summarise_training, train.peak_memory(device), show)
+    runs.finish_run(args, student, train.peak_memory(device), partial(runs.show_answers, samples))
 
 
 def answer_before_and_after(student, folder, chat, groups, args):

@@ -342,7 +342,7 @@ def run_simrl(args):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
-    runs.finish_run(args, model, runs.summarise_refinement, train.peak_memory(device), runs.show_refinement)
+    runs.finish_run(args, model, train.peak_memory(device), partial(runs.show_samples, args.out))
 
 
 def training_reward(chat, args, record, text):

@@ -7,6 +7,7 @@
     OUT/model, OUT/summary.json    when the run is finished
 """
 import json
+import math
 import mmap
 import os
 import statistics
@@ -83,7 +84,7 @@ def prepare_folder(args, inputs, shapes=None):
     if args.command == "simrl":
         cut_log(out / "samples.jsonl", step)
     if (out / "metrics.jsonl").exists():
-        read_metrics(out, whole=True)
+        read_metrics(out)
     return step
 
 
@@ -118,16 +119,14 @@ def log_metrics(out, rows, name="metrics.jsonl"):
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-# Figures of a row of metrics.jsonl: a row that has the first name of a list must have all the others.
-TRAINED = ("packed_tokens", "loss", "sequences", "seconds", "tokens")
-REFINED = ("reward", "updates", "groups_drawn", "groups_kept",
-           "seconds_sampling", "seconds_scoring", "seconds_training")
+# What the summary of a run adds up over its steps, and shows of their first and last fifth.
+SUMS = ("seconds", "seconds_sampling", "seconds_scoring", "seconds_training", "groups_drawn", "groups_kept",
+        "sequences", "packed_tokens", "tokens")
+CURVES = ("reward", "nll")
 
 
-def read_metrics(out, whole=False):
-    """The rows of metrics.jsonl; a partial last line is left out. InputError if a value is not a number.
-    whole: also if a figure of TRAINED or REFINED is missing
-    """
+def read_metrics(out):
+    """The rows of metrics.jsonl; a partial last line is left out. InputError if a value is not a number."""
     path = Path(out) / "metrics.jsonl"
     rows = []
     for number, line in read_lines(path):
@@ -135,8 +134,7 @@ def read_metrics(out, whole=False):
             break
         where = f"{path}:{number}"
         row = read_row(line, where)
-        needed = [name for names in (TRAINED, REFINED) if whole and names[0] in row for name in names]
-        table = dict.fromkeys([*row, *needed], "a number or NaN")
+        table = dict.fromkeys(row, "a number or NaN")
         rows.append(check_fields(row, table, where, "remove the line", needed=True))
     return rows
 
@@ -147,33 +145,22 @@ def read_row(line, where):
     return check_fields(row, {"step": "a whole number"}, where, "remove the line", needed=True)
 
 
-def summarise_training(out):
-    """The figures of a whole run of `ckd` or `sft`."""
-    rows = read_metrics(out, whole=True)
-    trained = rows_with(rows, "packed_tokens", out)
-    sums = total(trained, "sequences", "packed_tokens", "seconds", "tokens")
-    sums["response_tokens"] = sums.pop("tokens")
-    speed = sums["packed_tokens"] / max(sum(row["seconds"] for row in trained), 1e-9)
-    return {"steps": len(trained), **sums, "tokens_per_s": round(speed, 1), **first_and_last_validation(rows)}
-
-
-def total(rows, *names):
-    """{figure: its sum over the rows}."""
-    return {name: round(sum(row[name] for row in rows), 1) for name in names}
-
-
-def rows_with(rows, name, out):
-    """The rows that have this figure; the validation before the first step has none of training."""
-    rows = [row for row in rows if name in row]
-    if not rows:
+def summarise(out):
+    """The figures of a whole run: sums over its steps, means over their first and last fifth, and validations."""
+    rows = read_metrics(out)
+    steps = [row for row in rows if row["step"] > 0]  # before the first step there is a validation only
+    if not steps:
         raise InputError(f"{out}/metrics.jsonl: no step of this run is left in it; start again with another --out")
-    return rows
-
-
-def first_and_last_validation(rows):
-    """{"valid_before", "valid_after"}: the metrics of a run's first and last validation; None without one."""
-    valid = [valid_metrics(row) for row in rows if valid_metrics(row)] or [None]
-    return {"valid_before": valid[0], "valid_after": valid[-1]}
+    summary = {"steps": len(steps)}
+    for name in SUMS:
+        if name in steps[-1]:
+            summary[name] = round(sum(row.get(name, 0) for row in steps), 1)
+    validations = [figures for figures in map(valid_metrics, rows) if figures] or [{}]
+    fifth = math.ceil(len(steps) / 5)
+    for key, part, figures in (("first", steps[:fifth], validations[0]), ("last", steps[-fifth:], validations[-1])):
+        values = {name: [row[name] for row in part if name in row] for name in CURVES}
+        summary[key] = {name: statistics.fmean(of) for name, of in values.items() if of} | figures
+    return summary
 
 
 def valid_metrics(row):
@@ -181,39 +168,28 @@ def valid_metrics(row):
     return {name: value for name, value in row.items() if name.startswith("valid_")}
 
 
-def summarise_refinement(out):
-    """The figures of a whole run of `simrl`, from its metrics.jsonl; rewards are means over a fifth of the run."""
-    rows = read_metrics(out, whole=True)
-    validation = first_and_last_validation(rows)
-    rows = rows_with(rows, "reward", out)
-    fifth = max(1, len(rows) // 5)
-    sampled, kept = total(rows, "groups_drawn", "groups_kept").values()
-    rewards = [row["reward"] for row in rows]
-    return {
-        "steps": len(rows),
-        "updates": rows[-1]["updates"],
-        "prompts_drawn": sampled,
-        "share_kept": round(kept / max(1, sampled), 4),
-        "reward_first": round(statistics.fmean(rewards[:fifth]), 4),
-        "reward_last": round(statistics.fmean(rewards[-fifth:]), 4),
-    } | total(rows, "seconds_sampling", "seconds_scoring", "seconds_training") | validation
-
-
-def finish_run(args, model, summarise, memory, show):
-    """Write the model and the summary, `summarise(out) | memory`, of a finished run, then `show(out, summary)`.
+def finish_run(args, model, memory, show_examples):
+    """Write the model and the summary of a finished run, `summarise(out) | memory`, then print examples and summary.
     Its last checkpoint has the same weights."""
-    folder = Path(args.out) / "model"
-    model.save_pretrained(folder, getattr(torch, args.save_dtype))
+    out = Path(args.out)
+    model.save_pretrained(out / "model", getattr(torch, args.save_dtype))
     wait_for_ranks()  # as in `save_checkpoint`
     if rank() == 0:
         if args.think:  # from now on the model's own; `serve` and others need no flag
-            config = folder / "tokenizer_config.json"
+            config = out / "model/tokenizer_config.json"
             write_json(config, read_optional(config) | {"default_think": args.think})
-        summary = summarise(args.out) | memory
-        write_json(Path(args.out) / "summary.json", summary)
+        summary = summarise(out) | memory
+        write_json(out / "summary.json", summary)
     wait_for_ranks()
     if rank() == 0:
-        show(args.out, summary)
+        show_examples()
+        first, last = summary.pop("first"), summary.pop("last")
+        for name, value in first.items():
+            if name in last:
+                summary[name.replace("valid_", "held-out ")] = f"{value:.4f} -> {last[name]:.4f}"
+        print()
+        print_table(summary.items())
+        print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
 
 
 def describe_batch(batch, seconds):
@@ -233,26 +209,12 @@ def log_step(out, row):
         tqdm.write(line, file=sys.stderr)
 
 
-def show_training(out, summary, samples):
-    """Print three held-out answers and the figures of a run."""
+def show_answers(samples):
+    """Print three held-out prompts with the answers before and after training."""
     for sample in samples[:3]:
         print()
         for name, text in sample.items():
             print(f"{name:8s} {one_line(text)}")
-    show_summary(out, summary)
-
-
-def show_summary(out, summary):
-    """Print the figures of a run, and where its model is."""
-    figures = dict(summary)
-    before = figures.pop("valid_before") or {}
-    after = figures.pop("valid_after")
-    for name in before:
-        if name in after:
-            figures[f"held-out {name[6:]}"] = f"{before[name]:.4f} -> {after[name]:.4f}"
-    print()
-    print_table(figures.items())
-    print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
 
 
 def describe_responses(groups):
@@ -286,8 +248,8 @@ def describe_groups(step, groups, kept, chat):
                "gold": chat.answer(record), "samples": samples}
 
 
-def show_refinement(out, summary):
-    """Print the best and the worst sample of the last three groups, the last one first, and the figures of a run."""
+def show_samples(out):
+    """Print the best and the worst sample of the last three groups of Sim-RL, the last one first."""
     path = Path(out) / "samples.jsonl"
     for _, line in islice(lines_from_end(path), 3):
         group = check_fields(read_row(line, path), GROUP, path, "the run itself is finished", needed=True)
@@ -296,4 +258,3 @@ def show_refinement(out, summary):
         for sample in (ranked[0], ranked[-1]):
             print(f"{sample['reward']:<8.2f} {one_line(sample['text'])}")
     print(f"\nEvery sample is in {path}")
-    show_summary(out, summary)

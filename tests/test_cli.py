@@ -430,7 +430,7 @@ def test_the_files_of_a_run(here, capsys, command):
     assert all(np.isfinite(list(row.values())).all() for row in logged)
     summary = json.loads(Path("run/summary.json").read_text())
     samples = json.loads(Path("run/samples.json").read_text())
-    assert summary["steps"] == 3 and summary["valid_before"].keys() == summary["valid_after"].keys()
+    assert summary["steps"] == 3 and "valid_nll" in summary["first"].keys() == summary["last"].keys()
     assert [list(sample) for sample in samples] == [["request", "gold", "before", "after"]]
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["step-000002", "step-000003"]
     assert {Path(name).suffix for name in files("run")} <= {".json", ".jsonl", ".safetensors"}  # no pickle

@@ -23,7 +23,7 @@ import train
 from data import InputError
 from data.groups import Group, micro_batches, next_prompts, pack
 from data.checkpoints import load_checkpoint
-from data.runs import summarise_refinement
+from data.runs import summarise
 from head import head_loss, hidden_states
 from model import Transformer
 from sampler import Sampler
@@ -400,7 +400,7 @@ def test_the_gradient_does_not_depend_on_micro_batches(loss_mean, tmp_path, monk
 
 def test_a_flat_group_has_no_policy_gradient(tmp_path):
     _, model = run(tmp_path, lambda *_: {"reward": 0.3, "answer_score": 0.3}, filter="none")
-    assert summarise_refinement(tmp_path)["updates"] == 6
+    assert metrics(tmp_path)[-1]["updates"] == 6
     assert torch.equal(flat(model), flat(tiny()))
 
 
@@ -456,7 +456,7 @@ def test_a_step_ends_with_the_group_that_fills_it(tmp_path):
         assert row["groups_drawn"] == len(of_step) > 8
         assert row["signal"] == 8 / len(of_step)
     assert [row["updates"] for row in rows] == [2, 4, 6]
-    assert summarise_refinement(tmp_path)["prompts_drawn"] == len(groups)
+    assert summarise(tmp_path)["groups_drawn"] == len(groups)
     expected = [f"{answer} 0" for answer in answers_of(next_prompts(PROMPTS, 42, 0, len(groups)))]
     assert [group["gold"] for group in groups] == expected
 
@@ -557,9 +557,9 @@ def test_metrics_samples_and_checkpoints(tmp_path):
     progress = json.loads((tmp_path / "checkpoints/step-000005/progress.json").read_text())
     assert len(progress.pop("checksums")) == 4
     assert progress == {"prompts": 40, "updates": rows[-1]["updates"]}
-    summary = summarise_refinement(tmp_path)
-    assert summary["reward_first"] == round(rows[0]["reward"], 4) and summary["updates"] == rows[-1]["updates"]
-    assert (summary["steps"], summary["prompts_drawn"]) == (5, 40)
+    summary = summarise(tmp_path)
+    assert summary["first"] == {"reward": rows[0]["reward"]} and summary["last"] == {"reward": rows[-1]["reward"]}
+    assert (summary["steps"], summary["groups_drawn"]) == (5, 40)
 
 
 def test_default_steps_and_the_schedule(tmp_path, monkeypatch):
@@ -573,11 +573,11 @@ def test_default_steps_and_the_schedule(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "learning_rate", recorder)
     run(tmp_path / "a", steps=None, episodes=5, prompts_per_step=6, filter="none")
-    assert summarise_refinement(tmp_path / "a")["steps"] == 6  # 40 / 6
+    assert summarise(tmp_path / "a")["steps"] == 6  # 40 / 6
     assert calls == [(i, 12, 5e-3) for i in range(1, 13)]  # 6 x 8 responses: 32 and 16
     assert metrics(tmp_path / "a")[-1]["lr"] == pytest.approx(5e-4)
     run(tmp_path / "b", steps=None, episodes=1, prompts_per_step=20, filter="none")
-    assert summarise_refinement(tmp_path / "b")["steps"] == 1
+    assert summarise(tmp_path / "b")["steps"] == 1
 
 
 def test_no_model_is_in_memory_that_is_not_needed(tmp_path):
@@ -634,8 +634,8 @@ def test_validation_answers_held_out_prompts_greedily(tmp_path):
         mean = sum(one[name] for one in expected) / 3
         assert rows[-1][f"valid_{name}"] == pytest.approx(mean)
     assert len({row["valid_reward"] for row in rows if "valid_reward" in row}) > 1
-    summary = summarise_refinement(tmp_path)
-    assert summary["steps"] == 5 and summary["valid_after"]["valid_reward"] == rows[-1]["valid_reward"]
+    summary = summarise(tmp_path)
+    assert summary["steps"] == 5 and summary["last"]["valid_reward"] == rows[-1]["valid_reward"]
     _, plain = run(tmp_path / "plain", score, **flags)
     assert torch.equal(flat(plain), flat(model))
     refine(tiny(1), None, PROMPTS, StubChat(), score, args, 4, valid)  # resumed
