@@ -164,7 +164,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     batches = plan_batches(groups, args)
     optimisers = train.make_optimisers(student, args)
     if start:
-        checkpoints.load_checkpoint(args.out, start, args.command, student, optimisers)
+        checkpoints.load_checkpoint(args.out, start, student, optimisers)
     elif valid:
         runs.log_step(args.out, {"step": 0} | validate(student, teacher, valid, args, answer_valid))
     steps = train.Steps(start, len(batches), args.command)

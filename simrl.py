@@ -141,7 +141,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     optimisers = train.make_optimisers(model, args)
     progress = {"prompts": 0, "updates": 0}
     if start:
-        progress = checkpoints.load_checkpoint(args.out, start, args.command, model, optimisers)
+        progress = checkpoints.load_checkpoint(args.out, start, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
     for compiled in filter(None, (model, reference, policy) if args.compile else ()):
         compiled.model.compile_layers()

@@ -258,17 +258,17 @@ def peak_memory(device):
 def open_run(args, models=(), files=()):
     """Prepare the folder --out for a run. Returns the step to resume after: 0 for a new run, -1 for a finished one.
 
-    models, files: what the run reads, or None; the model that trains first. Broken models are refused before anything
-        is written; also InputError as `check_folder` and `prepare_folder`
+    models, files: what the run reads, or None. Broken models are refused before anything is written; also InputError
+        as `check_folder` and `prepare_folder`
     """
     models, files = ([path for path in paths if path] for paths in (models, files))
     step = 0
     with fail_together():
-        loaded = [Transformer.from_pretrained(folder, device="meta") for folder in models]
-        shapes = [{name: list(p.shape) for name, p in model.named_parameters()} for model in loaded[:1]]
+        for folder in models:
+            Transformer.from_pretrained(folder, device="meta")
         if rank() == 0:
             check_folder(args)
-            step = prepare_folder(args, [*models, *files], *shapes)
+            step = prepare_folder(args, [*models, *files])
     step = int(sum_over_ranks({"step": step})["step"])
     if step < 0:
         note(f"{args.out}: is already finished")

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from data import InputError, atomic_folder, read_json, refuse_on_all, remove, write_json
 from data.fields import PROGRESS, check_fields
@@ -122,51 +122,36 @@ def save_checkpoint(out, step, model, optimisers, progress):
         delete_checkpoints(out)
 
 
-def open_checkpoint(out, step, command, shapes=None):
-    """(progress, {"weights" and moments: open file}) of the checkpoint after `step`. InputError if it is not whole.
-
+def check_checkpoint(out, step, command):
+    """Returns the progress of the checkpoint after `step`. InputError unless its files are as they were written.
     command: of the run; Sim-RL's progress also counts prompts
-    shapes: {name: shape} of the weights that train, to check the files by; None if that is done already
     """
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     remedy = "remove that folder to resume from the one before"
-    progress = read_json(folder / "progress.json", remedy)
-    check_fields(progress, PROGRESS[command], folder / "progress.json", remedy, needed=True)
-    files = {}
+    path = folder / "progress.json"
+    progress = check_fields(read_json(path, remedy), PROGRESS[command], path, remedy, needed=True)
     for part in ("weights", *MOMENTS):
         path = folder / f"{part}.safetensors"
-        try:
-            files[part] = safe_open(path, "pt")
-        except (SafetensorError, OSError) as e:
-            raise InputError(f"{path}: cannot be read ({e}); {remedy}") from e
-        slices = {name: files[part].get_slice(name) for name in files[part].keys()}
-        wrong = [name for name, tensor in slices.items() if tensor.get_dtype() not in ("F32", "F64", "BF16")]
-        if shapes is not None:
-            wrong += [name for name, tensor in slices.items() if shapes.get(name) != tensor.get_shape()]
-            wrong += [name for name in shapes if part == "weights" and name not in slices]
-        if wrong:
-            raise InputError(f"{path}: {wrong[0]} does not match the model that this run trains; {remedy}")
-        if shapes is not None and checksum_of(path) != progress["checksums"].get(part):
-            raise InputError(f"{path}: was damaged or changed since it was written; {remedy}")
-    names, first, second, momentum = (set(file.keys()) for file in files.values())
-    if first != second or first ^ momentum != (names if progress["updates"] else set()):  # a weight has one kind
-        raise InputError(f"{folder}: has not the moments of all weights; {remedy}")
-    return progress, files
+        if not path.is_file() or checksum_of(path) != progress["checksums"].get(part):
+            raise InputError(f"{path}: was cut, changed or lost after it was written; {remedy}")
+    return progress
 
 
 @torch.no_grad()
-def load_checkpoint(out, step, command, model, optimisers):
+def load_checkpoint(out, step, model, optimisers):
     """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
-    progress, files = open_checkpoint(out, step, command)
+    folder = Path(out) / "checkpoints" / f"step-{step:06d}"
+    progress = read_json(folder / "progress.json")
+    weights, *moments = (safe_open(folder / f"{part}.safetensors", "pt") for part in ("weights", *MOMENTS))
     state = {}  # of each parameter, in its optimiser
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             state |= {p: optimiser.state[p] for p in group["params"]}
     for name, p in parameters(model).items():
-        p.copy_(part_of(files["weights"].get_tensor(name), p))
-        for moment in MOMENTS:
-            if name in files[moment].keys():
-                state[p][moment] = part_of(files[moment].get_tensor(name).to(p.device, copy=True), p)
+        p.copy_(part_of(weights.get_tensor(name), p))
+        for moment, file in zip(MOMENTS, moments):
+            if name in file.keys():
+                state[p][moment] = part_of(file.get_tensor(name).to(p.device, copy=True), p)
         if "exp_avg" in state[p]:
             state[p]["step"] = torch.tensor(float(progress["updates"]), device=p.device)
     return progress

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import InputError, hash_files, lock, one_line, parse_json, print_table
 from data import read_json, read_optional, refuse_changes, refuse_existing, write_json
-from data.checkpoints import delete_checkpoints, latest_checkpoint, open_checkpoint
+from data.checkpoints import check_checkpoint, delete_checkpoints, latest_checkpoint
 from data.fields import GROUP, PROGRESS, check_fields
 from data.groups import counted_tokens
 from data.records import read_lines
@@ -55,12 +55,11 @@ def check_folder(args):
             raise InputError(f"{out}: has no arguments.json, so it is not a run; remove it or use another --out")
 
 
-def prepare_folder(args, inputs, shapes=None):
+def prepare_folder(args, inputs):
     """Begin or resume --out, after `check_folder`, and write arguments.json. Returns the step to resume after, 0 for a
     new run, -1 for a finished training run.
 
     inputs: the files and model folders that the run reads; they must not change before it is finished
-    shapes: {name: shape} of the weights that train, which a checkpoint must have
 
     The folder stays locked. InputError for a broken checkpoint, another process's run, or other settings or inputs."""
     out = Path(args.out)
@@ -78,7 +77,7 @@ def prepare_folder(args, inputs, shapes=None):
         return -1
     step = latest_checkpoint(out)
     if step:
-        open_checkpoint(out, step, args.command, shapes)
+        check_checkpoint(out, step, args.command)
     delete_checkpoints(out)
     cut_log(out / "metrics.jsonl", step)
     if args.command == "simrl":

@@ -207,9 +207,9 @@ REFUSED = {
                                          "run: was started with another model; resume"),
     "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: (Path("run/summary.json").unlink(), cut(
         str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors")))),
-        "run/checkpoints/step-0*[0-9]+/weights.safetensors: cannot be read .*; remove that folder to resume from"),
+        "run/checkpoints/step-0*[0-9]+/weights.safetensors: was cut, changed or lost .*; remove that folder to"),
     "a checkpoint with another byte": (f"{SFT} --resume", lambda: run_before(SFT, damage_checkpoint),
-        "run/checkpoints/step-0*[0-9]+/exp_avg.safetensors: was damaged or changed .*; remove that folder to resume"),
+        "run/checkpoints/step-0*[0-9]+/exp_avg.safetensors: was cut, changed or lost .*; remove that folder to"),
     "a cache in place of the model": (f"{CKD} --cache run/model", None, "run/model: --cache and --out run lie one in the"),
     "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache: --cache and --out cache/run lie one in"),
     "a run that is its cache": (f"{CKD} --cache run", None, "run: --cache and --out run lie one in the other"),

@@ -875,7 +875,7 @@ def test_the_optimiser_resumes_at_its_own_count(whole):
     """A step is one rollout batch; AdamW counts optimiser steps."""
     model = tiny()
     optimisers = train.make_optimisers(model, small_settings(whole))
-    progress = load_checkpoint(whole, 8, "simrl", model, optimisers)
+    progress = load_checkpoint(whole, 8, model, optimisers)
     updates = metrics(whole)[7]["updates"]
     assert progress["updates"] == updates > 8 and progress["prompts"] > 8 * 6
     assert {state["step"].item() for state in optimisers[0].state.values()} == {updates}

@@ -100,14 +100,16 @@ def test_a_backup_beside_a_part_file_is_left_alone(here):
     assert run(ROLLOUT) == 0 and backup.read_text() == "mine"
 
 
-def test_moments_that_are_not_those_of_the_weights(here, capsys):
+def test_files_of_another_checkpoint(here, capsys):
     assert run(STEPS) == 0
-    folder = Path("run/checkpoints/step-000002")
+    before, folder = sorted(Path("run/checkpoints").iterdir())
     Path("run/summary.json").unlink()
-    for names in (("exp_avg_sq",), ("exp_avg_sq", "exp_avg")):
-        for name in names:  # of AdamW, momentum_buffer is empty
-            shutil.copyfile(folder / "momentum_buffer.safetensors", folder / f"{name}.safetensors")
-        assert "has not the moments of all weights; remove that folder" in refused(capsys, f"{STEPS} --resume")
+    for name in ("weights", "exp_avg", "exp_avg_sq"):
+        mine = (folder / f"{name}.safetensors").read_bytes()
+        shutil.copyfile(before / f"{name}.safetensors", folder / f"{name}.safetensors")
+        assert f"{name}.safetensors: was cut, changed or lost" in refused(capsys, f"{STEPS} --resume")
+        (folder / f"{name}.safetensors").write_bytes(mine)
+    assert run(f"{STEPS} --resume") == 0
 
 
 def test_answers_that_were_removed_are_missed(here, capsys):
