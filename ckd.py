@@ -286,7 +286,7 @@ def add_supervised_flags(parser, lr, weight_decay):
     add("--samples", type=natural, default=3, metavar="N", help="held-out prompts to answer before and after")
     train.add_valid_flags(parser, "records or rollouts to validate on; default: hold out some of --data", every=100)
     parser.add_argument("--valid-answers", type=natural, default=0, metavar="N",
-        help="also answer the first N held-out prompts at each validation: exact answers, reward")
+        help="also answer the first N held-out prompts at each validation, 64 at a time: exact answers, reward")
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, save_every=100)
 

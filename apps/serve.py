@@ -232,11 +232,16 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """One connection. Every reply has a Content-Length or ends the connection."""
     protocol_version = "HTTP/1.1"
+    path = ""  # until a request line is read
     streaming = False
     timeout = TIMEOUT
 
     def log_message(self, *_):
         """Failures are printed by `fail`; the rest is silent."""
+
+    def send_error(self, status, message=None, explain=None):
+        """What http.server itself refuses: a request line that it cannot read, a method other than GET and POST."""
+        self.fail(int(status), message or "bad request")
 
     def do_GET(self):
         engine = self.server.engine

@@ -241,6 +241,19 @@ def test_bad_chats_are_errors(server, body):
     assert status == 400 and reply["error"]["message"]
 
 
+@pytest.mark.parametrize("request_line, status", [
+    (b"DELETE /v1/models HTTP/1.1", 501), (b"GET", 400), (b"GET /" + b"x" * 70_000 + b" HTTP/1.1", 414)])
+def test_what_http_server_refuses_is_an_error_too(server, capsys, request_line, status):
+    """JSON, counted and printed."""
+    before = server.engine.describe()["failures"]
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as client:
+        client.sendall(request_line + b"\r\n\r\n")
+        reply = b"".join(iter(lambda: client.recv(65_536), b""))
+    assert json.loads(reply.partition(b"\r\n\r\n")[2] or reply)["error"]["code"] == status
+    assert server.engine.describe()["failures"] == before + 1
+    assert f": {status}: " in capsys.readouterr().err
+
+
 def test_it_serves_on_while_clients_go_away_and_dawdle(server, records, greedy):
     prompt, text = greedy[records[0]["id"]]
     sockets = []
