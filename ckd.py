@@ -15,11 +15,13 @@ Shapes: N counted positions of a micro-batch, C of them in a chunk of the output
 
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
-2. The loss is the mean over all counted tokens of the optimiser batch (see train.py).
+2. The loss is the mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a
+   mean of micro-batch means, in which the weight of a token depends on its neighbours).
 3. rskd is computed on the drawn tokens, not on a dense target.
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -29,11 +31,11 @@ from tqdm import tqdm
 import train
 from data import checkpoints, non_negative, natural, number, positive, runs, write_json
 from data.chat import Chat, add_prompt_flags
-from data.groups import counted_tokens, micro_batches, optimiser_batches, pack, read_groups
+from data.groups import counted_tokens, micro_batches, pack, plan_batches, read_groups
 from data.records import add_data_flags, has_answer
 from data.rollouts import score_response
 from experience import answer_held_out
-from head import entropy, head_loss, hidden_states
+from head import counted_states, entropy, head_loss
 from model import Transformer
 from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
@@ -65,9 +67,7 @@ def adaptive_kl(teacher_log_p, student_log_p):
     gap = (p - q).abs()  # [N, k]
     g_head = (gap * head).sum(-1)  # [N]
     g_tail = (gap * ~head).sum(-1)  # [N]
-    forward = forward_kl(teacher_log_p, student_log_p)
-    reverse = reverse_kl(teacher_log_p, student_log_p)
-    mixed = g_head * forward + g_tail * reverse  # [N]
+    mixed = g_head * forward_kl(teacher_log_p, student_log_p) + g_tail * reverse_kl(teacher_log_p, student_log_p)  # [N]
     return mixed / (g_head + g_tail).clamp(min=1e-9)
 
 
@@ -172,16 +172,13 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
         batch = batches[step - 1]
         clock = time.perf_counter()
         # 1. The teacher's top-k, the student's loss and its gradients, one micro-batch at a time.
-        row = loss_over_batch(student, teacher, batch, loss, args, step)
+        row = forward_backward(student, teacher, batch, loss, args, step)
 
         # 2. Update.
-        norm = train.clip_gradients(student)
-        checkpoints.check_finite(args.out, step, "the gradient norm", norm)
         rate = train.learning_rate(step, len(batches), args.lr)
-        train.optimiser_step(optimisers, rate)
-        row |= {"lr": rate, "grad_norm": norm}
+        row |= train.update(student, optimisers, rate, args.out, step)
         row |= runs.describe_batch(batch, time.perf_counter() - clock)
-        row |= train.memory_in_use(student.head_weight.device)
+        row |= runs.memory_in_use(student.head_weight.device)
 
         # 3. Validate.
         if valid and (step % args.valid_every == 0 or step == len(batches)):
@@ -196,18 +193,9 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     return not steps.stopped
 
 
-def plan_batches(groups, args):
-    """The optimiser batches of the whole run: --steps of them, or --epochs passes over the groups."""
-    batches = []
-    for epoch in range(args.steps or args.epochs):  # a pass has at least one batch
-        batches += optimiser_batches(groups, args.batch_size, args.seed, epoch)
-        if args.steps and len(batches) >= args.steps:
-            break
-    return batches[:args.steps]
-
-
-def loss_over_batch(student, teacher, batch, loss, args, step=None):
-    """Means over the counted tokens of a batch, {name: float}. Also accumulates gradients, except under no_grad.
+def forward_backward(student, teacher, batch, loss, args, step=None):
+    """Forward and backward passes over a batch: gradients accumulate in the student. Under no_grad, forward only.
+    Returns means over the counted tokens, {name: float}.
 
     Each token is weighted by 1 / (counted tokens in the batch), so the gradient does not depend on how the batch is
     split into micro-batches or over ranks. step: seeds the draws of rskd.
@@ -215,21 +203,19 @@ def loss_over_batch(student, teacher, batch, loss, args, step=None):
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    sums = {"loss": 0.0}
+    sums = Counter()  # its update adds
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
     for micro, active in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
-        hidden = hidden_states(student, packed, dtype)  # [N, H]
+        hidden = counted_states(student, packed, dtype)  # [N, H]
         head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
         weights = torch.full((len(hidden),), active / total, device=device, dtype=wide)
         value, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if value.requires_grad:
             value.backward()
-        sums["loss"] += value.detach()
-        for name, part in stats.items():
-            sums[name] = sums.get(name, 0.0) + active * part / total
+        sums.update({"loss": value.detach()} | {name: active * part / total for name, part in stats.items()})
     return train.sum_over_ranks(sums)
 
 
@@ -243,7 +229,7 @@ def validate(student, teacher, valid, args, answer_valid=None):
     if teacher:
         divergence = sampled_kl if args.objective == "rskd" else forward_kl
         loss = partial(ckd_loss, m=args.m, tail_weight=0.0, divergence=divergence)
-    means = loss_over_batch(student, teacher, valid, loss, args)
+    means = forward_backward(student, teacher, valid, loss, args)
     del means["loss"]  # not the training objective
     answers = answer_valid(student.in_dtype(getattr(torch, args.dtype))) if answer_valid else {}
     return {f"valid_{name}": value for name, value in means.items()} | answers
@@ -322,7 +308,8 @@ def run_training(args, student_folder, teacher_folder=None):
     # 2. Load the models; write the teacher's cache if it is missing.
     teacher = None
     if teacher_folder:
-        args.k = clamp_to_vocab("k", args.k, vocab_size)
+        if args.objective != "rskd":  # draws may be more than there are ids
+            args.k = clamp_to_vocab("k", args.k, vocab_size)
         args.m = clamp_to_vocab("m", args.m, vocab_size)
         teacher = load_teacher(args, groups + valid, vocab_size, key, device, shard)
     student = Transformer.from_pretrained(student_folder, device=device, shard=shard)
@@ -345,7 +332,7 @@ def run_training(args, student_folder, teacher_folder=None):
     samples = answer_before_and_after(student, student_folder, chat, shown, args) if shown else []
     if train.rank() == 0:
         write_json(Path(args.out) / "samples.json", samples)
-    runs.finish_run(args, student, train.peak_memory(device), partial(runs.show_answers, samples))
+    runs.finish_run(args, student, partial(runs.show_answers, samples))
 
 
 def answer_before_and_after(student, folder, chat, groups, args):

@@ -1,11 +1,11 @@
 """What a step of Sim-RL learns from: groups of sampled and scored responses, in the order of their prompts.
 
-Groups finish in any order. They are accepted in the order of their prompts, so that short responses are not favoured.
+Groups finish in any order. They are used in the order of their prompts, so that short responses are not favoured.
 The group that fills the step ends it, and later ones are dropped. Up to rounding, the number of slots or ranks does
 not change what is trained on.
-
-Departure from the released code: it samples whole batches of prompts; here a step stops as soon as it has its groups.
 """
+import math
+
 import torch
 from tqdm import tqdm
 
@@ -19,7 +19,9 @@ STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished grou
 def make_sampler(policy, groups, chat, args):
     """The sampler of a run, with room for the longest prompt."""
     requests = [Request(group.prompt, args.n, 0, args.temperature, args.max_new_tokens) for group in groups]
-    size = cache_size(args.max_concurrent, requests)
+    # If there are few prompts, a step draws them several times.
+    repeats = math.ceil(args.max_draws * args.prompts_per_step / len(groups))
+    size = cache_size(args.max_concurrent, requests * repeats)
     train.note(describe_cache(policy, *size))
     return Sampler(policy, chat, *size)
 
@@ -31,18 +33,18 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     has_signal: function (rewards, answer scores) -> whether a group is trained on
     stop: function -> whether to stop; checked after every token (with several ranks: at every exchange, for all)
 
-    Returns the accepted groups, those of them with a signal, and {name: seconds}; None if it was stopped.
+    Returns the groups that the step has used, those of them with a signal, and {name: seconds}; None if it was stopped.
     """
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
     groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
     started = 0
-    accepted = []
+    used = []  # finished, in the order of their prompts
     kept = []
     free = [sampler.num_free] * train.world_size()  # free slots of each rank
     stopped = False
 
     def full():
-        return len(kept) == args.prompts_per_step or len(accepted) == len(groups)
+        return len(kept) == args.prompts_per_step or len(used) == len(groups)
 
     while not full():
         if stopped:
@@ -50,9 +52,9 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as should fill the step at the present share with a signal. Each goes to
             # the rank with the most free slots, so ranks that are busy with long responses get fewer.
-            share = (1 + len(kept)) / (1 + len(accepted))
+            share = (1 + len(kept)) / (1 + len(used))
             missing = args.prompts_per_step - len(kept)
-            while started < len(groups) and max(free) > 0 and (started - len(accepted)) * share < missing:
+            while started < len(groups) and max(free) > 0 and (started - len(used)) * share < missing:
                 owner = free.index(max(free))
                 free[owner] -= args.n
                 if owner == train.rank():
@@ -71,14 +73,14 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             free, stopped, done = exchange(sampler, finished, stop())
             for number, responses in done.items():
                 groups[number].responses = responses
-        # 4. Accept groups in the order of their prompts.
-        while not full() and groups[len(accepted)].responses:
-            group = groups[len(accepted)]
-            accepted.append(group)
+        # 4. Take finished groups in the order of their prompts; keep those with a signal.
+        while not full() and groups[len(used)].responses:
+            group = groups[len(used)]
+            used.append(group)
             if has_signal(group.rewards, [response.answer_score for response in group.responses]):
                 kept.append(group)
     sampler.clear()
-    return accepted, kept, seconds
+    return used, kept, seconds
 
 
 def score_responses(responses, record, score, chat):

@@ -103,11 +103,11 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):  # [N, H], [V, 
             values, tokens = log_probs.topk(k, dim=-1)  # [C, k]
         else:
             tokens, _ = inverse_transform(log_probs.exp(), uniform[rows])  # [C, k]
-            same = tokens[:, :, None] == tokens[:, None, :]  # [C, k, k]
-            values = same.float().mean(-1).log()  # [C, k]
+            ones = torch.ones_like(tokens, dtype=log_probs.dtype)
+            counts = torch.zeros_like(log_probs).scatter_add(-1, tokens, ones)  # [C, V]
+            values = (counts.gather(-1, tokens) / k).log()  # [C, k]
         parts.append((tokens, values))
-    ids, log_p = zip(*parts)
-    return torch.cat(ids), torch.cat(log_p)
+    return tuple(map(torch.cat, zip(*parts)))  # ids, log-probs
 
 
 def inverse_transform(probs, uniform):  # [R, V], [R, n] -> ids [R, n], whole mass [R, 1]
@@ -125,7 +125,7 @@ def entropy(log_p):
     return -log_p.exp().mul_(log_p).sum(-1)
 
 
-def hidden_states(model, packed, dtype):
+def counted_states(model, packed, dtype):
     """The hidden states [N, H] that predict a packed batch's counted tokens; matrix products in `dtype`."""
     device = packed["targets"].device
     mask = attention_mask(packed, blocks=model.model.compiled)

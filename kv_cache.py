@@ -13,10 +13,8 @@ from model import attention
 
 
 class KVCache:
-    """Keys and values of prompts and of the responses that continue them, in static buffers.
-
-    A layer has a buffer [2, rows, Hkv, tokens, D] for prompts and one for responses; a prompt is stored and read once,
-    however many responses continue it. Positions beyond a row's sequence are masked, so a row is reused
+    """Static buffers: in each layer one [2, rows, Hkv, tokens, D] for prompts and one for responses. A prompt is stored
+    and read once, however many responses continue it. Positions beyond a row's sequence are masked, so a row is reused
     without being cleared. `start_prompts` or `start_step` says what the next forward pass computes.
     """
 

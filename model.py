@@ -1,8 +1,8 @@
 """The Qwen2 / Qwen2.5 / Qwen3 dense decoder in plain PyTorch, loading and saving.
 
 Read it from top to bottom: settings, normalisation, rotary positions, attention, feed-forward, layer, decoder,
-transformer, safetensors files. Parameters have the names of the published safetensors files, so loading needs no
-mapping table, and a saved folder loads in `transformers` and vLLM.
+transformer. Parameters have the names of the published safetensors files, so loading needs no mapping table, and a
+saved folder loads in `transformers` and vLLM.
 
 Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size, V vocabulary size. `c` is the dict of
 settings that `read_config` returns.
@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, refuse_on_all, write_json
-from data.checkpoints import save_tensors
-from data.fields import CONFIG, ROPE, WEIGHT_INDEX, check_fields
+from data.checkpoints import read_tensors, save_tensors
+from data.fields import CONFIG, ROPE, check_fields
 from shard import parameters, part_of, rank, whole
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -40,7 +39,7 @@ def read_config(config, where):
     top level) or newer (inside rope_parameters). InputError for a model that is not supported."""
     check_fields(config, CONFIG, where)
     rope = check_fields(config.get("rope_scaling") or config.get("rope_parameters") or {}, ROPE, where)
-    config = {name: value for name, value in config.items() if value is not None}
+    config, rope = ({name: value for name, value in part.items() if value is not None} for part in (config, rope))
     refuse_unsupported(config, rope, where)
     c = DEFAULTS | config
     qwen3 = c["model_type"] == "qwen3"
@@ -327,29 +326,3 @@ class Transformer(nn.Module):
         for p, new in zip(self.parameters(), parameters(other).values()):
             if p is not new:
                 p.copy_(whole(new.to(p.dtype)))
-
-
-def read_tensors(folder, known):
-    """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: expected names."""
-    index = folder / "model.safetensors.index.json"
-    paths = [folder / "model.safetensors"]
-    if index.exists() and not paths[0].exists():  # as in transformers, one file goes first
-        weight_map = check_fields(read_json(index), WEIGHT_INDEX, index).get("weight_map") or {}
-        paths = [folder / shard for shard in sorted(set(weight_map.values()))]
-    elif not paths[0].exists():
-        raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: missing shard named by {index.name}; download or copy it again")
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if name in known and file.get_slice(name).get_dtype() in ("BF16", "F16", "F32", "F64"):
-                        yield path, name, file.get_tensor(name)
-                    # Some folders also store a copy of the tied head or a table of rotary frequencies.
-                    elif name != "lm_head.weight" and not name.endswith("inv_freq"):
-                        raise InputError(f"{path}: tensor {name} does not fit config.json; "
-                                         "download or copy the folder again")
-        except SafetensorError as e:
-            raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e

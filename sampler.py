@@ -194,14 +194,14 @@ class Sampler:
         draws = []
         for slot, prompt_row, column in zip(self.slots, prompt_rows, columns):
             request, ids = slot.request, slot.response.ids
-            stored = len(request.prompt) - 1  # each response feeds the last prompt token itself
+            known = len(request.prompt) - 1  # stored: each response feeds the last prompt token itself
             last = (ids or request.prompt)[-1]
-            places.append((last, stored + len(ids), prompt_row, column, stored, len(ids)))
+            places.append((last, known + len(ids), prompt_row, column, known, len(ids)))
             draws.append((slot.uniforms[len(ids)], request.temperature, request.top_p))
-        places = np.array(places).T  # [6, B]
+        *_, stored, lengths = places = np.array(places).T  # [6, B], see `compute`
         draws = np.array(draws, dtype=np.float32).T  # [3, B]
-        prompt_keys = key_width(int(places[4].max()), self.cache.prompts)
-        response_keys = key_width(int(places[5].max()) + 1, self.cache.responses)
+        prompt_keys = key_width(int(stored.max()), self.cache.prompts)
+        response_keys = key_width(int(lengths.max()) + 1, self.cache.responses)
         shape = (prompt_keys, response_keys, bool(draws[1].max() == 0), bool(draws[2].min() < 1))
         tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (grid, places, draws)]
         if self.graphs is not None:
@@ -226,8 +226,7 @@ class Sampler:
         parts = []
         for rows, (uniform, temperature, top_p) in zip(logits.split(size), draws.split(size, dim=1)):
             parts.append(next_token(rows, uniform, None if greedy else temperature, top_p if nucleus else None))
-        ids, log_probs = zip(*parts)
-        return torch.cat(ids), torch.cat(log_probs)
+        return tuple(map(torch.cat, zip(*parts)))  # ids, log-probs
 
     def replay(self, grid, places, draws, shape):
         """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are

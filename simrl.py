@@ -11,18 +11,21 @@ The reward is a function of a record and a text; the loop knows nothing of tool 
 Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step is a rollout batch and several updates.
 
 Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
-1. pi_old: the log-probs of the samples are recomputed before the updates, except for the first update of a step,
-   whose loss computes the same numbers. Ids beyond the tokenizer are cut off, as in the sampler.
+1. pi_old: the trainer's own log-probs, as released, not the sampler's (`mismatch` logs the difference, which is
+   rounding). Here the first batch of a step needs no extra pass: pi is still pi_old, so its loss takes its own
+   log-probs. Ids beyond the tokenizer are cut off, as in the sampler.
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
    so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
 3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
 4. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
    which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
-5. Steps: the released run ends with its prompts. Here the number of steps is fixed: a step samples prompts until it
-   has enough groups, at most --max-draws times as many. With too few, it makes fewer updates.
+5. Steps: the released run samples whole batches of prompts, and ends with its prompts. Here the number of steps is
+   fixed: a step samples prompts until it has its groups, at most --max-draws times as many. With too few, it makes
+   fewer updates.
 """
 import math
 import statistics
+from collections import Counter
 from functools import partial
 
 import torch
@@ -34,7 +37,7 @@ from data.groups import counted_tokens, micro_batches, optimiser_batches, pack
 from data.records import add_data_flags
 from data.rollouts import prompt_groups, score_response
 from experience import make_sampler, sample_step, score_answers
-from head import entropy, head_loss, hidden_states, logits_in_chunks
+from head import counted_states, entropy, head_loss, logits_in_chunks
 from model import Transformer
 from sampler import add_count_flags
 
@@ -136,7 +139,6 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     """
     if (args.kl_weight > 0) != (reference is not None):
         raise ValueError("a reference is required when kl_weight > 0, and only then")
-    device = model.head_weight.device
     num_steps, num_updates = plan_steps(len(prompts), args)
     optimisers = train.make_optimisers(model, args)
     progress = {"prompts": 0, "updates": 0}
@@ -149,12 +151,12 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
     if valid and not start:
         runs.log_step(args.out, {"step": 0} | validate())
-    accept = partial(has_signal, rule=args.filter)
+    signal = partial(has_signal, rule=args.filter)
     steps = train.Steps(start, num_steps, "sim-rl")
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
-        sampled = sample_step(sampler, prompts, progress["prompts"], score, accept, args, lambda: steps.requested)
+        sampled = sample_step(sampler, prompts, progress["prompts"], score, signal, args, lambda: steps.requested)
         if sampled is None:  # Ctrl-C: the model is as it was after the step before
             steps.stopped = True
             if step - 1 > start and (step - 1) % args.save_every:
@@ -167,24 +169,21 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
                 response.advantage = advantage
         log_probs = sum(sum(r.log_probs) for g in groups for r in g.responses)
         checkpoints.check_finite(args.out, step, "a sampled log-prob", log_probs)
-        row = runs.describe_responses(groups) | {"signal": len(kept) / len(groups)}
-        row |= {"groups_kept": len(kept), "tokens": counted_tokens(kept)}
+        row = runs.describe_responses(groups, kept)
 
         with train.timed(seconds, "seconds_training"):
             # 2. Freeze the log-probs of pi_old and pi_ref: the updates change the model.
             batches = prepare_batches(model, reference, kept, chat.vocab_size, args, step)
 
             # 3. Update: gradients (summed over ranks, clipped) and an optimiser step for each batch.
-            batch_sums = []
-            for batch in batches:
-                batch_sums += [accumulate_gradients(model, batch, chat.vocab_size, args)]
-                norm = train.clip_gradients(model)
-                checkpoints.check_finite(args.out, step, "the gradient norm", norm)
+            sums = Counter()  # its update adds
+            for packed_batch in batches:
+                sums.update(accumulate_gradients(model, packed_batch, chat.vocab_size, args))
                 progress["updates"] += 1
                 rate = train.learning_rate(progress["updates"], num_updates, args.lr)
-                train.optimiser_step(optimisers, rate)
-                row |= {"lr": rate, "grad_norm": norm}
-            row |= mean_metrics(batch_sums, counted_tokens(kept))
+                row |= train.update(model, optimisers, rate, args.out, step)
+            means = {name: value / (len(batches) if name == "loss" else row["tokens"]) for name, value in sums.items()}
+            row |= train.sum_over_ranks(means)
             policy.copy_weights(model)
 
         # 4. Validate.
@@ -192,7 +191,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             row |= validate()
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
-        row |= {"updates": progress["updates"]} | seconds | train.memory_in_use(device)
+        row |= {"updates": progress["updates"]} | seconds
+        row |= runs.memory_in_use(model.head_weight.device)
         runs.log_metrics(args.out, runs.describe_groups(step, groups, kept, chat), "samples.jsonl")
         runs.log_step(args.out, {"step": step} | row)
         if steps.ends_at(step) or step % args.save_every == 0:
@@ -228,7 +228,6 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             packed["advantage"] = advantage[packed["response"]]
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
-            # Before the first update the loss itself computes the log-probs of pi_old.
             packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args) if update else None
             packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args) if reference else None
             packed["token_weights"] = active * token_weights(
@@ -241,7 +240,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
 def log_probs_of(policy, packed, vocab_size, args):
     """Log-probs [N] of a packed batch's targets, in the same chunks as the loss, so that the numbers agree."""
     dtype = getattr(torch, args.dtype)
-    hidden = hidden_states(policy, packed, dtype).to(dtype)  # [N, H]
+    hidden = counted_states(policy, packed, dtype).to(dtype)  # [N, H]
     head = policy.head_weight[:vocab_size].to(dtype)  # [V, H]
     log_probs = []
     for rows, logits in logits_in_chunks(hidden, head):
@@ -250,31 +249,20 @@ def log_probs_of(policy, packed, vocab_size, args):
     return torch.cat(log_probs)
 
 
-def accumulate_gradients(model, batch, vocab_size, args):
-    """Accumulate the gradients of an optimiser batch on this rank. Returns its loss and the token sums of
-    `policy_loss`'s statistics as one dict."""
+def accumulate_gradients(model, packed_batch, vocab_size, args):
+    """Accumulate the gradients of an optimiser batch, from `prepare_batches`, on this rank. Returns its loss and the
+    token sums of `policy_loss`'s statistics as one dict."""
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip, temperature=args.temperature)
-    sums = {"loss": 0.0}
-    for packed in batch:
-        hidden = hidden_states(model, packed, dtype)  # [N, H]
+    sums = Counter()
+    for packed in packed_batch:
+        hidden = counted_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
         value, stats = head_loss(hidden, head, packed["token_weights"], loss, packed["targets"], packed["advantage"],
                                  packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
         value.backward()
-        sums["loss"] += value.detach()
-        for name, part in stats.items():
-            sums[name] = sums.get(name, 0.0) + packed["active"] * part
+        sums.update({"loss": value.detach()} | {name: packed["active"] * part for name, part in stats.items()})
     return sums
-
-
-def mean_metrics(batch_sums, tokens):
-    """The mean loss of a step's batches, and the statistics' means over its tokens, across all ranks."""
-    means = {}
-    for sums in batch_sums:
-        for name, value in sums.items():
-            means[name] = means.get(name, 0.0) + value / (len(batch_sums) if name == "loss" else tokens)
-    return train.sum_over_ranks(means)
 
 
 # ---- The command simrl
@@ -342,7 +330,7 @@ def run_simrl(args):
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
-    runs.finish_run(args, model, train.peak_memory(device), partial(runs.show_samples, args.out))
+    runs.finish_run(args, model, partial(runs.show_samples, args.out))
 
 
 def training_reward(chat, args, record, text):

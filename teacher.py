@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 import train
-from data import MODEL_FOLDER, InputError, read_json
-from data.cache import model_hash, number_rows, open_cache, write_cache
-from data.chat import read_tokenizer
-from head import hidden_states, topk_log_probs
+from data import MODEL_FOLDER, InputError, hash_files, read_json
+from data.cache import number_rows, open_cache, write_cache
+from data.chat import vocabulary
+from head import counted_states, topk_log_probs
 from model import Transformer, read_config
 
 
@@ -39,7 +39,7 @@ class Teacher:
             if ids.numel() and not 0 <= ids.min() <= ids.max() < self.vocab_size:
                 raise InputError("--cache: holds ids beyond the vocabulary, so it was changed; remove it")
             return ids.to(device, torch.int64), log_p.to(device, torch.float32)
-        hidden = hidden_states(self.model, packed, torch.float32)  # [N, H], in the precision of its weights
+        hidden = counted_states(self.model, packed, torch.float32)  # [N, H], in the precision of its weights
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
         uniform = None if self.seed is None else self.uniform(groups, step).to(device)
         return topk_log_probs(hidden, head, self.k, uniform)
@@ -59,7 +59,8 @@ class Teacher:
 
 
 def check_pair(teacher_folder, student_folder):
-    """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id.
+    """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id. Also a
+    teacher with fewer rows than its tokenizer has ids.
 
     Returns the number of ids to use: the rows of both embeddings, or of the tokenizer if these differ.
     """
@@ -67,18 +68,12 @@ def check_pair(teacher_folder, student_folder):
     if teacher != student:
         raise InputError(f"{teacher_folder} ({len(teacher[0]):,} tokens) and {student_folder} "
                          f"({len(student[0]):,}) have different tokenizers; CKD needs two models that share one")
+    ids = teacher[0][-1][1] + 1
     paths = [Path(folder) / "config.json" for folder in (teacher_folder, student_folder)]
-    widths = {read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths}
-    tokens, _ = teacher
-    return widths.pop() if len(widths) == 1 else tokens[-1][1] + 1
-
-
-def vocabulary(folder):
-    """What decides how text is tokenized: a tokenizer's (token, id) pairs in the order of ids, and its merges."""
-    tokenizer = read_tokenizer(folder)
-    tokens = tokenizer.get_vocab(with_added_tokens=True).items()
-    merges = json.loads(tokenizer.to_str())["model"].get("merges")
-    return [sorted(tokens, key=lambda item: item[1]), merges]
+    widths = [read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths]
+    if widths[0] < ids:  # of the student, `Chat` has checked that
+        raise InputError(f"{paths[0]}: vocab_size is {widths[0]}, but tokenizer.json has {ids} ids; {MODEL_FOLDER}")
+    return ids if widths[0] != widths[1] else widths[0]
 
 
 def clamp_to_vocab(name, value, vocab_size):
@@ -100,8 +95,11 @@ def cache_key(args, groups, vocab_size):
         raise InputError(f"{args.cache}: --cache and --out {args.out} lie one in the other; use another --cache")
     view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
     digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
-    key = {"teacher": model_hash(args.teacher), "tokenizer": digest[:16], "dtype": args.dtype}
-    key |= number_rows(groups) | {"view": view, "width": vocab_size, "k": min(args.k, vocab_size)}
+    folder = Path(args.teacher)
+    weights = hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    key = {"teacher": list(weights.values()), "tokenizer": digest[:16], "dtype": args.dtype}
+    k = args.k if args.objective == "rskd" else min(args.k, vocab_size)
+    key |= number_rows(groups) | {"view": view, "width": vocab_size, "k": k}
     if open_cache(args.cache, key) is None and train.world_size() > 1:
         raise InputError(f"{args.cache}: no cache there yet; write it with one process first (without torchrun)")
     return key

@@ -1,16 +1,13 @@
 """What both training loops share: optimisers, schedule, devices and ranks, runs and their checkpoints.
 
 Departures from the released code:
-1. A loss is a mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a mean
-   of micro-batch means, in which the weight of a token depends on its neighbours).
-2. A checkpoint is safetensors and JSON. Randomness is a function of the seed and of counts (steps, prompts used), which
+1. A checkpoint is safetensors and JSON. Randomness is a function of the seed and of counts (steps, prompts used), which
    are saved: a resumed run repeats the uninterrupted one, to the bit on a CPU (the sums of a GPU have no fixed order).
-3. Gradient checkpointing is a flag, not the rule.
+2. Gradient checkpointing is a flag, not the rule.
 """
 import ctypes
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -24,7 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import InputError, non_negative, number, positive, refuse_on_all
-from data.checkpoints import latest_checkpoint
+from data.checkpoints import check_finite, latest_checkpoint
 from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
@@ -130,18 +127,18 @@ def learning_rate(step, steps, peak):
     return peak * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def clip_gradients(model, max_norm=1.0):
-    """Clip the norm of the gradients, over all ranks. Returns the norm before clipping."""
-    return whole(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)).item()
-
-
-def optimiser_step(optimisers, lr):
-    """Update the weights at this learning rate and clear the gradients."""
+def update(model, optimisers, lr, out, step):
+    """Clip the norm of the gradients to 1, over all ranks; update the weights at this learning rate; clear the
+    gradients. Returns {"lr", "grad_norm"}, the norm before clipping. If it is not finite, nothing is updated:
+    InputError, which names out and step."""
+    norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
+    check_finite(out, step, "the gradient norm", norm)
     for optimiser in optimisers:
         for group in optimiser.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        optimiser.zero_grad()
+    return {"lr": lr, "grad_norm": norm}
 
 
 # ---- Devices and ranks
@@ -232,25 +229,6 @@ def fail_together():
         error = e
     if failed := gather_over_ranks([rank()] if error else []):
         raise error if rank() == failed[0] else SystemExit(2)
-
-
-def memory_in_use(device):
-    """{"memory_gb"}: held now by tensors (on a GPU) or by this process (on Linux); elsewhere the peak so far."""
-    if device.type == "cuda":
-        return {"memory_gb": round(torch.cuda.memory_allocated() / 1e9, 3)}
-    if sys.platform != "linux":
-        return {"memory_gb": peak_memory(device)["peak_memory_gb"]}
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[1])  # resident
-    return {"memory_gb": round(pages * resource.getpagesize() / 1e9, 3)}
-
-
-def peak_memory(device):
-    """{"peak_memory_gb"}: the GPU's own count, or the resident size of this process."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if device.type == "cuda":
-        size = torch.cuda.max_memory_allocated()
-    return {"peak_memory_gb": round(size / 1e9, 2)}
 
 
 # ---- Runs and checkpoints

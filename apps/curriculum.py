@@ -15,7 +15,7 @@ from data import InputError, hash_files, one_line, print_table
 from data import read_json, read_optional, refuse_changes, refuse_existing, same, seconds_in
 from data.chat import Chat
 from data.fields import EVALUATION, check_fields
-from data.records import require_gold, stream_records
+from data.records import stream_records
 from data.rollouts import read_rows
 from model import Transformer
 
@@ -179,9 +179,9 @@ def check_input(path, name, command, think, limit):
             Chat.from_pretrained(path, think)
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
-        for record in stream_records(path, command != "rollout", limit=limit):
-            if command in ("simrl", "eval"):
-                require_gold(record, path)
+        need = {"rollout": None, "simrl": "a gold answer", "eval": "a gold answer"}.get(command, "an answer")
+        for _ in stream_records(path, need=need, limit=limit):
+            pass
 
 
 def is_finished(out, stage):
@@ -189,7 +189,7 @@ def is_finished(out, stage):
     if Path(f"{out}.part").exists() or not (out.is_file() or (out / "summary.json").exists()):
         return False
     saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
-    if stage.command not in (*PAGES, "reward") and not saved.exists():
+    if stage.command not in PAGES and not saved.exists():
         return False  # the command itself says what is there
     before = read_optional(saved)
     now = {name: value for name, value in vars(stage).items() if name in before}

@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 import reward
 from apps.rollout import print_examples, read_inputs, sample_responses
-from data import InputError, one_line, parse_json, positive, print_table, read_json
-from data import refuse_overlap, write_json, write_lines
+from data import InputError, one_line, parse_json, positive, print_table, read_json, write_json
 from data.chat import add_prompt_flags
 from data.fields import check_fields
 from data.records import add_data_flags, read_lines
@@ -83,7 +82,7 @@ def answer_records(args, chat, groups, device):
     out = Path(args.out) / "generations.jsonl"
     draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
     draws = [draw for draw in draws if draw[0] > 0]
-    finished, rows = sample_responses(args, out, chat, groups, draws, device, resume=True, scored=True)
+    finished, rows = sample_responses(args, out, chat, groups, draws, device)
     with fail_together():
         if finished and [row["id"] for row in finished] != [group.record["id"] for group in groups]:
             raise InputError(f"{out}: has lost records; remove it, and the run answers them again")
@@ -210,7 +209,6 @@ def report(out, result, other=None):
 def reward_flags(parser):
     add = parser.add_argument
     add("--data", required=True, help="lines of prompt, generation and label, .jsonl or .jsonl.gz")
-    add("--out", metavar="FILE", help="file to write; default: the terminal")
     add("--explain", type=positive, metavar="LINE", help="explain the reward of this line instead")
     add("--think", choices=("on", "none"), default="on",
         help="none: for models without think tags, require no think block")
@@ -221,13 +219,7 @@ def reward_flags(parser):
 
 def run_reward(args):
     """Print the reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines."""
-    if args.out:
-        refuse_overlap(args.out, [args.data])
-        if Path(args.out).exists():
-            raise InputError(f"{args.out}: exists already; remove it or use another --out")
-        write_lines(args.out, score_file(args))
-    else:
-        sys.stdout.writelines(score_file(args))
+    sys.stdout.writelines(list(score_file(args)))  # after a bad line, nothing is printed
 
 
 def score_file(args):

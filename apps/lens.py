@@ -17,7 +17,7 @@ from data import InputError, non_negative, natural, positive, write_lines
 from data.chat import Chat, add_prompt_flags, text_of
 from data.groups import make_groups, pack
 from data.records import has_answer, read_records
-from head import hidden_states, logits_in_chunks
+from head import counted_states, logits_in_chunks
 from model import Transformer
 from teacher import Teacher, check_pair, clamp_to_vocab
 from train import add_machine_flags, pick_device
@@ -108,7 +108,7 @@ def inspect_tokens(student, packed, topk, vocab_size, m, tail_weight):
     """
     head = student.head_weight[:vocab_size].detach()  # [V, H]
     with torch.no_grad():
-        hidden = hidden_states(student, packed, torch.float32)  # [N, H], without autocast
+        hidden = counted_states(student, packed, torch.float32)  # [N, H], without autocast
     tokens = []
     for rows, logits in logits_in_chunks(hidden, head, 64):
         target = packed["targets"][rows]  # [C]

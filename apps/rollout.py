@@ -41,8 +41,7 @@ def run_rollout(args):
         arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
-    finished, rows = sample_responses(
-        args, out, chat, groups, draws, device, arguments=arguments, resume=args.resume)
+    finished, rows = sample_responses(args, out, chat, groups, draws, device, arguments)
     dropped = {}
     if finished:
         note(f"{out}: is already finished; nothing is sampled, and the filters are not run again")
@@ -91,19 +90,19 @@ def read_inputs(args, need_gold=True):
     return chat, groups
 
 
-def sample_responses(args, out, chat, groups, draws, device, **options):
+def sample_responses(args, out, chat, groups, draws, device, arguments=None):
     """Sample responses to the records of groups, or continue to, on all ranks. Returns the records of a finished file
     or None, and those with new `responses`; on ranks other than 0, None and [].
 
-    args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens
+    args: parsed flags command, model, device, dtype, seed, max_concurrent, max_new_tokens, resume
     chat, groups: of `read_inputs`
     draws: [(n, temperature, top_p)]; a record gets n responses from each
-    options: arguments, resume, scored of `open_rollouts`
+    arguments: as in `open_rollouts`
     """
     finished, rows = None, {}
     with fail_together():
         if rank() == 0:
-            finished, rows = open_rollouts(out, groups, **options)
+            finished, rows = open_rollouts(out, groups, arguments, args.resume)
     done = set(gather_over_ranks(list(rows if finished is None else range(len(groups)))))
     missing = [i for i in range(len(groups)) if i not in done]
     if missing:
@@ -114,7 +113,7 @@ def sample_responses(args, out, chat, groups, draws, device, **options):
             sample_share(args, out, chat, groups, draws, device, share, len(missing))
     with fail_together():
         if missing and rank() == 0:
-            _, rows = open_rollouts(out, groups, options.get("arguments"), resume=True)
+            _, rows = open_rollouts(out, groups, arguments, resume=True)
             if lost := set(missing) - rows.keys():
                 raise InputError(f"{out}: {len(lost)} records are in no part file; all ranks must share its folder")
     return finished, [rows[i] for i in sorted(rows)]

@@ -182,7 +182,8 @@ def read_answer(text, think):
     except (reward.FormatError, RecursionError):
         calls = None  # the client sees the text as it is
     if calls and all(isinstance(call["name"], str) for call in calls):
-        message["content"] = answer.partition("<tool_call>")[0].strip() or None
+        before = answer.partition("<tool_call>")[0].strip("\n")
+        message["content"] = before if before.strip() else None
         message["tool_calls"] = [
             {"index": i, "id": f"call_{time.time_ns()}_{i}", "type": "function",
              "function": {"name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
@@ -241,7 +242,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, status, message=None, explain=None):
         """What http.server itself refuses: a request line that it cannot read, a method other than GET and POST."""
-        self.fail(int(status), message or "bad request")
+        self.fail(int(status), message or self.responses[status][0])
 
     def do_GET(self):
         engine = self.server.engine

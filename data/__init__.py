@@ -171,11 +171,6 @@ def refuse_overlap(out, inputs):
             raise InputError(f"{out}: would be written over {path}, which is read; name another --out")
 
 
-def remove(path):
-    """Delete a file, or a folder with all that is in it; of a link, the link only."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
 def number(kind, low, high=math.inf):
     """An argparse type: finite numbers from `low` to `high`."""
     def parse(text):

@@ -1,8 +1,8 @@
 """The cache: a teacher's log-probs on disk, so that it need not be in memory while a student trains.
 
     DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...
-    DIR/ids.npy      [positions, k] int32      one row per counted position, group by group
-    DIR/log_p.npy    [positions, k] float16
+    DIR/ids.bin      [positions, k] int32      one row per counted position, group by group
+    DIR/log_p.bin    [positions, k] float16
 
 A cache made from anything else is refused. teacher.py says which k ids a position has.
 """
@@ -11,21 +11,15 @@ import math
 import os
 import shutil
 import sys
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, hash_files, lock, read_json, refuse_changes, write_json
+from data import InputError, atomic_folder, lock, read_json, refuse_changes, write_json
 from data.groups import micro_batches, pack
 
-
-def model_hash(folder):
-    """A short hash of a model folder: its config.json and its weights."""
-    hashes = {Path(file).name: value for file, value in hash_files([folder]).items()}
-    names = [name for name in hashes if name == "config.json" or name.endswith(".safetensors")]
-    return hashlib.sha256(repr([(name, hashes[name]) for name in names]).encode()).hexdigest()[:16]
+ARRAYS = {"ids.bin": np.int32, "log_p.bin": np.float16}
 
 
 def number_rows(groups):
@@ -49,20 +43,13 @@ def open_cache(folder, made_from):
         return None
     stored = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
     refuse_changes(f"{folder}: this cache was made from", stored, made_from, "remove the folder or name a new one")
+    shape = (made_from["positions"], made_from["k"])
     arrays = []
-    for name, dtype in (("ids", np.int32), ("log_p", np.float16)):
-        path = folder / f"{name}.npy"
-        shape = (made_from["positions"], made_from["k"])
-        buffer = BytesIO()
-        np.lib.format.write_array_header_1_0(
-            buffer, {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape})
-        header = buffer.getvalue()
-        size = len(header) + math.prod(shape) * np.dtype(dtype).itemsize
-        with open(path, "rb") if path.is_file() else BytesIO() as file:
-            begins = file.read(len(header)) == header
-        if not begins or path.stat().st_size != size:
+    for name, dtype in ARRAYS.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
             raise InputError(f"{path}: was cut or changed; remove the folder")
-        arrays.append(np.load(path, mmap_mode="r"))
+        arrays.append(np.memmap(path, dtype, "r", shape=shape))
     return arrays
 
 
@@ -87,11 +74,10 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
         if shutil.disk_usage(new).free < size:
             raise InputError(f"{folder}: {size / 1e9:.1f} GB do not fit on this disk; "
                              "use a smaller --k or another disk")
-        ids = np.lib.format.open_memmap(new / "ids.npy", "w+", np.int32, shape)
-        log_p = np.lib.format.open_memmap(new / "log_p.npy", "w+", np.float16, shape)
+        ids, log_p = (np.memmap(new / name, dtype, "w+", shape=shape) for name, dtype in ARRAYS.items())
         for array in (ids, log_p) if hasattr(os, "posix_fallocate") else ():
             with open(array.filename, "r+b") as file:  # a disk that is full later would end the process by a signal
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+                os.posix_fallocate(file.fileno(), 0, array.nbytes)
         for micro in tqdm(micro_batches(groups, micro_batch_tokens), "teacher cache", unit="batch"):
             packed = pack(micro, device)
             rows = packed["rows"].cpu().numpy()

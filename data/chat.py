@@ -215,6 +215,14 @@ def read_tokenizer(folder):
     return tokenizer
 
 
+def vocabulary(folder):
+    """What decides how text is tokenized: a tokenizer's (token, id) pairs in the order of ids, and its merges."""
+    tokenizer = read_tokenizer(folder)
+    tokens = tokenizer.get_vocab(with_added_tokens=True).items()
+    merges = json.loads(tokenizer.to_str())["model"].get("merges")
+    return [sorted(tokens, key=lambda item: item[1]), merges]
+
+
 def read_flavour(folder, template):
     """(family, default system prompt, example call) from the chat template; without one, from `model_type`.
     template: of tokenizer_config.json; chat_template.jinja overrides it

@@ -1,22 +1,24 @@
-"""Checkpoints: weights, optimiser moments and progress of a run, unsharded, in safetensors and JSON.
+"""Tensors in safetensors files, and checkpoints: weights, optimiser moments and progress of a run, unsharded.
 
     OUT/checkpoints/step-000100/    weights, exp_avg, exp_avg_sq, momentum_buffer .safetensors; progress.json
 
-progress.json also has the checksum of each file, so that a run does not resume from damaged weights.
+progress.json also has the hashes of these files and of the run's settings, so that a run resumes only from what it
+has written.
 """
+import hashlib
 import json
 import math
 import os
 import re
-import zlib
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from data import InputError, atomic_folder, read_json, refuse_on_all, remove, write_json
-from data.fields import PROGRESS, check_fields
+from data import InputError, atomic_folder, hash_files, read_json, refuse_on_all, write_json
+from data.fields import PROGRESS, WEIGHT_INDEX, check_fields
 from shard import parameters, part_of, rank, wait_for_ranks, whole
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # of safetensors
@@ -39,7 +41,7 @@ def delete_checkpoints(out):
     for _, old in list_checkpoints(out)[:-2]:
         os.replace(old, f"{old}.tmp")  # first: a kill half-way must not leave a broken checkpoint
     for _, old in list_checkpoints(out, r"\.tmp"):
-        remove(old)
+        old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 
 def check_finite(out, step, name, value):
@@ -56,7 +58,7 @@ def check_finite(out, step, name, value):
 def save_tensors(tensors, path, dtype=None):
     """Write {name: tensor} to a .safetensors file, in `dtype` if it is given, and flush it to the disk. Every rank must
     call this: sharded tensors are gathered one at a time, so no rank ever holds them all. Rank 0 writes, and returns
-    the file's checksum.
+    the file's hash, as `hash_files` gives it.
 
     The file is the length of a header, the header in JSON, and the tensors' bytes; safetensors itself would need all
     tensors at once.
@@ -74,26 +76,43 @@ def save_tensors(tensors, path, dtype=None):
     with open(path, "wb") if rank() == 0 else nullcontext() as file:
         if file:
             file.write(data)
-            checksum = zlib.crc32(data)
+            digest = hashlib.sha256(data)
         for tensor in tensors.values():
             tensor = whole(tensor.detach().to(dtype or tensor.dtype))
             if file:
                 data = tensor.cpu().flatten().view(torch.uint8).numpy()
                 file.write(data)
-                checksum = zlib.crc32(data, checksum)
+                digest.update(data)
         if file:
             file.flush()
             os.fsync(file.fileno())
-            return checksum
+            return digest.hexdigest()[:16]
 
 
-def checksum_of(path):
-    """The checksum of a file, as `save_tensors` returns it."""
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 24):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def read_tensors(folder, known):
+    """Yield (path, name, tensor) for each tensor of a model folder, one at a time. known: expected names."""
+    index = folder / "model.safetensors.index.json"
+    paths = [folder / "model.safetensors"]
+    if index.exists() and not paths[0].exists():  # as in transformers, one file goes first
+        weight_map = check_fields(read_json(index), WEIGHT_INDEX, index).get("weight_map") or {}
+        paths = [folder / shard for shard in sorted(set(weight_map.values()))]
+    elif not paths[0].exists():
+        raise InputError(f"{folder}: no model.safetensors; only safetensors weights are read")
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: missing shard named by {index.name}; download or copy it again")
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if name in known and file.get_slice(name).get_dtype() in ("BF16", "F16", "F32", "F64"):
+                        yield path, name, file.get_tensor(name)
+                    # Some folders also store a copy of the tied head or a table of rotary frequencies.
+                    elif name != "lm_head.weight" and not name.endswith("inv_freq"):
+                        raise InputError(f"{path}: tensor {name} does not fit config.json; "
+                                         "download or copy the folder again")
+        except SafetensorError as e:
+            raise InputError(f"{path}: not a whole safetensors file ({e}); download or copy it again") from e
 
 
 def save_checkpoint(out, step, model, optimisers, progress):
@@ -112,29 +131,35 @@ def save_checkpoint(out, step, model, optimisers, progress):
     for moment in MOMENTS:
         files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
-        checksums = {}
+        hashes = {"arguments.json": hash_of(Path(out) / "arguments.json")}
         for name, tensors in files.items():
-            checksums[name] = save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
+            hashes[f"{name}.safetensors"] = save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
-            write_json(new / "progress.json", progress | {"checksums": checksums})
+            write_json(new / "progress.json", progress | {"hashes": hashes})
     if rank() == 0:
         delete_checkpoints(out)
 
 
 def check_checkpoint(out, step, command):
-    """Returns the progress of the checkpoint after `step`. InputError unless its files are as they were written.
+    """InputError unless the files of the checkpoint after `step` are as this run wrote them.
     command: of the run; Sim-RL's progress also counts prompts
     """
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     remedy = "remove that folder to resume from the one before"
     path = folder / "progress.json"
     progress = check_fields(read_json(path, remedy), PROGRESS[command], path, remedy, needed=True)
-    for part in ("weights", *MOMENTS):
-        path = folder / f"{part}.safetensors"
-        if not path.is_file() or checksum_of(path) != progress["checksums"].get(part):
-            raise InputError(f"{path}: was cut, changed or lost after it was written; {remedy}")
-    return progress
+    hashes = progress.get("hashes")
+    if not isinstance(hashes, dict):
+        raise InputError(f"{path}: has no hashes, so another version has written it; start again with another --out")
+    for path in (Path(out) / "arguments.json", *(folder / f"{part}.safetensors" for part in ("weights", *MOMENTS))):
+        if hash_of(path) != hashes.get(path.name):
+            raise InputError(f"{folder}: {path.name} is not as it was when this was written; {remedy}")
+
+
+def hash_of(path):
+    """The hash of a file; None if there is none."""
+    return hash_files([path]).get(str(path))
 
 
 @torch.no_grad()
@@ -142,6 +167,7 @@ def load_checkpoint(out, step, model, optimisers):
     """Restore weights and optimisers as they were after `step`. Returns the progress saved with them."""
     folder = Path(out) / "checkpoints" / f"step-{step:06d}"
     progress = read_json(folder / "progress.json")
+    progress.pop("hashes")
     weights, *moments = (safe_open(folder / f"{part}.safetensors", "pt") for part in ("weights", *MOMENTS))
     state = {}  # of each parameter, in its optimiser
     for optimiser in optimisers:

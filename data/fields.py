@@ -52,8 +52,8 @@ ROPE = {"rope_theta": "a number above 0", "rope_type": "text", "type": "text"}
 GENERATION_CONFIG = {"eos_token_id": "an id or a list of ids"}
 TOKENIZER_CONFIG = {"default_think": "text", "chat_template": "a template, or a list of templates with names"}
 WEIGHT_INDEX = {"weight_map": "an object of safetensors files"}
-PROGRESS = {"updates": "a whole number", "checksums": "an object"}
-PROGRESS = dict.fromkeys(("sft", "ckd"), PROGRESS) | {"simrl": PROGRESS | {"prompts": "a whole number"}}
+PROGRESS = dict.fromkeys(("sft", "ckd"), {"updates": "a whole number"}) | {
+    "simrl": {"updates": "a whole number", "prompts": "a whole number"}}
 RECORD = {"source": "text", "rendered": "an object"}
 ANSWER = {"reasoning": "text"}
 GROUP = {"gold": "text", "samples": "a list of samples with text and reward"}

@@ -17,7 +17,7 @@ import json
 import random
 from array import array
 from dataclasses import dataclass, replace
-from itertools import cycle, groupby
+from itertools import cycle, groupby, islice
 from os.path import commonprefix
 
 import numpy as np
@@ -83,11 +83,11 @@ def read_groups(args, chat):
     Returns (groups, valid, notes): what was skipped, as lines of text. InputError if no training group is left.
     """
     limits = (args.max_prompt_tokens, args.max_response_tokens, args.mask)
-    records = stream_records(args.data, True, chat.vocab_size, limit=args.limit)
+    records = stream_records(args.data, vocab_size=chat.vocab_size, limit=args.limit)
     groups, skipped = make_groups(records, chat, *limits, where=f"{args.data}: ")
     notes = [f"skipped in {args.data}: {count} {reason}" for reason, count in skipped.items() if count]
     if args.valid:
-        records = stream_records(args.valid, True, chat.vocab_size, limit=args.valid_limit)
+        records = stream_records(args.valid, vocab_size=chat.vocab_size, limit=args.valid_limit)
         valid, too_long = make_groups(records, chat, *limits, where=f"{args.valid}: ")
         notes += [f"skipped in {args.valid}: {count} {reason}" for reason, count in too_long.items() if count]
     else:
@@ -218,6 +218,13 @@ def optimiser_batches(groups, batch_size, seed, epoch):
             batches.append([])
         batches[-1].append(groups[i])
     return batches
+
+
+def plan_batches(groups, args):
+    """The optimiser batches of a whole run of `ckd` or `sft`: --steps of them, or --epochs passes over the groups."""
+    passes = range(args.steps or args.epochs)  # a pass has at least one batch
+    batches = (batch for epoch in passes for batch in optimiser_batches(groups, args.batch_size, args.seed, epoch))
+    return list(islice(batches, args.steps))
 
 
 def micro_batches(groups, token_budget):

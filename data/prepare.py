@@ -25,7 +25,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, hash_files, lock, positive, print_table, refuse_overlap, write_json, write_lines
+from data import InputError, hash_files, lock, positive, print_table, read_optional, refuse_overlap
+from data import write_json, write_lines
 from data.chat import Chat
 from data.records import has_answer, read_records, self_check
 
@@ -53,14 +54,15 @@ def run_prepare(args):
     out = Path(args.out)
     refuse_overlap(out, args.data)
     part = Path(f"{out}.part")
-    if part.exists() and part.stat().st_size:  # one of `prepare` is empty
+    of_rollout = read_optional(Path(f"{out}.arguments.json")).get("command") == "rollout"
+    if part.exists() and (of_rollout or part.stat().st_size):  # one of `prepare` is empty
         raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
     if out.exists() and not part.exists():
         raise InputError(f"{out}: exists already; remove it or use another --out")
     chat = Chat.from_pretrained(args.model) if args.model else None
     records = []
     for path in args.data:
-        records += read_records(path, need_answer=False, check_answer=False)
+        records += read_records(path, need=None, check_answer=False)
     dropped = Counter()
     chosen = drop_unsound(records, dropped)
     if args.labels:

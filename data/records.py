@@ -42,16 +42,16 @@ def add_data_flags(parser, what):
     add("--max-prompt-tokens", type=positive, default=5120, metavar="N", help="skip records with longer prompts")
 
 
-def read_records(path, *options, **named):
+def read_records(path, **options):
     """The records that `stream_records` yields, as a list; same options."""
-    return list(stream_records(path, *options, **named))
+    return list(stream_records(path, **options))
 
 
-def stream_records(path, need_answer=True, vocab_size=None, check_answer=True, limit=None):
+def stream_records(path, *, need="an answer", vocab_size=None, check_answer=True, limit=None):
     """Yield the records of a .jsonl, .jsonl.gz or .json file, one line at a time; empty lines are skipped.
     InputError names file and line.
 
-    need_answer: False also accepts records without an answer
+    need: what each record must have: "a gold answer", "an answer" (gold or sampled), or None
     vocab_size: ids of responses must be smaller
     check_answer: False also accepts calls of unknown tools, and keeps calls that cannot be parsed as text
     limit: read at most this many records
@@ -66,7 +66,7 @@ def stream_records(path, need_answer=True, vocab_size=None, check_answer=True, l
         item = parse_json(line, where, "each line must be one whole JSON object")
         try:
             record = read_record(item, f"{stem}:{number}", check_answer)
-            check_record(record, need_answer, vocab_size, check_answer)
+            check_record(record, need, vocab_size, check_answer)
         except (InputError, RecursionError) as e:
             raise InputError(f"{where}: {e}") from e
         yield record
@@ -221,7 +221,7 @@ def read_tool(tool):
     return {"name": tool["name"], "description": tool.get("description") or "", "parameters": parameters}
 
 
-def check_record(record, need_answer, vocab_size, check_answer):
+def check_record(record, need, vocab_size, check_answer):
     """Raise InputError for a record that cannot be used. Parameters as in `stream_records`."""
     responses = record.get("responses") or []
     if not (isinstance(responses, list) and all(map(is_response, responses))):
@@ -234,8 +234,10 @@ def check_record(record, need_answer, vocab_size, check_answer):
     messages = record["messages"]
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError("no message to answer; before the answer there must be a user's or a tool's message")
-    if need_answer and not (has_answer(record) or responses):
+    if need == "an answer" and not (has_answer(record) or responses):
         raise InputError('no answer; give a last assistant turn or an "answer", or run rollout first')
+    if need == "a gold answer" and not has_answer(record):
+        raise InputError(f"record {record['id']} has no gold answer to score against; add one, or remove the record")
     if check_answer and record.get("answer"):
         names = [tool["name"] for tool in record["tools"]]
         for call in record["answer"]["tool_calls"]:
@@ -256,13 +258,6 @@ def has_answer(record):
     """Whether the record has a gold answer: calls or text."""
     answer = record.get("answer") or {}
     return bool(answer.get("tool_calls") or answer.get("content"))
-
-
-def require_gold(record, path):
-    """InputError if a record of a file has no gold answer."""
-    if not has_answer(record):
-        raise InputError(f"{path}: record {record['id']} has no gold answer to score against; "
-                         "add one, or remove the record")
 
 
 def self_check(record):

@@ -1,9 +1,9 @@
 """Rollout files: records with sampled `responses`, how a stopped run resumes, and the filters of `rollout`.
 
     OUT                   one record per line, with `responses` and how its prompt was `rendered`
-    OUT.part              while a run samples: its settings, then {"index", "id", "responses"} per record, unfiltered
-    OUT.part.1, ...       the records of other ranks, until `open_rollouts` moves them to OUT.part
-    OUT.arguments.json    the settings of a finished run
+    OUT.arguments.json    the settings of the run
+    OUT.part              while it samples: {"index", "id", "responses"} per record, unfiltered
+    OUT.part.1, ...       those of other ranks, until `open_rollouts` moves them to OUT.part
 
 A response is {"text", "ids", "finish_reason", "logprob"}, with "reward" if the record has a gold answer.
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data import InputError, lock, parse_json, read_json, refuse_changes, refuse_existing, write_json, write_lines
 from data.fields import SAMPLED, SCORED, check_fields
 from data.groups import Group
-from data.records import has_answer, require_gold, stream_records
+from data.records import has_answer, read_lines, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
@@ -40,9 +40,7 @@ def prompt_groups(path, chat, max_prompt_tokens, limit=None, need_gold=True):
     """
     groups = []
     skipped = 0
-    for record in stream_records(path, need_gold, limit=limit):
-        if need_gold:
-            require_gold(record, path)
+    for record in stream_records(path, need="a gold answer" if need_gold else None, limit=limit):
         record.pop("responses", None)  # of a rollout file
         record["rendered"] = {"think": chat.think, "tools": chat.tools}
         ids = chat.encode(chat.prompt(record))
@@ -64,13 +62,10 @@ def score_response(chat, record, text, **options):
 
 # ---- Sampling that can resume: open the file, append each record, finish
 
-CHANGED = "the line was changed or cut: remove it, or start again with another --out"
+def open_rollouts(out, groups, arguments=None, resume=False):
+    """Start or resume the rollout file `out` (a Path) of the records of groups.
 
-
-def open_rollouts(out, groups, arguments=None, resume=False, scored=False):
-    """Start or resume the rollout file `out` (a Path) of the records of groups. `arguments` are its settings.
-
-    scored: whether a finished file is that of an evaluation
+    arguments: the settings of a rollout; None for an evaluation, whose folder has them
 
     Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
     OUT.part, which stays locked, and of other ranks. InputError if they were made with other settings or from other
@@ -80,40 +75,30 @@ def open_rollouts(out, groups, arguments=None, resume=False, scored=False):
     others = [path for path in out.parent.glob("*.part.*") if path.stem == part.name and path.suffix[1:].isdecimal()]
     for path in (out, part):
         refuse_existing(path, resume)
+    begun = out.exists() or part.exists() and any(path.stat().st_size for path in (part, *others))
+    if arguments is not None and begun:
+        saved = read_json(f"{out}.arguments.json", "restore it, or use another --out")
+        remedy = "resume with the flags in its .arguments.json, or use another --out"
+        refuse_changes(f"{out}: was started with", saved, arguments, remedy)
     if out.exists() and not part.exists():
-        if arguments is not None:
-            remedy = "resume with the flags in its .arguments.json, or use another --out"
-            saved = read_json(f"{out}.arguments.json", remedy)
-            refuse_changes(f"{out}: was made with", saved, arguments, remedy)
-        return read_rows(out, scored), {}
+        return read_rows(out, scored=arguments is None), {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    begun = part.exists() and part.stat().st_size > 0
     part.touch(exist_ok=resume)
     lock(part)
-    lines = []
-    for path in (part, *others) if begun else ():
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.endswith(b"\n"):  # a kill may have left half a line, or half a character
-                    where = f"{path}:{number}"
-                    lines.append((where, parse_json(line, where, CHANGED)))
-    if lines:
-        remedy = "resume with the settings in its first line, or use another --out"
-        where, saved = lines[0]
-        if "index" in saved:  # not the settings: OUT.part was cut
-            raise InputError(f"{where}: {CHANGED}")
-        refuse_changes(f"{part}: was started with", saved, arguments or {}, remedy)
-    rows = {}
-    for where, row in lines[1:]:
-        i = check_fields(row, {"index": "a whole number"}, where, CHANGED, needed=True)["index"]
-        check_responses(row, where, SAMPLED)
-        record = groups[i].record if i < len(groups) else None
-        if record is None or record["id"] != row.get("id"):
-            raise InputError(f"{part}: holds other records; use another --out")
-        rows[i] = record | {"responses": row["responses"]}
-    while others and not rows:  # of an earlier run: a kill must not leave them beside a new OUT.part
+    while others and not begun:  # of an earlier run
         others.pop().unlink()
-    write_lines(part, [json_line(arguments or {}), *(part_line(i, row) for i, row in rows.items())])
+    if arguments is not None and not begun:
+        write_json(f"{out}.arguments.json", arguments)
+    rows = {}
+    for path in (part, *others):
+        for number, line in read_lines(path):
+            if line.endswith(b"\n"):  # a kill may have left half a line, or half a character
+                i, row = read_part_line(line, f"{path}:{number}")
+                record = groups[i].record if i < len(groups) else None
+                if record is None or record["id"] != row.get("id"):
+                    raise InputError(f"{part}: holds other records; use another --out")
+                rows[i] = record | {"responses": row["responses"]}
+    write_lines(part, (part_line(i, row) for i, row in rows.items()))
     lock(part)  # the new one
     for path in others:
         path.unlink()
@@ -122,12 +107,9 @@ def open_rollouts(out, groups, arguments=None, resume=False, scored=False):
 
 def read_rows(path, scored=False):
     """The records of a finished file of `rollout`, or with `scored` of `eval`."""
-    rows = list(stream_records(path, check_answer=False))
+    rows = list(stream_records(path, need="a gold answer" if scored else "an answer", check_answer=False))
     for row in rows:
-        where = f"{path}: record {row['id']}"
-        check_responses(row, where, SCORED if scored else SAMPLED)
-        if scored and not has_answer(row):
-            raise InputError(f"{where}: has no gold answer; run that eval again")
+        check_responses(row, f"{path}: record {row['id']}", SCORED if scored else SAMPLED)
     return rows
 
 
@@ -148,7 +130,8 @@ def append_rollout(out, i, record, responses, chat, rank):
 
 
 def finish_rollouts(out, rows, arguments=None):
-    """Write the finished file, a list of records, and its settings; remove OUT.part."""
+    """Write the finished file, a list of records, and its settings again, now with those of the filters; remove
+    OUT.part."""
     if arguments is not None:
         write_json(f"{out}.arguments.json", arguments)
     write_lines(out, map(json_line, rows))
@@ -158,6 +141,15 @@ def finish_rollouts(out, rows, arguments=None):
 def part_line(i, row):
     """A line of OUT.part: of a record only what is not in --data."""
     return json_line({"index": i, "id": row["id"], "responses": row["responses"]})
+
+
+def read_part_line(line, where):
+    """(index, {"index", "id", "responses"}) of a line of OUT.part."""
+    remedy = "the line was changed or cut: remove it, or start again with another --out"
+    row = parse_json(line, where, remedy)
+    index = check_fields(row, {"index": "a whole number"}, where, remedy, needed=True)["index"]
+    check_responses(row, where, SAMPLED)
+    return index, row
 
 
 def json_line(value):

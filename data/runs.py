@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import resource
 import statistics
 import sys
 from itertools import islice
@@ -167,10 +168,11 @@ def valid_metrics(row):
     return {name: value for name, value in row.items() if name.startswith("valid_")}
 
 
-def finish_run(args, model, memory, show_examples):
-    """Write the model and the summary of a finished run, `summarise(out) | memory`, then print examples and summary.
-    Its last checkpoint has the same weights."""
+def finish_run(args, model, show_examples):
+    """Write the model and the summary of a finished run, then print examples and summary. Its last checkpoint has the
+    same weights."""
     out = Path(args.out)
+    memory = peak_memory(model.head_weight.device)
     model.save_pretrained(out / "model", getattr(torch, args.save_dtype))
     wait_for_ranks()  # as in `save_checkpoint`
     if rank() == 0:
@@ -185,7 +187,8 @@ def finish_run(args, model, memory, show_examples):
         first, last = summary.pop("first"), summary.pop("last")
         for name, value in first.items():
             if name in last:
-                summary[name.replace("valid_", "held-out ")] = f"{value:.4f} -> {last[name]:.4f}"
+                label = f"held-out {name[6:]}" if name.startswith("valid_") else f"{name}, first and last fifth"
+                summary[label] = f"{value:.4f} -> {last[name]:.4f}"
         print()
         print_table(summary.items())
         print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
@@ -197,6 +200,25 @@ def describe_batch(batch, seconds):
     sequences = sum(len(group.responses) for group in batch)
     return {"tokens": counted_tokens(batch), "packed_tokens": packed, "sequences": sequences,
             "seconds": seconds, "tokens_per_s": packed / seconds}
+
+
+def memory_in_use(device):
+    """{"memory_gb"}: held now by tensors (on a GPU) or by this process (on Linux); elsewhere the peak so far."""
+    if device.type == "cuda":
+        return {"memory_gb": round(torch.cuda.memory_allocated() / 1e9, 3)}
+    if sys.platform != "linux":
+        return {"memory_gb": peak_memory(device)["peak_memory_gb"]}
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[1])  # resident
+    return {"memory_gb": round(pages * resource.getpagesize() / 1e9, 3)}
+
+
+def peak_memory(device):
+    """{"peak_memory_gb"}: the GPU's own count, or the resident size of this process."""
+    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if device.type == "cuda":
+        size = torch.cuda.max_memory_allocated()
+    return {"peak_memory_gb": round(size / 1e9, 2)}
 
 
 def log_step(out, row):
@@ -216,8 +238,8 @@ def show_answers(samples):
             print(f"{name:8s} {one_line(text)}")
 
 
-def describe_responses(groups):
-    """Metrics of all responses of a step, before the filter."""
+def describe_responses(groups, kept):
+    """Metrics of all responses of a step, before the filter; then how many groups are kept, and their counted tokens."""
     responses = [response for group in groups for response in group.responses]
     rewards = [response.reward for response in responses]
     lengths = [len(response.ids) for response in responses]
@@ -232,6 +254,9 @@ def describe_responses(groups):
         "longest": max(lengths),
         "prompt_length": mean(len(group.prompt) for group in groups),
         "groups_drawn": len(groups),
+        "groups_kept": len(kept),
+        "signal": len(kept) / len(groups),
+        "tokens": counted_tokens(kept),
     }
 
 

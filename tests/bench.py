@@ -35,7 +35,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import star  # noqa: E402
 import train  # noqa: E402
 from apps import serve  # noqa: E402
-from ckd import ckd_loss, cross_entropy, loss_over_batch  # noqa: E402
+from ckd import ckd_loss, cross_entropy, forward_backward  # noqa: E402
 from data.chat import Chat  # noqa: E402
 from data.groups import Group, Response, read_groups  # noqa: E402
 from data.runs import read_metrics  # noqa: E402
@@ -186,7 +186,7 @@ def ckd_row(folder):
 
     def step(groups):
         model.zero_grad()
-        loss_over_batch(model, teacher, groups, partial(ckd_loss, m=100, tail_weight=10.0), args, step=1)
+        forward_backward(model, teacher, groups, partial(ckd_loss, m=100, tail_weight=10.0), args, step=1)
 
     seconds = medians(2, ours=partial(step, [group]), padded=partial(step, padded))
     report("CKD step, 600-token prompt x 8 x 60", seconds["ours"], {"padded rows here": seconds["padded"]}, 4)
@@ -211,9 +211,8 @@ def sft_row(folder):
     args = training_args("sft", 4096)
 
     def ours():
-        loss_over_batch(model, None, groups, cross_entropy, args)
-        train.clip_gradients(model)
-        train.optimiser_step(optimisers, 1e-6)
+        forward_backward(model, None, groups, cross_entropy, args)
+        train.update(model, optimisers, 1e-6, "run", 1)
 
     seconds = medians(2, ours=ours)
     del model, optimisers
@@ -260,7 +259,7 @@ def slopes_row(folder):
         teacher = Teacher(model, sizes["k"], sizes["vocabulary"])
         loss = partial(ckd_loss, m=sizes["k"], tail_weight=10.0)
         args = training_args("ckd", 4096, "float32")
-        return medians(3, step=lambda: loss_over_batch(model, teacher, groups, loss, args, step=1))["step"]
+        return medians(3, step=lambda: forward_backward(model, teacher, groups, loss, args, step=1))["step"]
 
     for name, size in base.items():
         sizes = [size, 2 * size, 4 * size]
@@ -624,7 +623,7 @@ def gpu_training(what, model, prompts):
 
     def step():
         model.zero_grad()
-        loss_over_batch(model, None, groups, cross_entropy, args)
+        forward_backward(model, None, groups, cross_entropy, args)
 
     torch.cuda.reset_peak_memory_stats()
     seconds = medians(5, 2, step=on_gpu(step))["step"]

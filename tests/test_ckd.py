@@ -13,10 +13,10 @@ from ckd import DIVERGENCES, ckd_loss, objective_loss, reverse_kl
 from conftest import settings
 from data import InputError
 from data.groups import Group, Response, attention_mask, pack, share_prefixes
-from head import head_loss, hidden_states, topk_log_probs
+from head import counted_states, head_loss, topk_log_probs
 from model import Transformer
 from teacher import Teacher, cache_key, load_teacher
-from train import Muon, clip_gradients, make_optimisers, optimiser_step
+from train import Muon, make_optimisers, update
 
 OBJECTIVES = ["ckd", "fkl", "rkl", "akl", "rskd", "ce"]
 V, K, M, N, H = 40, 6, 9, 11, 8
@@ -271,7 +271,7 @@ def test_teacher_top_k_and_draws():
     logits = model(packed["input_ids"], packed["positions"], mask=attention_mask(packed)).flatten(0, 1)
     expected = logits[packed["logit_positions"]].log_softmax(-1)
     top = expected.topk(K)
-    hidden = hidden_states(model, packed, torch.float32)
+    hidden = counted_states(model, packed, torch.float32)
     for ids, log_p in (Teacher(model, K, V)(packed), topk_log_probs(hidden, model.head_weight, K, chunk=5)):
         assert ids.dtype == torch.int64 and log_p.dtype == torch.float32
         assert torch.equal(ids, top.indices) and torch.allclose(log_p.double(), top.values, atol=1e-6)
@@ -394,8 +394,8 @@ def test_the_optimiser_is_the_released_one():
     for p in model.parameters():
         p.grad = torch.full_like(p, 3.0)
     before = weights_of(model)
-    norm = clip_gradients(model)
-    optimiser_step([torch.optim.SGD(model.parameters(), lr=9.0)], lr=1.0)  # the rate is this one
+    sgd = torch.optim.SGD(model.parameters(), lr=9.0)
+    norm = update(model, [sgd], 1.0, "run", 1)["grad_norm"]  # at this rate, not at 9
     assert norm == pytest.approx(3 * model.num_parameters() ** 0.5, rel=1e-4)
     assert (before - weights_of(model)).norm() == pytest.approx(1.0, rel=1e-4)  # clipped to norm 1
 
@@ -407,8 +407,7 @@ def test_muon_takes_the_matrices_of_the_layers():
     for name, p in model.named_parameters():
         p.grad = torch.ones_like(p)
         assert (id(p) in muon) == ("layers" in name and p.dim() == 2) != (id(p) in adamw), name
-    clip_gradients(model)
-    optimiser_step(optimisers, lr=0.1)
+    update(model, optimisers, 0.1, "run", 1)
     assert [group["lr"] for o in optimisers for group in o.param_groups] == [0.5, 0.1, 0.1]
 
 

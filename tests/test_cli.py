@@ -207,9 +207,9 @@ REFUSED = {
                                          "run: was started with another model; resume"),
     "a checkpoint that was cut": (f"{SFT} --resume", lambda: run_before(SFT, lambda: (Path("run/summary.json").unlink(), cut(
         str(next(Path("run/checkpoints").iterdir()) / "weights.safetensors")))),
-        "run/checkpoints/step-0*[0-9]+/weights.safetensors: was cut, changed or lost .*; remove that folder to"),
+        "run/checkpoints/step-0*[0-9]+: weights.safetensors is not as it was .*; remove that folder to"),
     "a checkpoint with another byte": (f"{SFT} --resume", lambda: run_before(SFT, damage_checkpoint),
-        "run/checkpoints/step-0*[0-9]+/exp_avg.safetensors: was cut, changed or lost .*; remove that folder to"),
+        "run/checkpoints/step-0*[0-9]+: exp_avg.safetensors is not as it was .*; remove that folder to"),
     "a cache in place of the model": (f"{CKD} --cache run/model", None, "run/model: --cache and --out run lie one in the"),
     "a run in its cache": (f"{CKD} --cache cache --out cache/run", None, "cache: --cache and --out cache/run lie one in"),
     "a run that is its cache": (f"{CKD} --cache run", None, "run: --cache and --out run lie one in the other"),
@@ -237,13 +237,13 @@ REFUSED = {
     "Sim-RL on too long prompts": (f"{SIMRL} --max-prompt-tokens 3", None, "train.jsonl: no prompt is left to answer"),
     "Sim-RL without gold": (SIMRL, lambda: change_line(lambda record: record | {"answer": None,
                             "responses": [{"text": "x"}]}),
-                            "train.jsonl: record .* has no gold answer .*; add one, or remove the record"),
+                            "train.jsonl:[0-9]+: record .* has no gold answer .*; add one, or remove the record"),
     "other settings of Sim-RL": (f"{SIMRL} --n 3 --resume", lambda: run_before(SIMRL),
                                  "run: was started with another n; "),
     "rollout over what it reads": (f"{ROLLOUT} --out train.jsonl --resume", None,
                                    "train.jsonl: would be written over train.jsonl, which"),
     "a finished rollout of another model": (f"{ROLLOUT} --model student --resume", lambda: run_before(ROLLOUT),
-                                            "out.jsonl: was made with another model; resume with"),
+                                            "out.jsonl: was started with another model; resume with"),
     "resume another command's run": (f"{SFT} --resume", lambda: run_before(CKD), "run: was started with the command ckd"),
     "evaluate into the model": (f"{EVAL} --model run/model --out run --resume", lambda: run_before(SFT),
                                 "run: was started with the command sft, not eval; "),
@@ -267,10 +267,12 @@ REFUSED = {
         lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
     "a picture of a response": (f"{LENS} --out page.png", None, "page.png: .*; give an --out that ends in .html"),
     "an empty cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: Path("cache/ids.npy").write_bytes(b"")), "cache/ids.npy: was cut or changed"),
-    "a garbled cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: Path("cache/ids.npy").write_bytes(
-            Path("cache/ids.npy").read_bytes().replace(b")", b" ", 1))), "cache/ids.npy: was cut or changed"),
+        f"{CKD} --cache cache", lambda: Path("cache/ids.bin").write_bytes(b"")), "cache/ids.bin: was cut or changed"),
+    "half a cache": (f"{CKD} --cache cache --out new", lambda: run_before(
+        f"{CKD} --cache cache", lambda: cut("cache/log_p.bin")), "cache/log_p.bin: was cut or changed"),
+    "a teacher with fewer rows than ids": (
+        CKD, lambda: edit("teacher/config.json", vocab_size=300),
+        "teacher/config.json: vocab_size is 300, but tokenizer.json has [0-9]* ids; give a whole model folder"),
     "more ids than rows": (SFT, lambda: edit("student/config.json", vocab_size=300),
                            "student/tokenizer.json: has [0-9]* ids, the model only 300"),
     "integers for weights": (SFT, lambda: change_tensors(
@@ -492,6 +494,13 @@ def test_defaults_of_a_run(here):
     assert rows("run/metrics.jsonl")[-1]["step"] == 1
 
 
+def test_more_draws_than_ids(here, capsys):
+    assert run(f"{CKD} --objective rskd --k 999 --cache cache") == 0
+    assert json.loads(Path("cache/cache.json").read_text())["k"] == 999
+    assert "--k 999" not in capsys.readouterr().err
+    assert 0 < rows("run/metrics.jsonl")[-1]["inside"] < 1
+
+
 @pytest.mark.parametrize("objective", ["ckd", "fkl", "rkl", "akl", "ce"])
 def test_cached_equals_live(here, objective):
     command = f"{CKD} --objective {objective} --samples 0 --k 999"  # the whole vocabulary, so all of the cache matters
@@ -500,10 +509,11 @@ def test_cached_equals_live(here, objective):
     for a, b in zip(rows("live/metrics.jsonl"), rows("cached/metrics.jsonl"), strict=True):
         for name in a.keys() - TIMES:
             assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), name
-    cached = {name: np.load(f"cache/{name}.npy", allow_pickle=False) for name in ("ids", "log_p")}
-    assert cached["ids"].shape == cached["log_p"].shape and (np.diff(cached["log_p"]) <= 0).all()
+    key = json.loads(Path("cache/cache.json").read_text())
+    log_p = np.fromfile("cache/log_p.bin", dtype=np.float16).reshape(key["positions"], key["k"])
+    assert (np.diff(log_p) <= 0).all() and np.fromfile("cache/ids.bin", dtype=np.int32).size == log_p.size
     before = files("cache")
-    assert sorted(before) == ["cache.json", "ids.npy", "log_p.npy"]
+    assert sorted(before) == ["cache.json", "ids.bin", "log_p.bin"]
     assert run(f"{command} --out again --cache cache") == 0 and files("cache") == before
     assert files("again/model") == files("cached/model")
 

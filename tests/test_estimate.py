@@ -19,7 +19,7 @@ import train  # noqa: E402
 from apps.checks import SEVERAL_PROCESSES  # noqa: E402
 from apps.curriculum import split_lines  # noqa: E402
 from apps.estimate import read_sizes, stage_memory  # noqa: E402
-from ckd import ckd_loss, loss_over_batch  # noqa: E402
+from ckd import ckd_loss, forward_backward  # noqa: E402
 from conftest import settings  # noqa: E402
 from data import leave  # noqa: E402
 from data.groups import Group, Response  # noqa: E402
@@ -67,9 +67,8 @@ def ckd_step(folder, dtype, checkpointing):
         optimisers = train.make_optimisers(student, args)
         count = train.world_size() * TOKENS // 512  # a micro-batch for each rank
         groups = [Group({}, list(range(256)), [Response(list(range(256)), (0, 256))]) for _ in range(count)]
-        loss_over_batch(student, teacher, groups, partial(ckd_loss, m=100, tail_weight=10.0), args, step=1)
-        train.clip_gradients(student)
-        train.optimiser_step(optimisers, 1e-6)
+        forward_backward(student, teacher, groups, partial(ckd_loss, m=100, tail_weight=10.0), args, step=1)
+        train.update(student, optimisers, 1e-6, "run", 1)
     return peak[0]
 
 
@@ -103,8 +102,7 @@ def simrl_step(folder, dtype):
         groups = [Group({}, list(range(256)), [response]) for response in responses]
         for batch in simrl.prepare_batches(model, reference, groups, CONFIG["vocab_size"], args, 1):
             simrl.accumulate_gradients(model, batch, CONFIG["vocab_size"], args)
-            train.clip_gradients(model)
-            train.optimiser_step(optimisers, 1e-6)
+            train.update(model, optimisers, 1e-6, "run", 1)
         del sampler
     return peak[0]
 

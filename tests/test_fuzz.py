@@ -83,6 +83,9 @@ class Files:
             {"name": "f", "arguments": {"a": 1}}]}
         self.records[1]["messages"][:0] = [{"role": "system", "content": "hi"}, {"role": "user", "content": "a"}, call,
                                            {"role": "tool", "name": "f", "content": "1"}]
+        config = self.model / "config.json"
+        rope = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}
+        config.write_text(json.dumps(json.loads(config.read_text()) | rope))
         config = self.model / "tokenizer_config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": {"content": "<|im_end|>"}}))
         (self.model / "model.safetensors").rename(self.model / "model-1.safetensors")
@@ -97,6 +100,7 @@ class Files:
         self.rows = [{"index": i, "id": record["id"], "responses": [response]}
                      for i, record in enumerate(self.records[:3])]
         (folder / "out.part").write_bytes(self.part(self.rows))
+        (folder / "out.arguments.json").write_text('{"seed": 1}')
         chat = lambda: Chat.from_pretrained(self.model)  # noqa: E731
         model = lambda: Transformer.from_pretrained(self.model)  # noqa: E731
         self.json = {"model/config.json": lambda: (model(), chat()), "model/generation_config.json": chat,
@@ -108,7 +112,7 @@ class Files:
 
     def part(self, rows):
         """The bytes of a part file of a rollout."""
-        return "".join(json.dumps(line) + "\n" for line in ({"seed": 1}, *rows)).encode()
+        return "".join(json.dumps(line) + "\n" for line in rows).encode()
 
     def read_part(self):
         groups = [Group(record, [], []) for record in self.records]
@@ -116,8 +120,8 @@ class Files:
 
     def read_records(self):
         path = self.folder / "records.jsonl"
-        for need_answer in (True, False):
-            groups, _ = make_groups(read_records(path, need_answer, self.chat.vocab_size), self.chat, 5000, 500)
+        for need in ("an answer", None):
+            groups, _ = make_groups(read_records(path, need=need, vocab_size=self.chat.vocab_size), self.chat, 5000, 500)
             for group in groups:
                 for text in ANSWERS:
                     score_response(self.chat, group.record, text)

@@ -9,7 +9,7 @@ from conftest import sample, settings, stub_record
 import star
 from ckd import DIVERGENCES, ckd_loss
 from data.groups import Group, Response, pack
-from head import head_loss, hidden_states
+from head import counted_states, head_loss
 from model import Transformer
 from simrl import refine
 
@@ -56,7 +56,7 @@ def test_compiled_layers_with_blocks_equal_the_mask():
                 model.model.compile_layers()
             model.model.compiled = compiled
             model.zero_grad()
-            hidden = hidden_states(model, packed, torch.float32)
+            hidden = counted_states(model, packed, torch.float32)
             (hidden * scale[:len(hidden)]).sum().backward()
             results.append([hidden, *(p.grad for p in model.parameters())])
         for a, b in zip(*results):

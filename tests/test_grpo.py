@@ -24,10 +24,10 @@ from data import InputError
 from data.groups import Group, micro_batches, next_prompts, pack
 from data.checkpoints import load_checkpoint
 from data.runs import summarise
-from head import head_loss, hidden_states
+from head import counted_states, head_loss
 from model import Transformer
 from sampler import Sampler
-from experience import answer_held_out
+from experience import answer_held_out, make_sampler
 from simrl import advantages, has_signal, log_probs_of, policy_loss, refine, token_weights
 
 ROOT = Path(__file__).parents[1]
@@ -139,7 +139,7 @@ def test_right_after_sampling_the_ratio_is_one(temperature, budget):
             gap = max(gap, (wrong - sampler_log_p).abs().max())
         values = [r.advantage for r in responses_of(micro) for _ in r.ids]
         advantage = torch.tensor(values)  # [N]
-        hidden = hidden_states(model, packed, torch.float32)
+        hidden = counted_states(model, packed, torch.float32)
         loss = partial(policy_loss, temperature=temperature)
         _, sums = head_loss(hidden, model.head_weight[:V], torch.ones(len(advantage)), loss,
                                   packed["targets"], advantage, old_log_p)
@@ -159,7 +159,7 @@ def test_log_probs_before_the_first_update_are_those_of_the_loss():
             old_log_p = log_probs_of(model, packed, V, args)
             results = []
             for old in (old_log_p, None):
-                hidden = hidden_states(model, packed, getattr(torch, dtype))
+                hidden = counted_states(model, packed, getattr(torch, dtype))
                 loss = partial(policy_loss, temperature=0.7, kl_weight=0.1)
                 value, sums = head_loss(
                     hidden, model.head_weight[:V], torch.ones(len(old_log_p)), loss, packed["targets"],
@@ -273,9 +273,9 @@ class Spy:
         self.gradients = []
         self.first = []  # for each update, the first update of the same step
         self.optimiser_batches = simrl.optimiser_batches
-        self.clip_gradients = train.clip_gradients
+        self.update = train.update
         monkeypatch.setattr(simrl, "optimiser_batches", self.record_batches)
-        monkeypatch.setattr(train, "clip_gradients", self.record_update)
+        monkeypatch.setattr(train, "update", self.record_update)
 
     def record_batches(self, *args):
         batches = self.optimiser_batches(*args)
@@ -283,10 +283,10 @@ class Spy:
         self.batches += batches
         return batches
 
-    def record_update(self, model):
+    def record_update(self, model, *args):
         self.weights.append(flat(model))
         self.gradients.append(flat_gradients(model))
-        return self.clip_gradients(model)
+        return self.update(model, *args)
 
 
 def with_weights(model, values):
@@ -444,7 +444,7 @@ def signal_for(*answers):
 
 
 def test_a_step_ends_with_the_group_that_fills_it(tmp_path):
-    """Groups are accepted in the order of prompts; the next step starts with the prompt after the last of them."""
+    """Groups are used in the order of prompts; the next step starts with the prompt after the last of them."""
     run(tmp_path, signal_for(2, 3, 4, 5, 6), steps=3, max_draws=4)
     rows = metrics(tmp_path)
     groups = sample_groups(tmp_path)
@@ -555,11 +555,18 @@ def test_metrics_samples_and_checkpoints(tmp_path):
         assert len(r["text"].split()) == 3 or r["finish_reason"] == "stop"  # nothing is appended at the length limit
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
     progress = json.loads((tmp_path / "checkpoints/step-000005/progress.json").read_text())
-    assert len(progress.pop("checksums")) == 4
+    assert len(progress.pop("hashes")) == 1 + 4
     assert progress == {"prompts": 40, "updates": rows[-1]["updates"]}
     summary = summarise(tmp_path)
     assert summary["first"] == {"reward": rows[0]["reward"]} and summary["last"] == {"reward": rows[-1]["reward"]}
     assert (summary["steps"], summary["groups_drawn"]) == (5, 40)
+
+
+def test_the_sampler_has_slots_for_prompts_that_a_step_draws_several_times():
+    args = small_settings("run", n=2, prompts_per_step=8, max_draws=4, max_concurrent=48)
+    assert make_sampler(tiny(), PROMPTS[:4], StubChat(), args).num_slots == 48
+    args.max_concurrent = 100
+    assert make_sampler(tiny(), PROMPTS[:4], StubChat(), args).num_slots == 8 * 4 * 2
 
 
 def test_default_steps_and_the_schedule(tmp_path, monkeypatch):
@@ -672,16 +679,17 @@ def assert_finite(checkpoint):
 
 
 def count_optimiser_steps(monkeypatch):
-    """Record what every optimiser step is called with, in the list that is returned."""
-    calls = []
-    optimiser_step = train.optimiser_step
+    """Record the gradient norm of every update that does not fail, in the list that is returned."""
+    norms = []
+    update = train.update
 
     def recorder(*args):
-        calls.append(args)
-        optimiser_step(*args)
+        row = update(*args)
+        norms.append(row["grad_norm"])
+        return row
 
-    monkeypatch.setattr(train, "optimiser_step", recorder)
-    return calls
+    monkeypatch.setattr(train, "update", recorder)
+    return norms
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -690,7 +698,7 @@ def test_a_diverged_run_stops_before_anything_is_saved(dtype, tmp_path, monkeypa
     run(tmp_path, steps=2, save_every=1, dtype=dtype)
     checkpoints = contents(tmp_path / "checkpoints")
     logged = metrics(tmp_path)
-    calls = count_optimiser_steps(monkeypatch)
+    norms = count_optimiser_steps(monkeypatch)
     with pytest.raises(InputError) as error:
         run(tmp_path, start=2, steps=5, save_every=1, dtype=dtype, lr=1e20, filter="none")
     message = str(error.value)
@@ -698,7 +706,7 @@ def test_a_diverged_run_stops_before_anything_is_saved(dtype, tmp_path, monkeypa
     assert f"last good checkpoint is {tmp_path}/checkpoints/step-000002" in message
     assert "another --out" in message and "--lr" in message and "--dtype float32" in message
     assert "\n" not in message
-    assert len(calls) == 1  # the first update of step 3, whose gradient was finite
+    assert len(norms) == 1  # the first update of step 3, whose gradient was finite
     assert contents(tmp_path / "checkpoints") == checkpoints and len(checkpoints) == 2 * 5
     for step in (1, 2):
         assert_finite(tmp_path / f"checkpoints/step-{step:06d}")
@@ -712,10 +720,10 @@ def test_a_run_that_starts_diverged_takes_no_step(scale, tmp_path, monkeypatch):
         for p in model.parameters():
             p.mul_(scale)
     weights = flat(model)
-    calls = count_optimiser_steps(monkeypatch)
+    norms = count_optimiser_steps(monkeypatch)
     with pytest.raises(InputError, match="step 1: .* is nan, .*there is no checkpoint yet.*--lr"):
         run(tmp_path, model=model, save_every=1, filter="none")
-    assert calls == [] and torch.equal(flat(model).nan_to_num(), weights.nan_to_num())
+    assert norms == [] and torch.equal(flat(model).nan_to_num(), weights.nan_to_num())
     assert contents(tmp_path) == {}
 
 

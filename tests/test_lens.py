@@ -13,7 +13,7 @@ from ckd import ckd_loss
 from data.chat import Chat
 from data.groups import make_groups, pack
 from data.records import read_records
-from head import head_loss, hidden_states
+from head import counted_states, head_loss
 from model import Transformer
 from teacher import Teacher
 
@@ -53,7 +53,7 @@ def test_figures_are_those_of_training(inspected):
     packed = pack([group])
     assert [token["id"] for token in tokens] == list(group.responses[0].ids) and len(tokens) > 64  # two chunks
     with torch.no_grad():
-        hidden = hidden_states(student, packed, torch.float32)
+        hidden = counted_states(student, packed, torch.float32)
         loss, sums = head_loss(
             hidden, student.head_weight, torch.ones(len(hidden)),
             lambda *tensors: ckd_loss(*tensors, m=M, tail_weight=WEIGHT), packed["targets"], *topk)

@@ -10,7 +10,7 @@ import torch
 
 from data import InputError
 from kv_cache import KVCache, lay_out
-from model import SIZES, Transformer, read_config
+from model import DEFAULTS, SIZES, Transformer, read_config
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
@@ -243,6 +243,12 @@ def test_tensor_that_the_config_does_not_name_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     with pytest.raises(InputError, match=r"tensor model.layers.1\.\S+ does not fit config.json; download"):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_null_in_the_rotary_settings_is_the_default():
+    config = {"model_type": "qwen3", "rope_parameters": {"rope_theta": None, "rope_type": None}}
+    sizes = dict.fromkeys(SIZES, 2)
+    assert read_config(config | sizes, "config")["rope_theta"] == DEFAULTS["rope_theta"]
 
 
 def test_rope_scaling_beside_rope_parameters_is_not_overlooked():

@@ -106,7 +106,7 @@ def test_older_openai_shape(write):
 
 def test_prompts_and_rollouts_need_no_answer(write):
     prompt = given(ASK)
-    assert "answer" not in read_records(write(prompt), need_answer=False)[0]
+    assert "answer" not in read_records(write(prompt), need=None)[0]
     sampled = prompt | {"responses": [{"text": "x"}]}
     assert read_records(write(sampled))[0]["responses"] == [{"text": "x"}]
 
@@ -188,7 +188,7 @@ def test_ids_beyond_the_tokenizer(write):
 
 def test_a_prompt_without_a_question_is_an_error(write):
     with pytest.raises(InputError, match="data.jsonl:1: no message to answer; before"):
-        read_records(write(given({"role": "system", "content": "x"})), need_answer=False)
+        read_records(write(given({"role": "system", "content": "x"})), need=None)
 
 
 def test_bad_files(tmp_path, write):
@@ -211,7 +211,7 @@ def test_broken_gzip(tmp_path):
 def test_parameters_are_kept_as_they_are(write):
     tools = [{"name": "f", "description": "", "parameters": parameters} for parameters in (
         {"city": {"type": "str, optional", "description": "a", "default": "Lima"}}, {"type": "object"}, {}, SCHEMA)]
-    assert read_records(write(given(ASK, tools=tools)), need_answer=False)[0]["tools"] == tools
+    assert read_records(write(given(ASK, tools=tools)), need=None)[0]["tools"] == tools
 
 
 def test_half_a_character_in_a_json_string_and_reasoning_in_parts(write):

@@ -59,7 +59,7 @@ def test_no_command_writes_over_a_file_of_another(here, capsys):
     for name in ("notes.jsonl", "chosen.jsonl"):
         assert f"{name}: exists already" in refused(capsys, f"{ROLLOUT} --out {name}")
     assert "notes.jsonl.arguments.json: no such file" in refused(capsys, f"{ROLLOUT} --out notes.jsonl --resume")
-    assert "chosen.jsonl: was made with the command prepare" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --resume")
+    assert "chosen.jsonl: was started with the command prepare" in refused(capsys, f"{ROLLOUT} --out chosen.jsonl --resume")
     assert files(".") == before
     Path("sampled.jsonl.part").write_text("{}\n")
     assert "belongs to an unfinished rollout" in refused(capsys, "prepare --data train.jsonl --out sampled.jsonl")
@@ -86,7 +86,7 @@ def test_eval_leaves_logs_and_checkpoints_alone(here):
 
 @pytest.mark.parametrize("ending", [".tmp", ".part", ".part.1", ".arguments.json"])
 @pytest.mark.parametrize("command", [
-    "prepare --data {0} --out new", "reward --data {0} --out new", f"{ROLLOUT} --data {{0}} --out new --resume"])
+    "prepare --data {0} --out new", f"{ROLLOUT} --data {{0}} --out new --resume"])
 def test_an_input_may_not_have_the_name_of_a_temporary_file(here, capsys, command, ending):
     shutil.copyfile("train.jsonl", f"new{ending}")
     before = files(".")
@@ -107,9 +107,29 @@ def test_files_of_another_checkpoint(here, capsys):
     for name in ("weights", "exp_avg", "exp_avg_sq"):
         mine = (folder / f"{name}.safetensors").read_bytes()
         shutil.copyfile(before / f"{name}.safetensors", folder / f"{name}.safetensors")
-        assert f"{name}.safetensors: was cut, changed or lost" in refused(capsys, f"{STEPS} --resume")
+        assert f"{name}.safetensors is not as it was" in refused(capsys, f"{STEPS} --resume")
         (folder / f"{name}.safetensors").write_bytes(mine)
+    assert run(f"{STEPS} --lr 1e-4 --out other") == 0
+    shutil.rmtree(folder)
+    shutil.copytree(sorted(Path("other/checkpoints").iterdir())[-1], folder)  # whole, but of another run
+    assert "arguments.json is not as it was when this was written" in refused(capsys, f"{STEPS} --resume")
+    shutil.rmtree(folder)
     assert run(f"{STEPS} --resume") == 0
+
+
+def test_a_rollout_that_has_sampled_nothing_may_begin_with_other_flags(here, capsys):
+    assert run(ROLLOUT) == 0
+    whole = Path("out.jsonl").read_bytes()
+    Path("out.jsonl").unlink()
+    Path("out.jsonl.part").touch()
+    assert "belongs to an unfinished rollout" in refused(capsys, "prepare --data train.jsonl --out out.jsonl")
+    assert run(f"{ROLLOUT} --seed 7 --resume") == 0 and Path("out.jsonl").read_bytes() != whole
+    Path("out.jsonl").unlink()
+    Path("out.jsonl.part").touch()
+    Path("out.jsonl.arguments.json").unlink()
+    assert run(f"{ROLLOUT} --resume") == 0 and Path("out.jsonl").read_bytes() == whole
+    Path("out.jsonl.arguments.json").unlink()
+    assert "no such file; restore it, or use another --out" in refused(capsys, f"{ROLLOUT} --resume")
 
 
 def test_answers_that_were_removed_are_missed(here, capsys):
@@ -201,7 +221,7 @@ def test_ctrl_c_in_a_rollout_says_what_was_kept(here):
     wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 3)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    kept = part.read_bytes().count(b"\n") - 1
+    kept = part.read_bytes().count(b"\n")
     assert process.returncode == 130 and f"{kept} of these 24 records are done, and kept in out.jsonl.part" in error
     assert error.endswith("star.py rollout: interrupted; continue with the same command and --resume\n")
 

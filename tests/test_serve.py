@@ -327,6 +327,13 @@ def test_a_call_without_a_name_stays_text():
     assert serve.read_answer(text, "none") == {"role": "assistant", "content": text}
 
 
+def test_what_a_stream_has_sent_before_a_call_begins_its_content():
+    text = ' Sure, wait.\n<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    sent = [serve.read_answer(text[:size], "none")["content"] for size in range(text.index("<"))]
+    content = serve.read_answer(text, "none")["content"]
+    assert content == sent[-1] == " Sure, wait." and all(map(content.startswith, sent))
+
+
 def test_a_port_in_use_is_refused_before_anything_is_loaded(server, capsys):
     flags = [*FLAGS.split(), "--model", str(TINY / "teacher"), "--port", str(server.server_port)]
     assert star.main(flags) == 2

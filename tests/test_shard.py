@@ -85,7 +85,7 @@ def random_groups(seed, count):
     return groups
 
 
-def stored_step(sampler, prompts, first, score, accept, args, stop):
+def stored_step(sampler, prompts, first, score, has_signal, args, stop):
     """In place of `sample_step`: groups that depend on the number of the first prompt only."""
     groups = random_groups(first, 8)
     return groups, groups, {"seconds_training": 0.0}
@@ -269,9 +269,9 @@ def test_long_responses_keep_their_rank_from_further_prompts(monkeypatch):
     monkeypatch.setattr(train, "gather_over_ranks", gather)
     args = settings("simrl", n=2, prompts_per_step=6, max_draws=1)
     prompts = [Group(stub_record(number), [1, 2], []) for number in range(6)]
-    accepted, kept, _ = sample_step(sampler, prompts, 0, even_ids, lambda *_: True, args)
+    used, kept, _ = sample_step(sampler, prompts, 0, even_ids, lambda *_: True, args)
     assert [request.number for request in added] == [0, 2]
-    assert len(accepted) == len(kept) == 6
+    assert len(used) == len(kept) == 6
 
 
 # ---- Checkpoints
@@ -358,7 +358,7 @@ import torch.distributed as dist
 from data import checkpoints
 start, save = dist.init_process_group, checkpoints.save_tensors
 dist.init_process_group = lambda backend, timeout: start(backend, timeout=timedelta(seconds=4))
-checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))
+checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))[0]
 runpy.run_path({program!r}, run_name="__main__")
 """
 
