@@ -127,13 +127,13 @@ def save_checkpoint(out, step, model, optimisers, progress):
     state = {}  # of each parameter; empty before the first update
     for optimiser in optimisers:
         state |= optimiser.state
-    files = {"weights": weights}
+    files = {"weights.safetensors": weights}
     for moment in MOMENTS:
-        files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
+        files[f"{moment}.safetensors"] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
         hashes = {"arguments.json": hash_of(Path(out) / "arguments.json")}
         for name, tensors in files.items():
-            hashes[f"{name}.safetensors"] = save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
+            hashes[name] = save_tensors(tensors, new and new / name)  # None on the other ranks
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
             write_json(new / "progress.json", progress | {"hashes": hashes})
