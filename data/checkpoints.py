@@ -129,7 +129,8 @@ def save_checkpoint(out, step, model, optimisers, progress):
         state |= optimiser.state
     files = {"weights.safetensors": weights}
     for moment in MOMENTS:
-        files[f"{moment}.safetensors"] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
+        tensors = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
+        files[f"{moment}.safetensors"] = tensors
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
         hashes = {"arguments.json": hash_of(Path(out) / "arguments.json")}
         for name, tensors in files.items():
