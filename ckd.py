@@ -11,13 +11,14 @@ P = sum_{V_k} p and S' = the second sum, the gradient with respect to the studen
 
     dL/dz_j = q_j (P - lambda S') - p_j [j in V_k] + lambda q_j [j in V_m, not in V_k]               Eqs. 14, 26, 27
 
-Shapes: N counted positions of a micro-batch, C of them in a chunk of the output head, V ids in the vocabulary.
+Shapes: N positions of a micro-batch whose next token is in the loss ("counted"), C of them in a chunk of the output
+head, H hidden size, V ids in the vocabulary, k and m as above.
 
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
 2. The loss is the mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a
    mean of micro-batch means, in which the weight of a token depends on its neighbours).
-3. rskd is computed on the drawn tokens, not on a dense target.
+3. Random-sample KD (rskd) uses the ids that are drawn from the teacher, not a target over the whole vocabulary.
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
 import time
@@ -40,62 +41,63 @@ from model import Transformer
 from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
 
-# ---- The losses. A divergence takes log-probs on V_k, teacher [N, k] and student [N, k], and returns [N].
+# ---- The losses. A divergence takes log-probs on V_k, teacher [C, k] and student [C, k], and returns [C].
 
 def forward_kl(teacher_log_p, student_log_p):
     """Forward KL on V_k, Eq. 4. Its minimiser is q = p/P on V_k."""
-    p = teacher_log_p.exp()  # [N, k]
+    p = teacher_log_p.exp()  # [C, k]
     return (p * (teacher_log_p - student_log_p)).sum(-1)
 
 
 def reverse_kl(teacher_log_p, student_log_p):
-    """Reverse KL on V_k. Its minimiser is q = p/e (e = 2.718...), which leaves the mass 1 - P/e outside V_k."""
-    q = student_log_p.exp()  # [N, k]
+    """Reverse KL on V_k. For k < V its minimiser is q = p/e (e = 2.718...): the mass 1 - P/e stays outside V_k."""
+    q = student_log_p.exp()  # [C, k]
     return (q * (student_log_p - teacher_log_p)).sum(-1)
 
 
 def adaptive_kl(teacher_log_p, student_log_p):
-    """Forward and reverse KL, weighted by the gap |p - q| on the head and on the tail of V_k.
-
-    The head is the first token and all whose cumulative teacher mass is below 0.5; teacher_log_p must be in descending
-    order. Gradient flows through the weights too, as released.
+    """A weighted mean of forward and reverse KL, both on all of V_k. The weight of the forward KL is the sum of |p - q|
+    over the most likely tokens of V_k: the first, and all up to a cumulative teacher mass of 0.5. That of the reverse
+    KL is the sum over the others. teacher_log_p must be in descending order. Gradient flows through the weights too, as
+    released.
     """
-    p = teacher_log_p.exp()  # [N, k]
-    q = student_log_p.exp()  # [N, k]
-    head = p.cumsum(-1) < 0.5  # [N, k]
-    head[:, 0] = True
-    gap = (p - q).abs()  # [N, k]
-    g_head = (gap * head).sum(-1)  # [N]
-    g_tail = (gap * ~head).sum(-1)  # [N]
-    mixed = g_head * forward_kl(teacher_log_p, student_log_p) + g_tail * reverse_kl(teacher_log_p, student_log_p)  # [N]
-    return mixed / (g_head + g_tail).clamp(min=1e-9)
+    p = teacher_log_p.exp()  # [C, k]
+    q = student_log_p.exp()  # [C, k]
+    likely = p.cumsum(-1) < 0.5  # [C, k]
+    likely[:, 0] = True
+    gap = (p - q).abs()  # [C, k]
+    forward = (gap * likely).sum(-1)  # [C]
+    reverse = (gap * ~likely).sum(-1)  # [C]
+    mixed = forward * forward_kl(teacher_log_p, student_log_p) + reverse * reverse_kl(teacher_log_p, student_log_p)
+    return mixed / (forward + reverse).clamp(min=1e-9)
 
 
 def sampled_kl(teacher_log_p, student_log_p):
-    """Random-sample KD: V_k holds k draws from the teacher, and teacher_log_p is log(count / k) of each."""
+    """Random-sample KD: instead of V_k there are k draws from the teacher, in which ids repeat; teacher_log_p is
+    log(count / k). The mean over draws is the sum of (count / k) log(count / k / q) over different ids."""
     return (teacher_log_p - student_log_p).mean(-1)
 
 
 def tail_mass(student_topm, student_topm_log_p, teacher_ids):
-    """S', Eq. 5, [N]: the student's mass on its own top-m tokens that are not in the teacher's top-k.
+    """S', Eq. 5, [C]: the student's mass on its own top-m tokens that are not in the teacher's top-k.
 
-    student_topm: [N, m] ids
-    student_topm_log_p: [N, m] the student's log-probs at those ids
-    teacher_ids: [N, k]
+    student_topm: [C, m] ids
+    student_topm_log_p: [C, m] the student's log-probs at those ids
+    teacher_ids: [C, k]
     """
-    ids = teacher_ids.sort(-1).values  # [N, k]; searching these takes m log k steps, comparing all pairs m k
-    place = torch.searchsorted(ids, student_topm).clamp(max=ids.shape[1] - 1)  # [N, m]
-    outside = ids.gather(-1, place) != student_topm  # [N, m]
+    ids = teacher_ids.sort(-1).values  # [C, k]; a binary search takes m log k steps, comparing all pairs m x k
+    place = torch.searchsorted(ids, student_topm).clamp(max=ids.shape[1] - 1)  # [C, m]
+    outside = ids.gather(-1, place) != student_topm  # [C, m]
     return (student_topm_log_p.exp() * outside).sum(-1)
 
 
-# ce trains on cross-entropy; the forward KL is only logged, for comparison with the other objectives.
+# For ce, `objective_loss` sets kd_ratio to 0: its forward KL is only logged, for comparison with the others.
 DIVERGENCES = {
     "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
 
 
 def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, divergence=forward_kl, kd_ratio=1.0):
-    """The distillation loss at each position: Eq. 3, or with another divergence, mixed with cross-entropy.
+    """kd_ratio (divergence + lambda S') + (1 - kd_ratio) cross-entropy at each position. By default this is Eq. 3.
 
     logits: [C, V], the student's
     target: [C], the next token of the response
@@ -106,8 +108,8 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     divergence: a value of DIVERGENCES
     kd_ratio: weight of distillation; cross-entropy on the target has 1 - kd_ratio
 
-    Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence), tail (S'), captured (P, the teacher's mass
-    on V_k; for rskd 1), inside (the student's mass on V_k).
+    Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence, in `validate` the forward KL), tail (S'),
+    captured (P, the teacher's mass on V_k; for rskd 1), inside (the student's mass on V_k).
     """
     log_q = logits.log_softmax(-1)  # [C, V]
     log_p = teacher_log_p.to(logits.dtype)  # [C, k]
@@ -140,7 +142,9 @@ def cross_entropy(logits, target):
 def objective_loss(args):
     """The loss function that `--objective` names, with the settings of its flags."""
     tail_weight = args.tail_weight
-    if tail_weight is None or args.objective == "rskd":  # rskd: no penalty, as released
+    if args.objective == "rskd":  # no penalty, as released
+        tail_weight = 0.0
+    elif tail_weight is None:
         tail_weight = 10.0 if args.objective == "ckd" else 0.0
     kd_ratio = 0.0 if args.objective == "ce" else args.kd_ratio
     return partial(ckd_loss, m=args.m, tail_weight=tail_weight,
@@ -198,7 +202,7 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
     Returns means over the counted tokens, {name: float}.
 
     Each token is weighted by 1 / (counted tokens in the batch), so the gradient does not depend on how the batch is
-    split into micro-batches or over ranks. step: seeds the draws of rskd.
+    split into micro-batches or over ranks. step: seeds the draws of rskd; those of a validation are always the same.
     """
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
@@ -207,15 +211,15 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
     for micro, active in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
-        packed = pack(micro, device)
+        packed = pack(micro, device)  # active: 0 if another rank has this one, too; otherwise 1
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = counted_states(student, packed, dtype)  # [N, H]
-        head = student.head_weight[:teacher.vocab_size if teacher else None]  # [V, H]
+        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], the shared ids
         weights = torch.full((len(hidden),), active / total, device=device, dtype=wide)
-        value, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
-        if value.requires_grad:
-            value.backward()
-        sums.update({"loss": value.detach()} | {name: active * part / total for name, part in stats.items()})
+        mean_loss, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
+        if mean_loss.requires_grad:
+            mean_loss.backward()
+        sums.update({"loss": mean_loss.detach()} | {name: active * value / total for name, value in stats.items()})
     return train.sum_over_ranks(sums)
 
 

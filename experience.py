@@ -17,9 +17,8 @@ STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished grou
 
 
 def make_sampler(policy, groups, chat, args):
-    """The sampler of a run, with room for the longest prompt."""
+    """The sampler of a run, with room for the longest prompt; a step draws prompts several times if there are few."""
     requests = [Request(group.prompt, args.n, 0, args.temperature, args.max_new_tokens) for group in groups]
-    # If there are few prompts, a step draws them several times.
     repeats = math.ceil(args.max_draws * args.prompts_per_step / len(groups))
     size = cache_size(args.max_concurrent, requests * repeats)
     train.note(describe_cache(policy, *size))

@@ -4,8 +4,8 @@ A slot is a row of the key/value cache in which one response grows. A prompt is 
 read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A response that ends
 frees its slot at once: the last slot in use moves into the hole, and the next response starts.
 
-A response depends on its request and the model only, because the uniform numbers belong to the request. Other requests
-change the rounding of logits: in float32 this changes few texts, in bfloat16 about half of long ones.
+All random numbers of a request come from its own seed, so in exact arithmetic its responses do not depend on others.
+Others do change the rounding of logits: in float32 few texts differ then, in bfloat16 about half of long ones.
 
 Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
 
@@ -74,7 +74,7 @@ class Request:
         return bool(self.responses) and all(r.finish_reason for r in self.responses)
 
 
-Slot = namedtuple("Slot", "request response uniforms")  # a response being sampled; a uniform number for each token
+Slot = namedtuple("Slot", "request response uniforms")  # a growing or waiting response; its random numbers
 
 
 class Sampler:
@@ -96,7 +96,7 @@ class Sampler:
         self.prefixes = prefixes
         self.cache = KVCache(model, num_prompts, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
-        self.waiting = deque()  # slots of the request that was started last, which wait for a row
+        self.waiting = deque()  # those of the request that was started last which have no row yet
         self.slots = []  # slots[i] is row i of the cache's responses
         self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
         self.graphs = {} if model.head_weight.is_cuda else None  # see `replay`
@@ -107,7 +107,7 @@ class Sampler:
         self.requests.append(request)
 
     def cancel(self, request):
-        """Drop a request's waiting responses; those in slots end at the next step. Returns whether there are none."""
+        """Drop a request's waiting responses; those that have a row end at the next step. Returns whether none has."""
         self.requests = deque(other for other in self.requests if other is not request)
         self.waiting = deque(slot for slot in self.waiting if slot.request is not request)
         for response in request.responses:
@@ -198,7 +198,8 @@ class Sampler:
             last = (ids or request.prompt)[-1]
             places.append((last, known + len(ids), prompt_row, column, known, len(ids)))
             draws.append((slot.uniforms[len(ids)], request.temperature, request.top_p))
-        *_, stored, lengths = places = np.array(places).T  # [6, B], see `compute`
+        places = np.array(places).T  # [6, B], see `compute`
+        stored, lengths = places[4:]
         draws = np.array(draws, dtype=np.float32).T  # [3, B]
         prompt_keys = key_width(int(stored.max()), self.cache.prompts)
         response_keys = key_width(int(lengths.max()) + 1, self.cache.responses)
@@ -211,8 +212,8 @@ class Sampler:
     def compute(self, grid, places, draws, prompt_keys, response_keys, greedy, nucleus):
         """The next tokens [B] and their log-probs [B].
 
-        grid: int64 [P, G], responses by prompt
-        places: int64 [6, B], the last token, its position, and the places of `KVCache.start_step`
+        grid: int64 [P, G], the slots of each prompt, from `lay_out`
+        places: int64 [6, B], the last token, its position, and the four `places` of `KVCache.start_step`
         draws: [3, B], a uniform number, the temperature and the top-p
         prompt_keys, response_keys: as in `KVCache.start_step`
         greedy, nucleus: whether all temperatures are 0; whether any top-p is below 1
@@ -332,8 +333,8 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 def cache_size(num_slots, requests):
     """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
 
-    Most responses end long before the last one of their prompt, so there is room for three times the prompts that
-    would fill the slots.
+    A prompt keeps its row until its longest response ends, when most of its slots are free again. So there is room for
+    three times the prompts that would fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
     num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))

@@ -8,7 +8,7 @@ groups with a learning signal, and improves the policy pi in a few optimiser ste
 
 The reward is a function of a record and a text; the loop knows nothing of tool calls. experience.py draws the groups.
 
-Shapes: N counted tokens of a micro-batch, C of a chunk of them, V ids. A step is a rollout batch and several updates.
+Shapes: N tokens of a micro-batch that the loss counts, C of them in a chunk, V ids. A step samples once, then updates.
 
 Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
 1. pi_old: the trainer's own log-probs, as released, not the sampler's (`mismatch` logs the difference, which is
@@ -17,11 +17,12 @@ Where paper, released code and this file differ (sampler.py and data/groups.py l
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
    so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
 3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
-4. Filter: the paper drops groups whose mean score is 0 or 1; released and here, `has_signal` looks at answer scores,
-   which also drops groups of rewards -1 and 0 (`--filter rewards` keeps them).
+4. Filter: the paper drops groups whose mean score is 0 or 1. Released and here, a group is kept if its answer scores
+   (the rewards, with format failures at 0) differ and their mean is between 0.01 and 0.99; this also drops groups of
+   rewards -1 and 0 (`--filter rewards` keeps them).
 5. Steps: the released run samples whole batches of prompts, and ends with its prompts. Here the number of steps is
-   fixed: a step samples prompts until it has its groups, at most --max-draws times as many. With too few, it makes
-   fewer updates.
+   fixed, and a step samples prompts until --prompts-per-step groups pass the filter, or until it has sampled
+   --max-draws times as many prompts; then it makes fewer updates.
 """
 import math
 import statistics
@@ -59,7 +60,7 @@ def advantages(rewards, kind="group_norm"):
 
 
 def has_signal(rewards, scores, rule="scores"):
-    """Whether to train on a group; scores are rewards with format failures at 0 (difference 4 above).
+    """Whether to train on a group: difference 4 above.
 
     >>> has_signal([-1, 0], [0, 0]), has_signal([-1, 0], [0, 0], "rewards")
     (False, True)
@@ -144,7 +145,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     progress = {"prompts": 0, "updates": 0}
     if start:
         progress = checkpoints.load_checkpoint(args.out, start, model, optimisers)
-    policy = model.in_dtype(getattr(torch, args.dtype))  # samples; the model itself in float32
+    policy = model.in_dtype(getattr(torch, args.dtype))  # draws the samples; in float32 it is the model itself
     for compiled in filter(None, (model, reference, policy) if args.compile else ()):
         compiled.model.compile_layers()
     sampler = make_sampler(policy, [*prompts, *valid], chat, args)
@@ -212,8 +213,8 @@ def plan_steps(num_prompts, args):
 def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
-    Adds to each packed dict what no update changes, [N] each: advantage, sampler_log_p, old_log_p (None in the first
-    batch), ref_log_p (None without a reference), token_weights. Also active, see `share_of_rank`.
+    Adds to each packed dict what stays fixed during the updates, [N] each: advantage, sampler_log_p, old_log_p (None in
+    the first batch), ref_log_p (None without a reference), token_weights. Also active, see `share_of_rank`.
     """
     device = model.head_weight.device
     wide = torch.promote_types(getattr(torch, args.dtype), torch.float32)
@@ -238,7 +239,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
 
 @torch.no_grad()
 def log_probs_of(policy, packed, vocab_size, args):
-    """Log-probs [N] of a packed batch's targets, in the same chunks as the loss, so that the numbers agree."""
+    """Log-probs [N] of a packed micro-batch's targets, in the chunks of the loss, so that both round equally."""
     dtype = getattr(torch, args.dtype)
     hidden = counted_states(policy, packed, dtype).to(dtype)  # [N, H]
     head = policy.head_weight[:vocab_size].to(dtype)  # [V, H]
@@ -297,7 +298,7 @@ def simrl_flags(parser):
 
 
 def run_simrl(args):
-    """Refine a model by GRPO, scoring its samples by their calls' similarity to gold. Not run as a whole on a GPU."""
+    """Refine a model by GRPO, scoring its samples against gold answers. Never run from start to end on a GPU."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
     with train.fail_together():
