@@ -100,7 +100,7 @@ def hash_files(paths):
         inside = sorted(path.iterdir()) if path.is_dir() else []
         files += [file for file in inside if file.suffix in (".json", ".jinja", ".safetensors")] or [path]
     digests = {}
-    for file in tqdm(filter(Path.is_file, files), "check inputs", unit="file", delay=2, leave=False,
+    for file in tqdm(filter(Path.is_file, files), "hash files", unit="file", delay=2, leave=False,
                      disable=not is_first_rank()):
         status = file.stat()
         key = (file.resolve(), status.st_size, status.st_mtime_ns)

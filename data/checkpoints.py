@@ -5,7 +5,6 @@
 progress.json also has the hashes of these files and of the run's settings, so that a run resumes only from what it
 has written.
 """
-import hashlib
 import json
 import math
 import os
@@ -57,8 +56,7 @@ def check_finite(out, step, name, value):
 
 def save_tensors(tensors, path, dtype=None):
     """Write {name: tensor} to a .safetensors file, in `dtype` if it is given, and flush it to the disk. Every rank must
-    call this: sharded tensors are gathered one at a time, so no rank ever holds them all. Rank 0 writes, and returns
-    the file's hash, as `hash_files` gives it.
+    call this: sharded tensors are gathered one at a time, so no rank ever holds them all. Rank 0 writes.
 
     The file is the length of a header, the header in JSON, and the tensors' bytes; safetensors itself would need all
     tensors at once.
@@ -72,21 +70,16 @@ def save_tensors(tensors, path, dtype=None):
         header[name] = {"dtype": CODES[written], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    data = len(text).to_bytes(8, "little") + text
     with open(path, "wb") if rank() == 0 else nullcontext() as file:
         if file:
-            file.write(data)
-            digest = hashlib.sha256(data)
+            file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             tensor = whole(tensor.detach().to(dtype or tensor.dtype))
             if file:
-                data = tensor.cpu().flatten().view(torch.uint8).numpy()
-                file.write(data)
-                digest.update(data)
+                file.write(tensor.cpu().flatten().view(torch.uint8).numpy())
         if file:
             file.flush()
             os.fsync(file.fileno())
-            return digest.hexdigest()[:16]
 
 
 def read_tensors(folder, known):
@@ -127,17 +120,15 @@ def save_checkpoint(out, step, model, optimisers, progress):
     state = {}  # of each parameter; empty before the first update
     for optimiser in optimisers:
         state |= optimiser.state
-    files = {"weights.safetensors": weights}
+    files = {"weights": weights}
     for moment in MOMENTS:
-        tensors = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
-        files[f"{moment}.safetensors"] = tensors
+        files[moment] = {name: state[p][moment] for name, p in weights.items() if moment in state.get(p, ())}
     with nullcontext() if rank() > 0 else atomic_folder(folder / f"step-{step:06d}") as new:
-        hashes = {"arguments.json": hash_of(Path(out) / "arguments.json")}
         for name, tensors in files.items():
-            hashes[name] = save_tensors(tensors, new and new / name)  # None on the other ranks
+            save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
-            write_json(new / "progress.json", progress | {"hashes": hashes})
+            write_json(new / "progress.json", progress | {"hashes": hash_checkpoint(out, new)})
     if rank() == 0:
         delete_checkpoints(out)
 
@@ -153,14 +144,15 @@ def check_checkpoint(out, step, command):
     hashes = progress.get("hashes")
     if not isinstance(hashes, dict):
         raise InputError(f"{path}: has no hashes, so another version has written it; start again with another --out")
-    for path in (Path(out) / "arguments.json", *(folder / f"{part}.safetensors" for part in ("weights", *MOMENTS))):
-        if hash_of(path) != hashes.get(path.name):
-            raise InputError(f"{folder}: {path.name} is not as it was when this was written; {remedy}")
+    now = hash_checkpoint(out, folder)
+    if changed := sorted(name for name in hashes | now if hashes.get(name) != now.get(name)):
+        raise InputError(f"{folder}: {changed[0]} is not as it was when this was written; {remedy}")
 
 
-def hash_of(path):
-    """The hash of a file; None if there is none."""
-    return hash_files([path]).get(str(path))
+def hash_checkpoint(out, folder):
+    """{file: hash} of the settings of a run and the tensors of a checkpoint."""
+    files = hash_files([Path(out) / "arguments.json", *sorted(folder.glob("*.safetensors"))])
+    return {Path(file).name: value for file, value in files.items()}
 
 
 @torch.no_grad()

@@ -358,7 +358,7 @@ import torch.distributed as dist
 from data import checkpoints
 start, save = dist.init_process_group, checkpoints.save_tensors
 dist.init_process_group = lambda backend, timeout: start(backend, timeout=timedelta(seconds=4))
-checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))[0]
+checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))
 runpy.run_path({program!r}, run_name="__main__")
 """
 
