@@ -14,8 +14,8 @@ and talk to the served model (apps/serve.py) as if it were OpenAI's. apps/offici
 
 To read a value such as 2 * 3, the tool evaluates what the model wrote, in its own process: run it in a sandbox.
 """
-import ast
 import json
+import runpy
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -63,13 +63,13 @@ def run_acebench(args):
         remedy = f"git clone {URL} DIR && git -C DIR checkout {COMMIT[:7]}"
         raise InputError(f"{checkout}: is not ACEBench at {COMMIT[:7]}, unchanged; {remedy}")
     python = make_environment(args.env, PACKAGES) / "python"
-    templates = read_templates(checkout)
+    templates = runpy.run_path(str(checkout / "model_inference/prompt_en.py"))  # it only assigns texts to names
 
     def tokens(name, turns):
         return max(len(chat.encode(prompt(chat, templates, turn))) for turn in turns)
 
     read = partial(read_items, checkout / DATA)
-    chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
+    chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room, other)
     open_run(args, [args.model])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
@@ -80,7 +80,7 @@ def run_acebench(args):
         with serve_model(args, longest) as server:
             command = [python, "-c", LAUNCHER, checkout / "generate.py", *flags, "normal", "--temperature", "0.001",
                        "--max-tokens", args.max_new_tokens, "--num-threads", args.max_concurrent]
-            variables = {"GPT_BASE_URL": f"http://127.0.0.1:{server.port}/v1", "GPT_AGENT_API_KEY": "none"}
+            variables = {"GPT_BASE_URL": f"http://127.0.0.1:{server.server_port}/v1", "GPT_AGENT_API_KEY": "none"}
             run_tool(command, out, "generate.log", variables, total, server)
     sort_answers(out)
     run_tool([python, "-c", LAUNCHER, checkout / "eval_main.py", *flags, *chosen], out, "evaluate.log", {})
@@ -92,12 +92,6 @@ def run_acebench(args):
         "left_out": too_long, "think": chat.think, "acebench": COMMIT[:7],
         "packages": " ".join(PACKAGES), "answers_without_text": without_text})
     print("\nThese are a subset of the items." if args.items or too_long else "")
-
-
-def read_templates(checkout):
-    """{name: text} of the tool's prompts."""
-    tree = ast.parse((checkout / "model_inference/prompt_en.py").read_text(encoding="utf-8"))
-    return {node.targets[0].id: node.value.value for node in tree.body}
 
 
 def prompt(chat, templates, turn):

@@ -87,7 +87,7 @@ def run_bfcl(args):
         tools = [tool for one in entry["involved_classes"] for tool in read_class(folder / f"{TOOLS[one]}.json")]
         return max(min(LONGEST[name], room), prompt_tokens(chat, name, entry | {"function": tools}))
 
-    chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room)
+    chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room, other)
     if v3 and too_long:
         raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
                          "categories only; use --release v4, or other --categories")
@@ -106,7 +106,7 @@ def run_bfcl(args):
         with serve_model(args, longest) as server:
             command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path",
                        Path(args.model).resolve(), "--run-ids", "--num-threads", threads]
-            ports = dict.fromkeys(("LOCAL_SERVER_PORT", "VLLM_PORT"), str(server.port))
+            ports = dict.fromkeys(("LOCAL_SERVER_PORT", "VLLM_PORT"), str(server.server_port))
             run_tool(command, out, "generate.log", variables | ports, total, server)
     command = [tool, "evaluate", *flags, "--score-dir", "score_star", *([] if v3 else ["--partial-eval"])]
     run_tool(command, out, "evaluate.log", variables)

@@ -1,18 +1,18 @@
 """The engine of `star.py serve`: one thread draws tokens for the requests of all clients.
 
     PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed
-    Engine        submit(job), from any thread; the job's `updates` says when there are tokens, and when it is done
+    Engine        submit(job), from any thread; the job's `news` is set when there are tokens, and when it is done
 
 A conversation sends all of its earlier turns again, and many requests share a system prompt with its tools.
 """
-import queue
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
+from data import InputError
 from sampler import Request
 
 
@@ -63,26 +63,23 @@ def common_length(a, b):
 
 @dataclass(eq=False)
 class Job:
-    """A request of a client. `updates` gets True when there are new tokens (if `stream` is set), False at the end."""
+    """A request of a client. `news` is set when there are new tokens (if `stream` is set), and at the end."""
     request: Request
     stream: bool = False
     disconnected: bool = False  # the client went away
-    updates: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    news: threading.Event = field(default_factory=threading.Event)
 
 
-class Engine(threading.Thread):
-    """Draws tokens for all jobs. Handlers `submit` a job and wait for its updates."""
+class Engine:
+    """Draws tokens for all jobs, in the thread that calls `run`. Handlers `submit` a job and wait for its news."""
 
     def __init__(self, sampler, args):
-        super().__init__(daemon=True)
         self.sampler = sampler
         self.args = args
         self.changed = threading.Condition()
         self.jobs = {}  # {request: job}
-        self.new = []
         self.error = None
-        self.counts = {"requests": 0, "failures": 0, "cut": 0, "prompt_tokens": 0, "completion_tokens": 0,
-                       "seconds_sampling": 0.0}
+        self.counts = Counter(requests=0, failures=0, cut=0, prompt_tokens=0, completion_tokens=0, seconds_sampling=0.0)
 
     def submit(self, job):
         """Queue a job; HTTPError if too many are waiting."""
@@ -91,21 +88,14 @@ class Engine(threading.Thread):
             if self.error or waiting + job.request.n > self.args.max_waiting:
                 raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
             self.jobs[job.request] = job
-            self.new.append(job.request)
+            self.sampler.add(job.request)
             self.changed.notify()
 
     def run(self):
-        device = self.sampler.model.head_weight.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # a thread starts on device 0
         try:
-            while True:
+            while not self.error:
                 with self.changed:
-                    while not self.new and not self.sampler.busy:
-                        self.changed.wait()
-                    for request in self.new:
-                        self.sampler.add(request)
-                    self.new.clear()
+                    self.changed.wait_for(lambda: self.sampler.busy or self.error)
                 start = time.perf_counter()
                 self.step()
                 self.count(seconds_sampling=time.perf_counter() - start)
@@ -113,28 +103,33 @@ class Engine(threading.Thread):
             with self.changed:
                 self.error = f"the sampler failed: {error}"
                 for job in self.jobs.values():
-                    job.updates.put(False)
-            raise
+                    job.news.set()
+            time.sleep(1)  # they are told
+            raise InputError(self.error) from error
+
+    def close(self):
+        """Let `run` return, after the step that it draws."""
+        with self.changed:
+            self.error = self.error or "the server has ended"
+            self.changed.notify()
 
     def step(self):
         """Drop the jobs of clients that went away, draw a token in every slot, and notify the jobs."""
-        for request, job in list(self.jobs.items()):
-            if job.disconnected and self.sampler.cancel(request) and request not in self.new:
-                with self.changed:
+        with self.changed:
+            for request, job in list(self.jobs.items()):
+                if job.disconnected and self.sampler.cancel(request):
                     del self.jobs[request]  # the sampler has nothing of it, so it will not return it
         for request in self.sampler.step():
             with self.changed:
-                job = self.jobs.pop(request)
-            job.updates.put(False)
+                self.jobs.pop(request).news.set()
         for job in list(self.jobs.values()):
             if job.stream and job.request.responses:
-                job.updates.put(True)
+                job.news.set()
 
     def count(self, **counts):
         """Add to the counts. Returns the number of requests so far."""
         with self.changed:
-            for name, value in counts.items():
-                self.counts[name] += value
+            self.counts.update(counts)
             return self.counts["requests"]
 
     def describe(self):

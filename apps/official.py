@@ -13,18 +13,18 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 import venv
-from collections import namedtuple
+from argparse import Namespace
 from contextlib import contextmanager, suppress
-from http.client import HTTPException
 from pathlib import Path
-from urllib.request import ProxyHandler, build_opener
 
 import numpy as np
 from tqdm import tqdm
 
 from apps.evaluate import INTERVAL
+from apps.serve import make_server
 from data import InputError, natural, positive, print_table, read_json, read_optional, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
 from data.records import read_lines
@@ -32,8 +32,6 @@ from data.runs import add_output_flags
 from train import add_machine_flags, pick_device
 
 RESULTS = "result_*/**/*_result.json"  # of both tools
-Server = namedtuple("Server", "port process")
-open_url = build_opener(ProxyHandler({})).open  # the server is on this machine
 
 
 def add_flags(parser, groups, default, env):
@@ -86,12 +84,15 @@ def make_environment(env, packages, then=None):
     return programs
 
 
-def choose_items(args, groups, read, tokens, most):
+def choose_items(args, groups, read, tokens, most, other):
     """Returns ({category: ids}, {category: items that it has in all}, {category: how many are left out, as their prompt
     has more than `most` tokens}, tokens of the longest prompt).
 
     read: category -> {id: item}
     tokens: category, item -> tokens of its longest prompt
+    other: items.json of --compare
+
+    InputError if no item is left, or none of them in `other`.
     """
     names = [name for key in args.categories for name in groups.get(key, (key,))]
     chosen = {}
@@ -104,63 +105,49 @@ def choose_items(args, groups, read, tokens, most):
         sizes[name] = len(ids)
         if args.items and args.items < len(ids):
             ids = random.Random(f"{args.seed} {name}").sample(ids, args.items)
-        lengths = {item: tokens(name, items[item]) for item in ids}
-        fitting = [item for item in ids if lengths[item] <= most]
-        longest = max([longest, *map(lengths.get, fitting)])
-        too_long |= {name: len(ids) - len(fitting)} if len(fitting) < len(ids) else {}
+        fitting = {item: length for item in ids if (length := tokens(name, items[item])) <= most}
+        longest = max([longest, *fitting.values()])
+        if len(fitting) < len(ids):
+            too_long[name] = len(ids) - len(fitting)
         if fitting:
             chosen[name] = sorted(fitting)
     if not chosen:
         raise InputError(f"{args.model}: no prompt of these categories fits its context with --max-new-tokens")
+    if other and not any(other.get(name, {}).keys() & set(ids) for name, ids in chosen.items()):
+        raise InputError(f"{args.compare}: has none of these items; use its --categories, --items and --seed")
     return chosen, sizes, too_long, longest
 
 
 @contextmanager
 def serve_model(args, longest_prompt):
-    """Serve the model in a process of its own, while this context is open. Yields a `Server`. At the end, its counts
-    are added to those of the sessions before in OUT/stats.json."""
-    flags = ["--model", args.model, "--port", 0, "--dtype", args.dtype, "--device", args.device, "--seed", args.seed,
-             "--max-concurrent", args.max_concurrent, "--max-new-tokens", args.max_new_tokens, "--tools", args.tools,
-             "--max-prompt-tokens", longest_prompt, "--prefix-tokens", args.prefix_tokens]
-    flags += ["--think", args.think] if args.think else []
+    """Serve the model while this context is open. Yields the server (apps/serve.py). At the end, its counts are added
+    to those of the sessions before in OUT/stats.json."""
+    server = make_server(Namespace(**vars(args), port=0, max_waiting=1024, max_prompt_tokens=longest_prompt))
+
+    def answer():
+        with suppress(InputError):  # `run_tool` says it
+            server.engine.run()
+
+    engine = threading.Thread(target=answer, daemon=True)
+    engine.start()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:  # as by nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the server and the tool, too
-    star = Path(__file__).parents[1] / "star.py"
-    process = subprocess.Popen([sys.executable, str(star), "serve", *map(str, flags)], stdout=subprocess.PIPE,
-                               start_new_session=True)  # so that Ctrl-C leaves it its counts to be read
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the tool, too
     try:
-        line = process.stdout.readline()  # MODEL at http://127.0.0.1:PORT/v1 ..., once it listens
-        if not line:
-            raise InputError(f"{args.model}: could not be served; see the message above")
-        port = int(line.rpartition(b"127.0.0.1:")[2].partition(b"/")[0])
-        try:
-            yield Server(port, process)
-        finally:
-            path = Path(args.out) / "stats.json"
-            before = read_optional(path)
-            if stats := read_stats(port):
-                write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
-        check_alive(process)
+        yield server
     finally:
-        process.terminate()
-        process.wait()
+        path = Path(args.out) / "stats.json"
+        before = read_optional(path)
+        stats = server.engine.describe()
+        write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def check_alive(process):
-    """InputError if a server has ended."""
-    if process.poll() is not None:
-        raise InputError("the server of the model ended early; continue with --resume")
-
-
-def read_stats(port):
-    """The counts of the server there; {} if it does not answer."""
-    with suppress(OSError, HTTPException, ValueError):  # the last two: it ended in the middle of its answer
-        return json.load(open_url(f"http://127.0.0.1:{port}/v1/stats", timeout=10))
-    return {}
+        server.shutdown()
+        server.server_close()
+        server.engine.close()
+        engine.join()
+        server.engine.sampler = None  # the memory of the model is free while the tool evaluates
 
 
 def read_objects(path):
@@ -175,18 +162,16 @@ def result_lines(out):
 def keep_answers(out, failed=lambda line: False):
     """Remove what a kill or a dead server has left in a tool's results: half a line, and lines that are `failed`. The
     tool then asks for these items again. Returns the number of answers that are left."""
-    count = 0
     for path in out.glob(RESULTS):
         content = path.read_bytes()
         lines = [line + b"\n" for line in content.split(b"\n")[:-1] if line and not failed(line)]
         if b"".join(lines) != content:
             write_lines(path, (line.decode() for line in lines))
-        count += len(lines)
-    return count
+    return len(result_lines(out))
 
 
 def run_tool(command, out, log, variables, total=None, server=None):
-    """Run a command of a tool in OUT, with its output in OUT/LOG. If it generates, `total` answers from a `Server`.
+    """Run a command of a tool in OUT, with its output in OUT/LOG. If it generates, `total` answers from a server.
 
     InputError if the tool fails, or if the server ends: the tool would record an error as the answer to all the rest.
     """
@@ -197,17 +182,17 @@ def run_tool(command, out, log, variables, total=None, server=None):
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment, cwd=out)
     try:
         with tqdm(total=total, desc=log.removesuffix(".log"), unit="item", disable=total is None) as bar:
-            while process.poll() is None:
+            while process.poll() is None and not (server and server.engine.error):
                 time.sleep(0.5)
                 bar.update(len(result_lines(out)) - bar.n)
-                if server:
-                    check_alive(server.process)
-                    if stats := read_stats(server.port):  # a conversation may take an hour
-                        tokens = stats["prompt_tokens_computed"]
-                        bar.set_postfix_str(f"{stats['requests']} requests, {tokens:,} prompt tokens computed")
+                if server:  # a conversation may take an hour
+                    bar.set_postfix_str("{requests} requests, {prompt_tokens_computed:,} prompt tokens computed".format(
+                        **server.engine.describe()))
     finally:
         process.terminate()
         process.wait()
+    if server and server.engine.error:
+        raise InputError(f"{server.engine.error}; continue with --resume")
     if process.returncode:
         raise InputError(f"{out / log}: the tool stopped; its last lines say why")
 
@@ -239,25 +224,20 @@ def make_columns(items, sizes, table):
     columns = {name: [(1.0, list(values.values()))] for name, values in items.items()}
     for name, (kind, names) in table.items():
         if columns.keys() >= set(names):
-            parts = [part for one in names for part in columns[one]]
-            columns[name] = [(weight / len(names), values) for weight, values in parts]
-            if kind == "pool":
-                total = sum(sizes[one] for one in names)
-                columns[name] = [(sizes[one] / total, values) for one, (_, values) in zip(names, parts)]
+            shares = [sizes[one] if kind == "pool" else 1 for one in names]
+            columns[name] = [(weight * share / sum(shares), values)
+                             for one, share in zip(names, shares) for weight, values in columns[one]]
     return columns
 
 
 def interval(part):
     """{"mean", "low", "high"} in percent of a column: Wilson intervals of its parts, combined in quadrature."""
-    mean = low = high = 0.0
-    for weight, values in part:
-        n, p = len(values), np.mean(values)
-        middle = (p + 1.96 ** 2 / (2 * n)) / (1 + 1.96 ** 2 / n)
-        half = 1.96 * (p * (1 - p) / n + 1.96 ** 2 / (4 * n * n)) ** 0.5 / (1 + 1.96 ** 2 / n)
-        mean += weight * p
-        low += (weight * (p - (middle - half))) ** 2
-        high += (weight * (middle + half - p)) ** 2
-    return {"mean": 100 * mean, "low": max(0.0, 100 * (mean - low ** 0.5)), "high": 100 * (mean + high ** 0.5)}
+    weight, n, p = np.array([(weight, len(values), np.mean(values)) for weight, values in part]).T  # [parts] each
+    middle = (p + 1.96 ** 2 / (2 * n)) / (1 + 1.96 ** 2 / n)
+    half = 1.96 * (p * (1 - p) / n + 1.96 ** 2 / (4 * n * n)) ** 0.5 / (1 + 1.96 ** 2 / n)
+    mean = weight @ p
+    low, high = np.linalg.norm([weight * (p - middle + half), weight * (middle + half - p)], axis=1)
+    return {"mean": 100 * mean, "low": max(0.0, 100 * (mean - low)), "high": 100 * (mean + high)}
 
 
 def paired_interval(part):

@@ -14,7 +14,7 @@ Whatever fails is an HTTP error, counted and printed. It is never an answer: a b
 answer then scores it, and even counts it as right where no call is expected.
 """
 import json
-import queue
+import os
 import select
 import socket
 import sys
@@ -43,7 +43,7 @@ TIMEOUT = 60  # of a socket, in seconds
 UNSUPPORTED = {
     "tool_choice": ("auto",), "functions": ([],), "function_call": (), "response_format": ({"type": "text"},),
     "logprobs": (False,), "logit_bias": ({},), "echo": (False,), "suffix": ("",), "best_of": (1,),
-    "frequency_penalty": (0,), "presence_penalty": (0,)}
+    "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "parallel_tool_calls": (True,)}
 
 
 def serve_flags(parser):
@@ -69,14 +69,13 @@ def run_serve(args):
     if rank() == 0:
         print(f"{args.model} at {url} with --think {chat.think}; Ctrl-C ends", flush=True)
     try:
-        server.serve_forever()
+        server.engine.run()
     except KeyboardInterrupt:
         print(json.dumps(server.engine.describe()))
-    server.server_close()
 
 
 def make_server(args):
-    """A server that listens, with its engine running."""
+    """A server that listens. `server.engine.run()` answers its clients."""
     device = pick_device(args)
     with fail_together():
         if rank() == 0:
@@ -89,7 +88,7 @@ def make_server(args):
         Server.allow_reuse_port = world_size() > 1
         server = Server(("127.0.0.1", args.port), Handler)
     server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
-    server.engine.start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
 
@@ -97,12 +96,10 @@ def check_port(port):
     """InputError if another server has the port, which ranks could share with it unnoticed."""
     if world_size() > 1 and port == 0:
         raise InputError("--port 0: several ranks share a port; give its number")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as e:
-            raise InputError(f"--port {port}: {e.strerror}; use another one") from e
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as e:
+        raise InputError(f"--port {port}: {os.strerror(e.errno)}; use another one") from e
 
 
 # ---- From a body to a request, and from responses to a reply
@@ -138,7 +135,7 @@ def read_request(engine, body, chatting, number):
     """The `Request` of a body. number: of the HTTP request, which seeds those without a seed."""
     args = engine.args
     for name, harmless in UNSUPPORTED.items():
-        if body.get(name) is not None and body[name] not in harmless:
+        if body.get(name) is not None and json.dumps(body[name]) not in map(json.dumps, harmless):  # 0 is not False
             raise HTTPError(400, f"{name} is not supported; leave it out")
     ids = engine.sampler.chat.encode(read_prompt(engine, body, chatting))
     if not 0 < len(ids) <= args.max_prompt_tokens:
@@ -171,9 +168,11 @@ def text_so_far(chat, request, response):
 
 def read_answer(text, think):
     """A chat message from a response's text: content, reasoning_content, tool_calls as OpenAI's clients read them."""
-    reasoning, tag, answer = text.rpartition("</think>")
-    if think == "on" and not tag:
-        reasoning, answer = text, ""
+    reasoning, answer = "", text
+    if think == "on" or text.lstrip().startswith("<think>"):
+        reasoning, tag, answer = text.rpartition("</think>")
+        if not tag:
+            reasoning, answer = text, ""
     message = {"role": "assistant", "content": answer.strip("\n")}
     if reasoning := reasoning.replace("<think>", "").strip("\n"):
         message["reasoning_content"] = reasoning
@@ -213,12 +212,6 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
     daemon_threads = True
 
-    def service_actions(self):
-        """Called at least twice a second. A server whose engine has failed ends, after its clients were told."""
-        if self.engine.error:
-            time.sleep(1)
-            raise InputError(self.engine.error)
-
     def process_request(self, request, client_address):
         if threading.active_count() > MAX_CONNECTIONS:
             return self.shutdown_request(request)
@@ -247,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         engine = self.server.engine
         if self.path == "/v1/models":
-            name = Path(engine.args.model).name
+            name = Path(engine.args.model).resolve().name
             self.reply(200, {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "star"}]})
         elif self.path == "/v1/stats":
             self.reply(200, engine.describe())
@@ -269,7 +262,7 @@ class Handler(BaseHTTPRequestHandler):
                 raise HTTPError(400, str(error)) from error
             engine.submit(job)
             head = {"id": f"star-{number}", "created": int(time.time()), "model": str(body.get("model")),
-                    "object": "chat.completion" if chatting else "text_completion"}
+                    "object": "chat.completion" + ".chunk" * job.stream if chatting else "text_completion"}
             if job.stream:
                 self.stream(job, head, chatting)
             else:
@@ -300,27 +293,23 @@ class Handler(BaseHTTPRequestHandler):
 
     def wait(self, job):
         """Wait until there are new tokens or the job is done. Returns whether it goes on."""
-        while True:
-            try:
-                running = job.updates.get(timeout=1)
-                if self.server.engine.error and not job.request.done:
-                    raise HTTPError(500, self.server.engine.error)
-                return running
-            except queue.Empty:
-                poll = select.poll()
-                poll.register(self.connection, select.POLLIN)
-                if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
-                    raise ConnectionAbortedError("the client closed the connection") from None
+        while not job.news.wait(timeout=1):
+            poll = select.poll()
+            poll.register(self.connection, select.POLLIN)
+            if poll.poll(0) and not self.connection.recv(1, socket.MSG_PEEK):
+                raise ConnectionAbortedError("the client closed the connection")
+        job.news.clear()
+        if self.server.engine.error and not job.request.done:
+            raise HTTPError(500, self.server.engine.error)
+        return not job.request.done
 
     def stream(self, job, head, chatting):
         """Send the responses as server-sent events: text as it comes, a chat's calls and reasoning at the end."""
-        head["object"] = "chat.completion.chunk" if chatting else "text_completion"
         sent = [0] * job.request.n  # characters
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
         self.end_headers()
-        self.close_connection = True
         self.streaming = True
         running = True
         while running:
@@ -333,10 +322,8 @@ class Handler(BaseHTTPRequestHandler):
                     text = ""  # a call or a thought begins
                 new = text[sent[choice["index"]]:]
                 sent[choice["index"]] += len(new)
-                if not chatting:
-                    choice["text"] = new
-                else:
-                    choice["delta"] = {"content": new} if running else message | {"content": new}
+                part = {"content": new} if running else message | {"content": new}
+                choice |= {"delta": part} if chatting else {"text": new}
                 if running:
                     choice["finish_reason"] = None
             self.send_event(head | {"choices": choices})
@@ -358,7 +345,8 @@ class Handler(BaseHTTPRequestHandler):
     def fail(self, status, message):
         """An error reply. The connection ends, because the rest of the body may be unread."""
         self.server.engine.count(failures=1)
-        print(f"star.py serve: {self.path[:80]}: {status}: {message}", file=sys.stderr, flush=True)
+        # One write: lines of several threads must not run together.
+        print(f"star.py serve: {self.path[:80]}: {status}: {message}\n", file=sys.stderr, end="", flush=True)
         self.close_connection = True
         error = {"error": {"message": message, "type": "invalid_request_error", "code": status}}
         self.send_event(error) if self.streaming else self.reply(status, error)

@@ -347,7 +347,7 @@ def serve_row(folder):
     args, _ = star.parse(["serve", "--model", folder, "--port", "0", "--max-concurrent", "64", "--dtype", "float32",
                           "--max-prompt-tokens", "200", "--max-new-tokens", "16", "--prefix-tokens", "0"])
     server = serve.make_server(args)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.engine.run, daemon=True).start()
 
     def ask(body):
         """Seconds of a request."""

@@ -8,6 +8,7 @@ tools themselves (five minutes) where the environment has
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -154,10 +155,19 @@ def test_recorded_failures_are_never_scored(env, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out/summary.json").read_text())["requests"] == 20
 
 
+def test_a_comparison_without_a_common_item_is_refused():
+    args = SimpleNamespace(categories=["a"], items=None, seed=1, model="m", compare="old")
+    call = partial(official.choose_items, args, {}, lambda name: {"a_1": 0, "a_2": 0}, lambda name, item: 1, 9)
+    assert call({"a": {"a_2": 1}})[0] == call({})[0] == {"a": ["a_1", "a_2"]}
+    for other in ({"b": {"a_1": 1}}, {"a": {"a_3": 1}}):
+        with pytest.raises(InputError, match="old: has none of these items; use its --categories, --items and --seed"):
+            call(other)
+
+
 def test_a_server_that_ends_stops_the_tool(tmp_path):
-    server = official.Server(0, SimpleNamespace(poll=lambda: 1))
+    server = SimpleNamespace(engine=stub_engine("the sampler failed: out of memory"))
     started = time.monotonic()
-    with pytest.raises(InputError, match="the server of the model ended early; continue with --resume"):
+    with pytest.raises(InputError, match="the sampler failed: out of memory; continue with --resume"):
         official.run_tool(["sleep", "60"], tmp_path, "generate.log", {}, 10, server)
     assert time.monotonic() - started < 30
 
@@ -359,6 +369,10 @@ def long_teacher(tmp_path):
     return folder
 
 
+def stub_engine(error):
+    return SimpleNamespace(error=error, describe=lambda: {"requests": 0, "prompt_tokens_computed": 0})
+
+
 def stub_server(answer):
     """A stand-in for `serve_model`: a server whose texts are answer(body)."""
     class Stub(BaseHTTPRequestHandler):
@@ -366,9 +380,6 @@ def stub_server(answer):
 
         def log_message(self, *_):
             pass
-
-        def do_GET(self):
-            self.reply({"requests": 0, "prompt_tokens_computed": 0})
 
         def do_POST(self):
             text = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -388,8 +399,9 @@ def stub_server(answer):
         (Path(args.out) / "stats.json").write_text("{}")
         with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as server:
             server.daemon_threads = True
+            server.engine = stub_engine(None)
             threading.Thread(target=server.serve_forever, daemon=True).start()
-            yield official.Server(server.server_port, SimpleNamespace(poll=lambda: None))
+            yield server
             server.shutdown()
 
     return serve_model
@@ -484,7 +496,7 @@ def ace_env(tmp_path):
 
 def ace_prompts(checkout, folder, chat, name):
     """The prompts of a category's lines in a folder."""
-    templates = acebench.read_templates(checkout)
+    templates = runpy.run_path(str(checkout / "model_inference/prompt_en.py"))
     turns = [turn for item in acebench.read_items(folder / acebench.DATA, name).values() for turn in item]
     return [acebench.prompt(chat, templates, turn) for turn in turns]
 

@@ -30,10 +30,12 @@ FLAGS = ("serve --think off --dtype float32 --device cpu --port 0 --max-new-toke
          "--max-concurrent 8 --max-waiting 200")
 
 
-def start(*flags):
+def start(*flags, run=True):
+    """A server that listens, and answers in another thread. run=False: its engine waits for `step` to be called."""
     args, _ = star.parse([*FLAGS.split(), "--model", str(TINY / "teacher"), *flags])
     server = serve.make_server(args)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    if run:
+        threading.Thread(target=server.engine.run, daemon=True).start()
     return server
 
 
@@ -293,12 +295,13 @@ def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
     monkeypatch.setattr(server.engine.sampler, "compute", lambda *inputs: torch.zeros(-1))
     status, reply = post(server, "/v1/completions", {"prompt": "a"})
     assert status == 500 and "the sampler failed" in reply["error"]["message"]
-    for _ in range(50):  # the thread that listens ends, too
+    for _ in range(50):  # `run` ends, in `star.py serve` the whole command
         if any(isinstance(error, InputError) and "the sampler failed" in str(error) for error in errors):
             break
         time.sleep(0.1)
     else:
-        pytest.fail(f"it still listens: {errors}")
+        pytest.fail(f"it still runs: {errors}")
+    server.shutdown()
     server.server_close()
 
 
@@ -314,7 +317,8 @@ def test_an_answer_that_cannot_be_parsed_can_be_sent_back(server):
 
 
 @pytest.mark.parametrize("body", [
-    {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}, {"logprobs": True}, {"best_of": 2}])
+    {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}, {"logprobs": True}, {"logprobs": 0},
+    {"best_of": 2}, {"parallel_tool_calls": False}])
 def test_what_would_change_an_answer_is_refused(server, body):
     status, reply = post(server, "/v1/completions", {"prompt": "a"} | body)
     assert status == 400 and f"{next(iter(body))} is not supported" in reply["error"]["message"]
@@ -325,6 +329,15 @@ def test_what_would_change_an_answer_is_refused(server, body):
 def test_a_call_without_a_name_stays_text():
     text = '<tool_call>\n{"name": 1, "arguments": {}}\n</tool_call>'
     assert serve.read_answer(text, "none") == {"role": "assistant", "content": text}
+
+
+def test_only_a_think_block_that_was_opened_ends():
+    """In a stream, content must never turn into reasoning."""
+    text = "The sum is 3.</think>\n\nIt is three."
+    assert serve.read_answer(text, "off") == {"role": "assistant", "content": text}
+    assert serve.read_answer("<think>" + text, "off")["reasoning_content"] == "The sum is 3."
+    assert serve.read_answer(text, "on") == {
+        "role": "assistant", "content": "It is three.", "reasoning_content": "The sum is 3."}
 
 
 def test_what_a_stream_has_sent_before_a_call_begins_its_content():
@@ -362,12 +375,10 @@ def test_no_limit_of_one_name_leaves_that_of_the_other(server, greedy):
 
 def test_a_client_that_leaves_between_two_responses_leaves_nothing(records):
     """One slot, two responses: the first is done and the second has not started."""
-    server = start("--max-concurrent", "1")
+    server = start("--max-concurrent", "1", run=False)
     engine = server.engine
     job = Job(Request([1, 2, 3], 2, 0, 0.0, 1))
-    engine.submit = lambda job: engine.jobs.update({job.request: job})  # the thread does not see it
     engine.submit(job)
-    engine.sampler.add(job.request)
     engine.step()
     assert [response.finish_reason for response in job.request.responses][0] and engine.sampler.waiting
     job.disconnected = True
@@ -378,12 +389,11 @@ def test_a_client_that_leaves_between_two_responses_leaves_nothing(records):
 
 
 def test_queued_requests_of_clients_that_left_cost_nothing():
-    server = start("--max-concurrent", "1")
+    server = start("--max-concurrent", "1", run=False)
     engine = server.engine
     jobs = [Job(Request([1, 2, 3 + i], 1, 0, 0.0, 4)) for i in range(3)]
     for job in jobs:
-        engine.jobs[job.request] = job  # the thread does not see it
-        engine.sampler.add(job.request)
+        engine.submit(job)
     for job in jobs[1:]:
         job.disconnected = True
     engine.step()
