@@ -73,7 +73,7 @@ def adaptive_kl(teacher_log_p, student_log_p):
 
 
 def sampled_kl(teacher_log_p, student_log_p):
-    """Random-sample KD: instead of V_k there are k draws from the teacher, in which ids repeat; teacher_log_p is
+    """Random-sample KD: instead of V_k there are k draws from the teacher, whose ids may repeat; teacher_log_p is
     log(count / k). The mean over draws is the sum of (count / k) log(count / k / q) over different ids."""
     return (teacher_log_p - student_log_p).mean(-1)
 
@@ -108,8 +108,8 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     divergence: a value of DIVERGENCES
     kd_ratio: weight of distillation; cross-entropy on the target has 1 - kd_ratio
 
-    Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence, in `validate` the forward KL), tail (S'),
-    captured (P, the teacher's mass on V_k; for rskd 1), inside (the student's mass on V_k).
+    Returns losses [C] and {name: [C]}: nll, entropy, kl (the divergence), tail (S'), captured (P, the teacher's mass
+    on V_k; for rskd 1), inside (the student's mass on V_k).
     """
     log_q = logits.log_softmax(-1)  # [C, V]
     log_p = teacher_log_p.to(logits.dtype)  # [C, k]
@@ -209,9 +209,9 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
     wide = torch.promote_types(dtype, torch.float32)
     sums = Counter()  # its update adds
     total = counted_tokens(batch)
-    parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
+    parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))  # active 0: another rank has it, too
     for micro, active in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
-        packed = pack(micro, device)  # active: 0 if another rank has this one, too; otherwise 1
+        packed = pack(micro, device)
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = counted_states(student, packed, dtype)  # [N, H]
         head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], the shared ids

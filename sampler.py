@@ -96,7 +96,7 @@ class Sampler:
         self.prefixes = prefixes
         self.cache = KVCache(model, num_prompts, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
-        self.waiting = deque()  # those of the request that was started last which have no row yet
+        self.waiting = deque()  # slots of the request started last that have no row yet
         self.slots = []  # slots[i] is row i of the cache's responses
         self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
         self.graphs = {} if model.head_weight.is_cuda else None  # see `replay`

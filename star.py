@@ -109,6 +109,6 @@ if __name__ == "__main__":
         code = e.code
     except KeyboardInterrupt:  # while modules were imported
         code = 130
-    if several_processes():
+    if several_processes() or code and code > 128:  # after a signal, the thread of a server may still compute
         leave(code)
     sys.exit(code)

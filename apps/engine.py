@@ -7,12 +7,13 @@ A conversation sends all of its earlier turns again, and many requests share a s
 """
 import threading
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from data import InputError
+from data import InputError, one_line
 from sampler import Request
 
 
@@ -93,22 +94,25 @@ class Engine:
 
     def run(self):
         try:
-            while not self.error:
+            while True:
                 with self.changed:
                     self.changed.wait_for(lambda: self.sampler.busy or self.error)
+                    if self.error:
+                        return
                 start = time.perf_counter()
                 self.step()
                 self.count(seconds_sampling=time.perf_counter() - start)
         except Exception as error:  # out of memory, say: every waiting client must hear of it
+            traceback.print_exc()
             with self.changed:
-                self.error = f"the sampler failed: {error}"
+                self.error = f"the sampler failed: {one_line(str(error))}"
                 for job in self.jobs.values():
                     job.news.set()
-            time.sleep(1)  # they are told
+            time.sleep(1)  # the time to tell them
             raise InputError(self.error) from error
 
     def close(self):
-        """Let `run` return, after the step that it draws."""
+        """Let `run` return after its present step. Waiting jobs are not told."""
         with self.changed:
             self.error = self.error or "the server has ended"
             self.changed.notify()

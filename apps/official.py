@@ -137,17 +137,19 @@ def serve_model(args, longest_prompt):
     try:
         yield server
     finally:
-        path = Path(args.out) / "stats.json"
-        before = read_optional(path)
-        stats = server.engine.describe()
-        write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        server.shutdown()
-        server.server_close()
-        server.engine.close()
-        engine.join()
-        server.engine.sampler = None  # the memory of the model is free while the tool evaluates
+        try:
+            path = Path(args.out) / "stats.json"
+            before = read_optional(path)
+            stats = server.engine.describe()
+            write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            server.shutdown()
+            server.server_close()
+            server.engine.close()
+    engine.join()  # not after Ctrl-C: its step may take minutes
+    server.engine.sampler = None  # its memory is free before the tool evaluates
 
 
 def read_objects(path):

@@ -304,7 +304,7 @@ class Handler(BaseHTTPRequestHandler):
         return not job.request.done
 
     def stream(self, job, head, chatting):
-        """Send the responses as server-sent events: text as it comes, a chat's calls and reasoning at the end."""
+        """Send the responses as server-sent events: text as it comes, but a chat with calls or reasoning at the end."""
         sent = [0] * job.request.n  # characters
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
@@ -318,8 +318,8 @@ class Handler(BaseHTTPRequestHandler):
             for choice in choices:
                 message = choice.pop("message", {})
                 text = message.get("content") or "" if chatting else choice["text"]
-                if chatting and running and ("<" in text or "reasoning_content" in message):
-                    text = ""  # a call or a thought begins
+                if chatting and running and ("<" in text or not text.strip() or "reasoning_content" in message):
+                    text = ""  # a call or a thought begins, or may begin
                 new = text[sent[choice["index"]]:]
                 sent[choice["index"]] += len(new)
                 part = {"content": new} if running else message | {"content": new}

@@ -129,6 +129,7 @@ def save_checkpoint(out, step, model, optimisers, progress):
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
             write_json(new / "progress.json", progress | {"hashes": hash_checkpoint(out, new)})
+    wait_for_ranks()
     if rank() == 0:
         delete_checkpoints(out)
 

@@ -239,7 +239,7 @@ def show_answers(samples):
 
 
 def describe_responses(groups, kept):
-    """Metrics of all responses of a step, before the filter; then the kept groups and their counted tokens."""
+    """Metrics of all responses of a step, before the filter; then how many groups and counted tokens are kept."""
     responses = [response for group in groups for response in group.responses]
     rewards = [response.reward for response in responses]
     lengths = [len(response.ids) for response in responses]

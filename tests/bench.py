@@ -364,6 +364,9 @@ def serve_row(folder):
             latencies = sorted(pool.map(ask, bodies))
         seconds[clients] = time.perf_counter() - start
     server.shutdown()
+    server.server_close()
+    server.engine.close()
+    server.engine.sampler = None  # frees the memory
     report(f"64 requests at once, p50 {latencies[32]:.1f} s, longest {latencies[63]:.1f} s", seconds[64],
            {"one after another": seconds[1]})
     for category, items in (("live_multiple", 100), ("multi_turn_base", 5)) if "STAR_BFCL_ENV" in os.environ else ():
