@@ -9,6 +9,7 @@ import json
 import os
 import re
 import runpy
+import signal
 import shutil
 import subprocess
 import sys
@@ -79,10 +80,13 @@ def env(tmp_path):
     return folder
 
 
+def words(env, out, *flags):
+    return ["bfcl", "--model", str(TINY / "student"), "--env", str(env), "--out", str(out), "--dtype", "float32",
+            "--device", "cpu", "--categories", "multiple", "irrelevance", "--max-new-tokens", "8", *flags]
+
+
 def run(env, out, *flags):
-    return star.main(["bfcl", "--model", str(TINY / "student"), "--env", str(env), "--out", str(out), "--dtype",
-                      "float32", "--device", "cpu", "--categories", "multiple", "irrelevance", "--max-new-tokens", "8",
-                      *flags])
+    return star.main(words(env, out, *flags))
 
 
 def test_a_whole_run(env, tmp_path, capsys):
@@ -153,6 +157,25 @@ def test_recorded_failures_are_never_scored(env, tmp_path, monkeypatch, capsys):
     (env / "bin/bfcl").write_text(tool.replace("        with open(result", "        1 / 0\n        with open(result"))
     assert run(env, tmp_path / "out", "--resume") == 0  # all is answered: it only evaluates
     assert json.loads((tmp_path / "out/summary.json").read_text())["requests"] == 20
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_tool_too(env, tmp_path, number, code):
+    pid = tmp_path / "pid"
+    (env / "bin/bfcl").write_text(f"#!{sys.executable}\nimport os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
+                                  "time.sleep(600)\n")
+    listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    process = subprocess.Popen([sys.executable, star.__file__, *words(env, tmp_path / "out")], stderr=subprocess.PIPE,
+                               text=True, preexec_fn=listen)
+    while not (pid.exists() and pid.read_text()):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in error, error
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert json.loads((tmp_path / "out/stats.json").read_text())["requests"] == 0
 
 
 def test_a_comparison_without_a_common_item_is_refused():
