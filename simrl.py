@@ -192,8 +192,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             row |= validate()
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
-        row |= {"updates": progress["updates"]} | seconds
-        row |= runs.memory_in_use(model.head_weight.device)
+        row |= {"updates": progress["updates"]} | seconds | runs.memory_in_use(model.head_weight.device)
         runs.log_metrics(args.out, runs.describe_groups(step, groups, kept, chat), "samples.jsonl")
         runs.log_step(args.out, {"step": step} | row)
         if steps.ends_at(step) or step % args.save_every == 0:

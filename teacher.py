@@ -15,7 +15,7 @@ import torch
 import train
 from data import MODEL_FOLDER, InputError, hash_files, read_json
 from data.cache import number_rows, open_cache, write_cache
-from data.chat import vocabulary
+from data.chat import check_rows, vocabulary
 from head import counted_states, topk_log_probs
 from model import Transformer, read_config
 
@@ -36,8 +36,6 @@ class Teacher:
         if self.cache is not None:
             rows = packed["rows"].cpu().numpy()
             ids, log_p = (torch.from_numpy(array[rows]) for array in self.cache)  # [N, k] each
-            if ids.numel() and not 0 <= ids.min() <= ids.max() < self.vocab_size:
-                raise InputError("--cache: holds ids beyond the vocabulary, so it was changed; remove it")
             return ids.to(device, torch.int64), log_p.to(device, torch.float32)
         hidden = counted_states(self.model, packed, torch.float32)  # [N, H], in the precision of its weights
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
@@ -59,8 +57,7 @@ class Teacher:
 
 
 def check_pair(teacher_folder, student_folder):
-    """Refuse a teacher and a student with different tokenizers: CKD compares their probabilities id by id. Also a
-    teacher with fewer rows than its tokenizer has ids.
+    """Refuse two different tokenizers, as CKD compares probabilities id by id, and a teacher with fewer rows than ids.
 
     Returns the number of ids to use: the rows of both embeddings, or of the tokenizer if these differ.
     """
@@ -69,11 +66,10 @@ def check_pair(teacher_folder, student_folder):
         raise InputError(f"{teacher_folder} ({len(teacher[0]):,} tokens) and {student_folder} "
                          f"({len(student[0]):,}) have different tokenizers; CKD needs two models that share one")
     ids = teacher[0][-1][1] + 1
+    check_rows(teacher_folder, ids)  # of the student, `Chat` does it
     paths = [Path(folder) / "config.json" for folder in (teacher_folder, student_folder)]
-    widths = [read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths]
-    if widths[0] < ids:  # of the student, `Chat` has checked that
-        raise InputError(f"{paths[0]}: vocab_size is {widths[0]}, but tokenizer.json has {ids} ids; {MODEL_FOLDER}")
-    return ids if widths[0] != widths[1] else widths[0]
+    widths = {read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths}
+    return ids if len(widths) == 2 else widths.pop()
 
 
 def clamp_to_vocab(name, value, vocab_size):

@@ -26,6 +26,8 @@ from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
+MEETING, LIMIT = timedelta(minutes=10), timedelta(days=1)  # for ranks to appear; to wait for another one later
+
 # ---- Flags of several commands
 
 def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
@@ -159,8 +161,11 @@ def pick_device(args):
             if number >= count:
                 refuse_on_all(f"--device cuda: no GPU for rank {number}; use --nproc-per-node {count}", number == count)
             torch.cuda.set_device(number)
-        # A rank may end its share of a rollout hours before another one; nccl's own limit is ten minutes.
-        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=timedelta(days=1))
+        # A rank may end its share of a rollout hours before another, but all appear within minutes, or never.
+        store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set_timeout(LIMIT)
+        backend = "nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=LIMIT, store=store, rank=number, world_size=count)
     mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs
     if (name, args.dtype) == ("cpu", "bfloat16") and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         note("This CPU has no bfloat16 instructions: --dtype float32 is several times as fast")

@@ -102,7 +102,10 @@ def run_bfcl(args):
     total = sum(map(len, chosen.values()))
     threads = 100 if v3 else min(2 * args.max_concurrent, 500)  # v3 takes no other; the server, 1,000 connections
     if keep_answers(out, is_failure) < total:
-        note_room(args.prefix_tokens, min(threads, sum(len(chosen.get(name, ())) for name in MULTI_TURN)))
+        conversations = min(threads, sum(len(chosen.get(name, ())) for name in MULTI_TURN))  # that run at a time
+        if 0 < args.prefix_tokens < conversations * PREFIX:
+            note(f"--prefix-tokens has room for {args.prefix_tokens // PREFIX} of {conversations} conversations that "
+                 "run at a time; the others are computed again at each turn")
         with serve_model(args, longest) as server:
             command = [tool, "generate", *flags, "--skip-server-setup", "--local-model-path",
                        Path(args.model).resolve(), "--run-ids", "--num-threads", threads]
@@ -119,13 +122,6 @@ def run_bfcl(args):
     subset = "a subset of " if args.items or too_long else ""
     print(f"\nThese are {subset}{args.release}'s items." + (
         "" if v3 else " The paper's columns are v3 and all items: --release v3."))
-
-
-def note_room(prefix_tokens, conversations):
-    """Say for how many of the conversations that run at a time the prefix cache has room, if not for all."""
-    if 0 < prefix_tokens < conversations * PREFIX:
-        note(f"--prefix-tokens has room for {prefix_tokens // PREFIX} of {conversations} conversations that run at a "
-             "time; the others are computed again at each turn")
 
 
 def item_files(args, env):

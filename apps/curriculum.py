@@ -1,7 +1,6 @@
 """Lists of star.py command lines: `curriculum` runs one from a file, `demo` the one below, `table` shows the scores.
 
-The list is the whole plan: each line can be copied and run alone. `run_all` prints the lines, runs them in order and
-stops at the first that fails; with --resume it skips the finished ones and continues the one that was stopped.
+The list is the whole plan: each line can be copied and run alone. `run_all` runs and resumes it.
 """
 import os
 import re
@@ -22,25 +21,25 @@ from model import Transformer
 # The paper's order on the bundled models (data/tiny): the teacher answers the prompts, CKD distils its answers into
 # the student, Sim-RL refines the student, and every model is scored on requests with unseen values.
 DEMO = """
-eval --model data/tiny/teacher {eval} --out {out}/eval/teacher
-eval --model data/tiny/student {eval} --out {out}/eval/student
-rollout --model data/tiny/teacher --data data/tiny/train.jsonl.gz {machine}
+eval --model {tiny}/teacher {eval} --out {out}/eval/teacher
+eval --model {tiny}/student {eval} --out {out}/eval/student
+rollout --model {tiny}/teacher --data {tiny}/train.jsonl.gz {machine}
     --n 1 --limit {rollout} --max-concurrent 512 --max-new-tokens 64
     --out {out}/rollouts.jsonl
-ckd --teacher data/tiny/teacher --student data/tiny/student {machine}
+ckd --teacher {tiny}/teacher --student {tiny}/student {machine}
     --data {out}/rollouts.jsonl --k 4 --m 4 --steps {ckd} --lr 1e-3 --optimiser muon
     --share-prefix 8 --batch-size 64 --micro-batch-tokens 2048
-    --valid data/tiny/values.jsonl.gz --valid-limit {valid} --valid-answers {valid}
+    --valid {tiny}/values.jsonl.gz --valid-limit {valid} --valid-answers {valid}
     --valid-every 15 --max-response-tokens 64 --out {out}/ckd
 eval --model {out}/ckd/model {eval} --out {out}/eval/after-CKD
-simrl --model {out}/ckd/model --data data/tiny/train.jsonl.gz {machine}
+simrl --model {out}/ckd/model --data {tiny}/train.jsonl.gz {machine}
     --steps {simrl} --lr 2.2e-4 --optimiser muon --prompts-per-step 32 --batch-size 64
     --max-concurrent 512 --max-new-tokens 64 --micro-batch-tokens 2048
-    --valid data/tiny/values.jsonl.gz --valid-limit {valid} --valid-every 10 --out {out}/star
+    --valid {tiny}/values.jsonl.gz --valid-limit {valid} --valid-every 10 --out {out}/star
 eval --model {out}/star/model {eval} --out {out}/eval/after-STAR
 table {out}/eval/teacher {out}/eval/student {out}/eval/after-CKD {out}/eval/after-STAR
 """
-EVAL = "--data data/tiny/values.jsonl.gz --n 4 --max-concurrent 512 --max-new-tokens 64"
+EVAL = "--data {tiny}/values.jsonl.gz --n 4 --max-concurrent 512 --max-new-tokens 64 --limit {limit} {machine}"
 FULL = {"rollout": 3200, "ckd": 45, "simrl": 60, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
@@ -212,10 +211,9 @@ def run_demo(args):
     refuse_existing(Path(args.out), args.resume)
     machine = f"--device cpu --dtype float32 --seed {args.seed}"
     lengths = QUICK if args.quick else FULL
-    score = f"{EVAL} --limit {lengths['limit']} {machine}"
-    tiny = os.path.relpath(Path(__file__).parents[1] / "data/tiny")
-    text = DEMO.replace("{eval}", score).replace("data/tiny", shlex.quote(tiny))
-    return split_lines(text.format(out=shlex.quote(args.out), machine=machine, **lengths))
+    tiny = shlex.quote(os.path.relpath(Path(__file__).parents[1] / "data/tiny"))
+    text = DEMO.replace("{eval}", EVAL)
+    return split_lines(text.format(tiny=tiny, out=shlex.quote(args.out), machine=machine, **lengths))
 
 
 def table_flags(parser):

@@ -64,7 +64,10 @@ def run_eval(args):
             flags = vars(args) | {"model": args.compare, "out": f"{Path(args.out)}-compared"}
             runs.insert(0, Namespace(**flags))
         elif args.compare:
-            results.append(read_evaluation(Path(args.compare)))
+            remedy = "--compare takes a model folder or the --out of an eval"
+            path = Path(args.compare) / "arguments.json"
+            flags = check_fields(read_json(path, remedy), {"model": "text"}, path, remedy, needed=True)
+            results.append((flags["model"], read_rows(path.with_name("generations.jsonl"), scored=True)))
         inputs = [read_inputs(run) for run in runs]
         for run in runs if rank() == 0 else ():  # refuse both before anything is written
             check_folder(run)
@@ -80,8 +83,7 @@ def run_eval(args):
 def answer_records(args, chat, groups, device):
     """Answer the records and score the answers. Returns them with `responses`, on rank 0; the first is greedy."""
     out = Path(args.out) / "generations.jsonl"
-    draws = [(1, 0.0, 1.0), (args.n, 1.0, 1.0)]  # n, temperature, top_p
-    draws = [draw for draw in draws if draw[0] > 0]
+    draws = [(n, temperature, 1.0) for n, temperature in ((1, 0.0), (args.n, 1.0)) if n]  # the last is top_p
     finished, rows = sample_responses(args, out, chat, groups, draws, device)
     with fail_together():
         if finished and [row["id"] for row in finished] != [group.record["id"] for group in groups]:
@@ -92,14 +94,6 @@ def answer_records(args, chat, groups, device):
         if rows:
             finish_rollouts(out, rows)
     return finished or rows
-
-
-def read_evaluation(folder):
-    """(model, records) of an earlier eval."""
-    remedy = "--compare takes a model folder or the --out of an eval"
-    path = folder / "arguments.json"
-    flags = check_fields(read_json(path, remedy), {"model": "text"}, path, remedy, needed=True)
-    return flags["model"], read_rows(folder / "generations.jsonl", scored=True)
 
 
 def record_metrics(row):
@@ -219,12 +213,7 @@ def reward_flags(parser):
 
 def run_reward(args):
     """Print the reward and answer score of each line of {"prompt", "generation", "label"}, as JSON lines."""
-    sys.stdout.writelines(list(score_file(args)))  # after a bad line, nothing is printed
-
-
-def score_file(args):
-    """Yield {"reward", "answer_score"} of each line as JSON, or only the explanation of line --explain."""
-    number = 0
+    scores = []
     for number, line in tqdm(read_lines(Path(args.data)), "reward", unit=" lines", disable=bool(args.explain)):
         if args.explain not in (None, number):
             continue
@@ -235,12 +224,12 @@ def score_file(args):
         options = (reward.tools_in(prompt), args.think, args.strip_eos, args.binary)
         result = reward.score(prompt + generation, label, *options)
         if args.explain:
-            page = f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n"
-            yield page + explain(result) + "\n"
+            print(f"wrote   {one_line(generation)}\ngold    {one_line(label)}\n\n{explain(result)}")
             return
-        yield json.dumps({name: result[name] for name in ("reward", "answer_score")}) + "\n"
-    if args.explain or not number:
+        scores.append({name: result[name] for name in ("reward", "answer_score")})
+    if not scores:
         raise InputError(f"{args.data}: has no line {args.explain or 1}; give one JSON object a line")
+    sys.stdout.writelines(json.dumps(score) + "\n" for score in scores)  # after a bad line, nothing is printed
 
 
 def explain(result):

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from apps.evaluate import INTERVAL
 from apps.serve import make_server
 from data import InputError, natural, positive, print_table, read_json, read_optional, write_json, write_lines
 from data.chat import Chat, add_prompt_flags
@@ -130,24 +129,16 @@ def serve_model(args, longest_prompt):
 
     engine = threading.Thread(target=answer, daemon=True)
     engine.start()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as by nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the tool, too
     try:
         yield server
     finally:
-        try:
-            path = Path(args.out) / "stats.json"
-            before = read_optional(path)
-            stats = server.engine.describe()
-            write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            server.shutdown()
-            server.server_close()
-            server.engine.close()
+        server.shutdown()
+        server.server_close()
+        server.engine.close()
+        path = Path(args.out) / "stats.json"
+        before = read_optional(path)
+        stats = server.engine.describe()
+        write_json(path, {name: round(value + before.get(name, 0), 1) for name, value in stats.items()})
     engine.join()  # not after Ctrl-C: its step may take minutes
     server.engine.sampler = None  # its memory is free before the tool evaluates
 
@@ -165,10 +156,8 @@ def keep_answers(out, failed=lambda line: False):
     """Remove what a kill or a dead server has left in a tool's results: half a line, and lines that are `failed`. The
     tool then asks for these items again. Returns the number of answers that are left."""
     for path in out.glob(RESULTS):
-        content = path.read_bytes()
-        lines = [line + b"\n" for line in content.split(b"\n")[:-1] if line and not failed(line)]
-        if b"".join(lines) != content:
-            write_lines(path, (line.decode() for line in lines))
+        lines = [line.decode() + "\n" for line in path.read_bytes().split(b"\n")[:-1] if line and not failed(line)]
+        write_lines(path, lines)
     return len(result_lines(out))
 
 
@@ -180,6 +169,10 @@ def run_tool(command, out, log, variables, total=None, server=None):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("REMOTE_OPENAI")}
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1",
                     "PYTHONDONTWRITEBYTECODE": "1", **variables}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as by nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the tool, too
     with open(out / log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment, cwd=out)
     try:
@@ -193,6 +186,8 @@ def run_tool(command, out, log, variables, total=None, server=None):
     finally:
         process.terminate()
         process.wait()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if server and server.engine.error:
         raise InputError(f"{server.engine.error}; continue with --resume")
     if process.returncode:
@@ -253,7 +248,7 @@ def report(args, items, other, sizes, table, details):
     """Write OUT/items.json and OUT/summary.json, and print the table (see `make_columns`), with what moves a score."""
     out = Path(args.out)
     scores = {}
-    percent = INTERVAL.replace("3f", "1f")
+    percent = "{mean:.1f} [{low:.1f}, {high:.1f}]"
     rows = [["", "items", "right, %", *(["difference"] if other else [])]]
     differences = {name: {item: value - other[name][item] for item, value in values.items() if item in other[name]}
                    for name, values in items.items() if name in other}

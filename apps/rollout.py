@@ -37,7 +37,7 @@ def run_rollout(args):
     device = pick_device(args)
     with fail_together():
         refuse_overlap(out, [args.data])
-        chat, groups = read_inputs(args, need_gold=False)
+        chat, groups = read_inputs(args, need=None)
         arguments = settings(args, [args.model, args.data]) if rank() == 0 else {}
     start = time.perf_counter()
     draws = [(args.n, args.temperature, args.top_p)]
@@ -64,7 +64,7 @@ def run_rollout(args):
         ("responses", len(responses)),
         *((f"- {reason}", n) for reason, n in dropped.items()),
         ("seconds", round(time.perf_counter() - start, 1)),
-        ("finished", f"{stopped / max(1, len(responses)):.1%}"),
+        ("finished", f"{stopped / len(responses):.1%}"),
         ("response_tokens", sum(len(r["ids"]) for r in responses)),
         ("written_to", out),
     ])
@@ -79,12 +79,12 @@ def print_examples(rows):
             print(f"{label:8s} {one_line(r['text'])}")
 
 
-def read_inputs(args, need_gold=True):
+def read_inputs(args, need="a gold answer"):
     """The Chat of --model, and the groups of --data, without responses. Says how many prompts are skipped. InputError
     also for broken weights, before anything is written."""
     chat = Chat.from_pretrained(args.model, args.think, args.tools)
     Transformer.from_pretrained(args.model, device="meta")
-    groups, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit, need_gold)
+    groups, skipped = prompt_groups(args.data, chat, args.max_prompt_tokens, args.limit, need)
     if skipped:
         note(f"{args.data}: skipped {skipped} prompts longer than {args.max_prompt_tokens} tokens")
     return chat, groups

@@ -37,7 +37,6 @@ from train import add_machine_flags, fail_together, note, pick_device
 
 MAX_BODY = 8_000_000  # bytes
 MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
-TIMEOUT = 60  # of a socket, in seconds
 
 # Parameters that would change an answer, and the values with which they do not.
 UNSUPPORTED = {
@@ -170,9 +169,7 @@ def read_answer(text, think):
     """A chat message from a response's text: content, reasoning_content, tool_calls as OpenAI's clients read them."""
     reasoning, answer = "", text
     if think == "on" or text.lstrip().startswith("<think>"):
-        reasoning, tag, answer = text.rpartition("</think>")
-        if not tag:
-            reasoning, answer = text, ""
+        reasoning, _, answer = text.partition("</think>")
     message = {"role": "assistant", "content": answer.strip("\n")}
     if reasoning := reasoning.replace("<think>", "").strip("\n"):
         message["reasoning_content"] = reasoning
@@ -210,7 +207,6 @@ def make_choices(chat, request, chatting):
 
 class Server(ThreadingHTTPServer):
     request_queue_size = 128
-    daemon_threads = True
 
     def process_request(self, request, client_address):
         if threading.active_count() > MAX_CONNECTIONS:
@@ -228,7 +224,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     path = ""  # until a request line is read
     streaming = False
-    timeout = TIMEOUT
+    timeout = 60  # of the socket, in seconds
 
     def log_message(self, *_):
         """Failures are printed by `fail`; the rest is silent."""

@@ -113,14 +113,13 @@ def hash_files(paths):
 
 def refuse_changes(where, before, now, remedy):
     """InputError that names each setting of `now` whose value in `before` differs, or the input files that do."""
-    before, now = dict(before), dict(now)
     if before.get("command") != now.get("command"):
         raise InputError(f"{where} the command {before.get('command')}, not {now.get('command')}; {remedy}")
     if unknown := [name for name in now if name not in before]:
         raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
-    inputs, old_inputs = now.pop("inputs", {}), before.pop("inputs", {})
-    if changed := [name for name in now if before[name] != now[name]]:
+    if changed := [name for name in now if name != "inputs" and before[name] != now[name]]:
         raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
+    inputs, old_inputs = now.get("inputs", {}), before.get("inputs")
     old_inputs = old_inputs if isinstance(old_inputs, dict) else {}
     if changed := sorted(path for path in old_inputs | inputs if old_inputs.get(path) != inputs.get(path)):
         raise InputError(f"{where} another {' and another '.join(changed)}; restore that (remove it if it is new), "

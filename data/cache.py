@@ -1,13 +1,13 @@
 """The cache: a teacher's log-probs on disk, so that it need not be in memory while a student trains.
 
-    DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...
+    DIR/cache.json   what the log-probs were computed from: teacher, tokenizer, data, number of positions, k, ...; and
+                     the hashes of these two files:
     DIR/ids.bin      [positions, k] int32      one row per counted position, group by group
     DIR/log_p.bin    [positions, k] float16
 
-A cache made from anything else is refused. teacher.py says which k ids a position has.
+A cache made from anything else is refused, and so is one that has changed. teacher.py says which k ids a position has.
 """
 import hashlib
-import math
 import os
 import shutil
 import sys
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, lock, read_json, refuse_changes, write_json
+from data import InputError, atomic_folder, hash_files, is_first_rank, lock, read_json, refuse_changes, write_json
 from data.groups import micro_batches, pack
 
 ARRAYS = {"ids.bin": np.int32, "log_p.bin": np.float16}
@@ -37,20 +37,28 @@ def number_rows(groups):
 
 
 def open_cache(folder, made_from):
-    """A cache as memory maps [ids, log_p], [positions, k] each; None if `folder` is empty or missing."""
+    """A cache as memory maps [ids, log_p], [positions, k] each; None if `folder` is empty or missing.
+
+    Its files are read once in a process to compare their hashes, about a second a GB, by the first rank only.
+    """
     folder = Path(folder)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
     stored = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
     refuse_changes(f"{folder}: this cache was made from", stored, made_from, "remove the folder or name a new one")
+    changed = f"{folder}: {' or '.join(ARRAYS)} does not have its hash in cache.json; remove the folder"
+    if is_first_rank() and stored.get("hashes") != hash_arrays(folder):
+        raise InputError(changed)
     shape = (made_from["positions"], made_from["k"])
-    arrays = []
-    for name, dtype in ARRAYS.items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-            raise InputError(f"{path}: was cut or changed; remove the folder")
-        arrays.append(np.memmap(path, dtype, "r", shape=shape))
-    return arrays
+    try:
+        return [np.memmap(folder / name, dtype, "r", shape=shape) for name, dtype in ARRAYS.items()]
+    except ValueError as e:  # on the other ranks: too short
+        raise InputError(changed) from e
+
+
+def hash_arrays(folder):
+    """The hashes of the arrays that are there."""
+    return list(hash_files(folder / name for name in ARRAYS).values())
 
 
 def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
@@ -86,4 +94,4 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
             log_p[rows] = batch_log_p.cpu().numpy()
         ids.flush()
         log_p.flush()
-        write_json(new / "cache.json", made_from)
+        write_json(new / "cache.json", made_from | {"hashes": hash_arrays(new)})

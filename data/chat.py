@@ -74,10 +74,7 @@ class Chat:
         chat.tokenizer = read_tokenizer(folder)
         vocabulary = chat.tokenizer.get_vocab(with_added_tokens=True)
         chat.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
-        rows = read_optional(folder / "config.json").get("vocab_size")
-        if isinstance(rows, int) and rows < chat.vocab_size:
-            raise InputError(f"{path}: has {chat.vocab_size} ids, the model only {rows} (config.json); "
-                             "restore the tokenizer, or resize the model's embedding")
+        check_rows(folder, chat.vocab_size)
         chat.end_id = vocabulary.get("<|im_end|>")
         chat.think_end_id = vocabulary.get("</think>")
         if chat.end_id is None:
@@ -213,6 +210,14 @@ def read_tokenizer(folder):
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def check_rows(folder, ids):
+    """InputError if the embedding of a model folder has fewer rows than its tokenizer has ids."""
+    rows = read_optional(Path(folder) / "config.json").get("vocab_size")
+    if isinstance(rows, int) and rows < ids:
+        raise InputError(f"{folder}/tokenizer.json: has {ids} ids, the model only {rows} (config.json); "
+                         "restore the tokenizer, or resize the model's embedding")
 
 
 def vocabulary(folder):

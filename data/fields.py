@@ -12,12 +12,6 @@ def is_id(value):
     return type(value) is int and 0 <= value < 2 ** 31
 
 
-def is_template(value):
-    return isinstance(value, str) or isinstance(value, list) and all(
-        isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
-        for entry in value)
-
-
 KINDS = {
     "text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
@@ -31,7 +25,10 @@ KINDS = {
     "a number or NaN": lambda value: type(value) is float or KINDS["a number"](value),
     "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
-    "a template, or a list of templates with names": is_template,
+    "a template, or a list of templates with names": lambda value: isinstance(value, str) or (
+        isinstance(value, list) and all(
+            isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
+            for entry in value)),
     "an object of metrics with a mean": lambda value: isinstance(value, dict) and all(
         isinstance(metric, dict) and KINDS["a number"](metric.get("mean")) for metric in value.values()),
     "a list of samples with text and reward": lambda value: isinstance(value, list) and value != [] and all(

@@ -173,19 +173,16 @@ def share_prefixes(groups, records_per_row):
     """
     if records_per_row == 1:
         return groups
-    runs = []
-    for _, same in groupby(groups, key=lambda group: group.record["tools"]):
-        same = list(same)
-        runs += [same[i:i + records_per_row] for i in range(0, len(same), records_per_row)]
     merged = []
-    for members in runs:
-        shared = len(commonprefix([list(group.prompt) for group in members]))
-        merged.append(replace(members[0], prompt=members[0].prompt[:shared], responses=[]))
-        for group in members:
-            question = group.prompt[shared:]
-            for r in group.responses:
-                span = (len(question) + r.span[0], len(question) + r.span[1])
-                merged[-1].responses.append(replace(r, ids=question + r.ids, span=span))
+    for _, same in groupby(groups, key=lambda group: group.record["tools"]):
+        while members := list(islice(same, records_per_row)):
+            shared = len(commonprefix([list(group.prompt) for group in members]))
+            merged.append(replace(members[0], prompt=members[0].prompt[:shared], responses=[]))
+            for group in members:
+                question = group.prompt[shared:]
+                for r in group.responses:
+                    span = (len(question) + r.span[0], len(question) + r.span[1])
+                    merged[-1].responses.append(replace(r, ids=question + r.ids, span=span))
     return merged
 
 
@@ -263,7 +260,6 @@ def pack(groups, device="cpu", width=None):
     input_ids, positions, segment = np.zeros((3, *shape), dtype=np.int64)  # [B, T] each
     group_index = np.full(shape, -1, dtype=np.int64)
     counted = {"logit_positions": [], "targets": [], "response": [], "rows": []}
-    number = 0  # of the response
     for index, (group, (b, start)) in enumerate(zip(groups, places)):
         prompt = len(group.prompt)
         at = start + prompt
@@ -280,9 +276,8 @@ def pack(groups, device="cpu", width=None):
             low, high = response.span
             counted["logit_positions"].append(b * width + predictors[low:high])
             counted["targets"].append(np.array(response.ids[low:high], dtype=np.int64))
-            counted["response"].append(np.full(high - low, number))
+            counted["response"].append(np.full(high - low, len(counted["response"])))  # its number
             counted["rows"].append(np.arange(response.row, response.row + high - low))
-            number += 1
             at = end
     arrays = {"input_ids": input_ids, "positions": positions, "group": group_index, "segment": segment}
     arrays |= {name: np.concatenate(parts) for name, parts in counted.items()}

@@ -57,7 +57,9 @@ def run_prepare(args):
     of_rollout = read_optional(Path(f"{out}.arguments.json")).get("command") == "rollout"
     if part.exists() and (of_rollout or part.stat().st_size):  # one of `prepare` is empty
         raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
-    if out.exists() and not part.exists():
+    if part.exists():  # of a `prepare` that was killed
+        lock(part)
+    elif out.exists():
         raise InputError(f"{out}: exists already; remove it or use another --out")
     chat = Chat.from_pretrained(args.model) if args.model else None
     records = []
@@ -90,8 +92,12 @@ def run_prepare(args):
     tokenizer = [Path(args.model) / name for name in TOKENIZER_FILES] if chat else []
     settings["inputs"] = hash_files([*args.data, *tokenizer])
     part.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = part.exists()
     part.touch()  # a file with settings counts as finished, except while this one is there
     lock(part)
+    if out.exists() and not unfinished:
+        part.unlink()
+        raise InputError(f"{out}: another process has written it meanwhile; use another --out")
     write_json(f"{out}.arguments.json", settings)
     write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
     part.unlink()

@@ -32,15 +32,15 @@ from data.records import has_answer, read_lines, stream_records
 from reward import FORMAT_FAILURES, HEADER, score
 
 
-def prompt_groups(path, chat, max_prompt_tokens, limit=None, need_gold=True):
+def prompt_groups(path, chat, max_prompt_tokens, limit=None, need="a gold answer"):
     """The first `limit` records of a file as groups without responses, their prompts encoded for the model of `chat`.
     A record notes how it is `rendered`. Returns (groups, number of records skipped, as their prompts are over the cap).
 
-    InputError if need_gold is set and a record has no gold answer, and if no prompt is left.
+    need: as in `stream_records`; InputError also if no prompt is left
     """
     groups = []
     skipped = 0
-    for record in stream_records(path, need="a gold answer" if need_gold else None, limit=limit):
+    for record in stream_records(path, need=need, limit=limit):
         record.pop("responses", None)  # of a rollout file
         record["rendered"] = {"think": chat.think, "tools": chat.tools}
         ids = chat.encode(chat.prompt(record))

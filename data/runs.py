@@ -208,8 +208,7 @@ def memory_in_use(device):
         return {"memory_gb": round(torch.cuda.memory_allocated() / 1e9, 3)}
     if sys.platform != "linux":
         return {"memory_gb": peak_memory(device)["peak_memory_gb"]}
-    with open("/proc/self/statm") as file:
-        pages = int(file.read().split()[1])  # resident
+    pages = int(Path("/proc/self/statm").read_text().split()[1])  # resident
     return {"memory_gb": round(pages * resource.getpagesize() / 1e9, 3)}
 
 

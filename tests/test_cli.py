@@ -90,12 +90,18 @@ def cut(path):
     Path(path).write_bytes(Path(path).read_bytes()[:Path(path).stat().st_size // 2])
 
 
+def change_byte(path):
+    """Flip a bit of a file's last byte."""
+    data = bytearray(Path(path).read_bytes())
+    data[-1] ^= 1
+    Path(path).write_bytes(data)
+
+
 def damage_checkpoint():
     """Change the last byte of moments in the only checkpoint of a run."""
     Path("run/summary.json").unlink()
     path, = Path("run/checkpoints").glob("*/exp_avg.safetensors")
-    content = path.read_bytes()
-    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    change_byte(path)
 
 
 def change_tensors(change, path="student/model.safetensors"):
@@ -267,12 +273,14 @@ REFUSED = {
         lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
     "a picture of a response": (f"{LENS} --out page.png", None, "page.png: .*; give an --out that ends in .html"),
     "an empty cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: Path("cache/ids.bin").write_bytes(b"")), "cache/ids.bin: was cut or changed"),
+        f"{CKD} --cache cache", lambda: Path("cache/ids.bin").write_bytes(b"")), "cache: ids.bin or log_p.bin does not"),
     "half a cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: cut("cache/log_p.bin")), "cache/log_p.bin: was cut or changed"),
+        f"{CKD} --cache cache", lambda: cut("cache/log_p.bin")), "cache: ids.bin or log_p.bin does not"),
+    "another byte in a cache": (f"{CKD} --cache cache --out new", lambda: run_before(
+        f"{CKD} --cache cache", lambda: change_byte("cache/log_p.bin")), "cache: ids.bin or log_p.bin does not"),
     "a teacher with fewer rows than ids": (
         CKD, lambda: edit("teacher/config.json", vocab_size=300),
-        "teacher/config.json: vocab_size is 300, but tokenizer.json has [0-9]* ids; give a whole model folder"),
+        "teacher/tokenizer.json: has [0-9]* ids, the model only 300"),
     "more ids than rows": (SFT, lambda: edit("student/config.json", vocab_size=300),
                            "student/tokenizer.json: has [0-9]* ids, the model only 300"),
     "integers for weights": (SFT, lambda: change_tensors(

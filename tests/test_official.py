@@ -159,14 +159,17 @@ def test_recorded_failures_are_never_scored(env, tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out/summary.json").read_text())["requests"] == 20
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_the_tool_too(env, tmp_path, number, code):
+@pytest.mark.parametrize("number, code, scoring", [
+    (signal.SIGINT, 130, False), (signal.SIGTERM, 143, False), (signal.SIGTERM, 143, True)])
+def test_a_signal_ends_the_tool_too(env, tmp_path, number, code, scoring):
     pid = tmp_path / "pid"
+    if scoring:
+        assert run(env, tmp_path / "out") == 0
     (env / "bin/bfcl").write_text(f"#!{sys.executable}\nimport os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\n"
                                   "time.sleep(600)\n")
     listen = partial(signal.signal, signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    process = subprocess.Popen([sys.executable, star.__file__, *words(env, tmp_path / "out")], stderr=subprocess.PIPE,
-                               text=True, preexec_fn=listen)
+    command = [sys.executable, star.__file__, *words(env, tmp_path / "out"), *["--resume"] * scoring]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     while not (pid.exists() and pid.read_text()):
         assert process.poll() is None
         time.sleep(0.1)
@@ -175,7 +178,7 @@ def test_a_signal_ends_the_tool_too(env, tmp_path, number, code):
     assert process.returncode == code and "Traceback" not in error, error
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-    assert json.loads((tmp_path / "out/stats.json").read_text())["requests"] == 0
+    assert json.loads((tmp_path / "out/stats.json").read_text())["requests"] == 10 * scoring
 
 
 def test_a_comparison_without_a_common_item_is_refused():

@@ -16,6 +16,7 @@ from apps.checks import IDLE
 from data import InputError, lock, prepare
 from data.chat import Chat
 from data.checkpoints import latest_checkpoint, list_checkpoints
+from data.records import read_records
 from data.runs import cut_log, log_metrics, read_metrics
 from test_cli import CKD, EVAL, PROGRAM, ROLLOUT, SFT, SIMRL, files, here, run, start, wait_for  # noqa: F401
 
@@ -413,6 +414,17 @@ def test_a_chain_notices_another_filter_or_comparison(here, capsys):
     Path("chain.txt").write_text(f"{rollout}\n{EVAL} --compare before\n")
     assert run("curriculum chain.txt --resume") == 0
     assert "difference" in capsys.readouterr().out
+
+
+def test_the_slower_of_two_prepares_leaves_the_file_of_the_faster(here, capsys, monkeypatch):
+    def read_slowly(*path, **options):
+        Path("chosen.jsonl").write_text("by another process")
+        return read_records(*path, **options)
+
+    monkeypatch.setattr(prepare, "read_records", read_slowly)
+    assert "another process has written it" in refused(capsys, "prepare --data train.jsonl --out chosen.jsonl")
+    assert Path("chosen.jsonl").read_text() == "by another process"
+    assert not Path("chosen.jsonl.part").exists()
 
 
 def test_a_chain_goes_on_after_prepare_was_killed_at_its_end(here, monkeypatch):

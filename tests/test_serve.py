@@ -338,6 +338,7 @@ def test_only_a_think_block_that_was_opened_ends():
     assert serve.read_answer("<think>" + text, "off")["reasoning_content"] == "The sum is 3."
     assert serve.read_answer(text, "on") == {
         "role": "assistant", "content": "It is three.", "reasoning_content": "The sum is 3."}
+    assert serve.read_answer(text + "</think> So be it.", "on")["content"] == "It is three.</think> So be it."
 
 
 def test_what_a_stream_has_sent_before_a_call_begins_its_content():

@@ -26,7 +26,7 @@ import pytest
 import torch
 from conftest import settings, stub_record
 from safetensors.torch import load_file
-from test_cli import CKD, PROGRAM, SIMRL, here, rows, run  # noqa: F401
+from test_cli import CKD, PROGRAM, SIMRL, cut, here, rows, run  # noqa: F401
 from test_grpo import StubChat
 
 import shard
@@ -242,6 +242,9 @@ def test_ranks_read_one_cache(here, ranks):  # noqa: F811
     for a, b in zip(rows("one/metrics.jsonl"), rows("several/metrics.jsonl"), strict=True):
         for name in a.keys() & {"loss", "kl", "tail", "grad_norm", "valid_kl"}:
             assert b[name] == pytest.approx(a[name], rel=1e-4), (name, a["step"])
+    cut("cache/log_p.bin")
+    codes, errors = finish_ranks(start_ranks(ranks, PROGRAM, *f"{flags} more".split()))
+    assert codes == [2] * ranks and str(errors).count("does not have its hash in cache.json; remove") == 1, errors
 
 
 # ---- Work of the ranks
@@ -350,6 +353,26 @@ def test_a_rank_leaves_without_the_shutdown_of_python(here, flag, code):  # noqa
     assert codes == [code, code], errors
 
 
+ONE_IS_MISSING = """
+import os, runpy, sys
+from datetime import timedelta
+sys.path.insert(0, {root!r})
+import train
+train.MEETING = timedelta(seconds=3)
+if os.environ["RANK"] == "0":
+    runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+def test_a_rank_that_never_appears(here):  # noqa: F811
+    """As with a wrong MASTER_ADDR: one line after ten minutes, here after three seconds. (torch adds lines of its own.)"""
+    Path("missing.py").write_text(ONE_IS_MISSING.format(root=str(Path(PROGRAM).parent), program=PROGRAM))
+    codes, errors = finish_ranks(start_ranks(2, "missing.py", *f"{RUNS['ckd']} run".split()))
+    lines = [line for line in errors[0].splitlines() if line.startswith("star.py")]
+    assert codes == [1, 0] and len(lines) == 1 and "Traceback" not in errors[0], errors
+    assert "cannot be reached (Timed out after" in lines[0] and not Path("run").exists()
+
+
 SLOW_SAVE = """
 import runpy, sys, time
 from datetime import timedelta
@@ -357,7 +380,7 @@ sys.path.insert(0, {root!r})
 import torch.distributed as dist
 from data import checkpoints
 start, save = dist.init_process_group, checkpoints.save_tensors
-dist.init_process_group = lambda backend, timeout: start(backend, timeout=timedelta(seconds=4))
+dist.init_process_group = lambda backend, **flags: start(backend, **flags | {{"timeout": timedelta(seconds=4)}})
 checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))
 runpy.run_path({program!r}, run_name="__main__")
 """
