@@ -79,7 +79,7 @@ def main(argv=None):
             message = f"{args.out}: {e.strerror}; correct that and {again if 'resume' in args else 'try again'}"
     except (RuntimeError, MemoryError) as e:
         name = type(e).__name__
-        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(e):
+        if name in ("OutOfMemoryError", "MemoryError") or "can't allocate" in str(e) or "size calculation" in str(e):
             message = "out of memory; README.md, *Out of memory?*, says which flags reduce it"
         elif name == "RecursionError":
             message = "something is nested too deeply: JSON in an input, or a list of commands that runs itself"

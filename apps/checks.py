@@ -18,7 +18,7 @@ IDLE = (
     ("ckd", "--tail-weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
     ("ckd", "--kd-ratio", "with --objective ce", lambda args: args.objective == "ce"),
     ("simrl", "--max-draws", "with --filter none", lambda args: args.filter == "none"),
-    ("simrl", "--clip", "with one update a step", lambda args: args.prompts_per_step * args.n <= args.batch_size),
+    ("simrl", "--clip", "with one update a step", lambda args: (args.prompts_per_step - 1) * args.n < args.batch_size),
     ("simrl", "--strip-eos", "with --reward binary", lambda args: args.reward == "binary"),
     ("reward", "--strip-eos", "with --binary", lambda args: args.binary),
     ("prepare", "--max-prompt-tokens", "without --model", lambda args: not args.model),

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from data import MODEL_FOLDER, non_negative, number, positive, print_table, read_json
+from data import MODEL_FOLDER, InputError, non_negative, number, positive, print_table, read_json
 from head import CHUNK, GPU_CHUNK
 from model import Transformer
-from sampler import PREFILL_TOKENS, Request, cache_size
+from sampler import LOGITS_AT_ONCE, PREFILL_TOKENS, Request, cache_size
 
 
 def read_sizes(folder):
@@ -29,55 +29,75 @@ def read_sizes(folder):
     return c
 
 
-def activations(c, args):
+def activations(c, args, gpus):
     """Bytes that one layer keeps of a token for the backward pass, counted in autograd. Compiled: three outputs of the
-    feed-forward in bfloat16; the factors 7 and 5 are fitted to the peaks of two model sizes on an H200."""
+    feed-forward; the factors 7 and 5 are fitted to the peaks of two model sizes in bfloat16 on an H200."""
     h, i, q, kv = c["hidden_size"], c["intermediate_size"], c["q"], c["kv"]
     if args.compile:
-        return 7 * h + 6 * i + 5 * (q + 2 * kv)
+        return (7 * h + 6 * i + 5 * (q + 2 * kv)) * width_of(args) / 2
     row = min(args.prompt_tokens + args.n * args.response_tokens, args.micro_batch_tokens)  # of SDPA's additive mask
     if args.dtype == "float32":
         return 24 * h + 16 * i + 16 * (q + kv) + 4 * row
-    return 26 * h + 8 * i + 10 * (q + kv) + 2 * row
+    # Between layers, states are in bfloat16 if sharded weights are gathered in it; autocast keeps them in float32.
+    return (26 if gpus == 1 else 18) * h + 8 * i + 10 * (q + kv) + 2 * row
+
+
+def width_of(args):
+    """Bytes of a number in --dtype."""
+    return getattr(torch, args.dtype).itemsize
 
 
 def training_memory(c, args, gpus):
-    """{part: size} of the model that trains."""
-    layer = (c["weights"] - c["embeddings"]) / c["num_hidden_layers"]
-    width = getattr(torch, args.dtype).itemsize
-    cast = width if width < 4 else 0  # weights are float32: in another precision there is a copy
-    positions = GPU_CHUNK if args.device == "cuda" else CHUNK
-    saved = activations(c, args) * c["num_hidden_layers"]
-    if args.gradient_checkpointing:
-        saved = 4 * c["hidden_size"] * c["num_hidden_layers"] + activations(c, args)
-    parts = {"weights": 16 * c["weights"] / gpus}  # float32: the weight, its gradient, two moments
-    parts["copies"] = cast * layer * c["num_hidden_layers"]  # by autocast
-    if gpus > 1:  # gathered: the embeddings with their gradient, two layers
-        parts["copies"] = (width + 4) * c["embeddings"] + 2 * (width + 4) * layer
-    parts["activations"] = saved * args.micro_batch_tokens
-    # The head's gradient, twice; its weight in --dtype, on a GPU a product, too; logits and what is made of them.
-    parts["head"] = (8 + cast) * c["head"] + 17 * positions * c["vocab_size"]
-    if args.device == "cuda":
-        parts["head"] += width * c["head"]
+    """{part: size} of the model that trains, at its peak: in the head, in the backward pass of a layer, or at the end
+    of the forward pass. "head" is what the peak needs beside the other parts."""
+    width = width_of(args)
+    tokens = args.micro_batch_tokens
+    on_gpu = args.device == "cuda"
+    in_layers = c["weights"] - c["embeddings"]
+    layer = in_layers / c["num_hidden_layers"]
+    saved = kept = activations(c, args, gpus)
+    sharded = gpus > 1
+    autocast = width < 4 and not sharded  # makes copies of the weights, which are float32
+    copies = width * in_layers if autocast else 0
+    parts = {"weights": 16 * c["weights"] / share(args, gpus)}  # float32: the weight, its gradient, two moments
+    # The head's gradient, its weight in --dtype, on a GPU a product; logits and what is made of them.
+    head = (4 + width * autocast + width * on_gpu) * c["head"]
+    head += 20 * (GPU_CHUNK if on_gpu else CHUNK) * c["vocab_size"]
+    # The head's gradient twice; of a layer, gradients of the states; if sharded, two gathered layers and gradients.
+    backward = 8 * c["head"] + (8 * c["hidden_size"] + 2 * width * c["intermediate_size"]) * tokens
+    backward += 2 * (width + 4) * layer * sharded
+    forward = 0
+    if args.gradient_checkpointing:  # a layer keeps its input, and no copies
+        kept = (2 if width < 4 and sharded else 4) * c["hidden_size"]
+        backward += saved * tokens
+        forward, copies = copies, 0
+    parts["copies"] = copies + width * c["embeddings"] * sharded  # these stay gathered
+    parts["activations"] = kept * c["num_hidden_layers"] * tokens
+    parts["head"] = max(forward, head, backward)
     return parts
+
+
+def share(args, gpus):
+    """The number of GPUs that share a copy of the weights."""
+    return min(gpus, args.shard_ranks or gpus)
 
 
 def frozen_memory(c, args, gpus):
     """Bytes of a model that is not trained: teacher or reference. When sharded, its embeddings stay gathered."""
-    width = getattr(torch, args.dtype).itemsize
-    return width * (c["weights"] / gpus + (c["embeddings"] if gpus > 1 else 0))
+    return width_of(args) * (c["weights"] / share(args, gpus) + c["embeddings"] * (gpus > 1))
 
 
 def sampling_memory(c, args):
-    """{part: size} of the sampler: weights, keys and values, a layer of a prefill, the logits of a draw."""
-    width = getattr(torch, args.dtype).itemsize
+    """{part: size} of the sampler: weights, keys and values, and a layer of a prefill or the logits of a draw."""
+    width = width_of(args)
     request = Request([0] * args.max_prompt_tokens, args.n, 0, 1.0, args.max_new_tokens)
     slots, prompts, prompt_tokens, new_tokens = cache_size(args.max_concurrent, [request] * args.max_concurrent)
     tokens = prompts * prompt_tokens + slots * new_tokens
     layer = 2 * c["hidden_size"] + 3 * c["intermediate_size"] + c["q"] + 2 * c["kv"]  # numbers a token
+    prefill = width * layer * max(PREFILL_TOKENS, prompt_tokens)
+    draw = 24 * (slots * c["vocab_size"] if args.device == "cuda" else min(slots * c["vocab_size"], LOGITS_AT_ONCE))
     return {"copies": width * c["weights"], "keys": 2 * width * c["num_hidden_layers"] * c["kv"] * tokens,
-            "activations": width * layer * max(PREFILL_TOKENS, prompt_tokens),
-            "head": 24 * slots * c["vocab_size"] if args.device == "cuda" else 0}
+            "activations": max(prefill, draw)}
 
 
 def stage_memory(stage, student, teacher, args, gpus):
@@ -88,13 +108,10 @@ def stage_memory(stage, student, teacher, args, gpus):
     parts = training_memory(model, args, gpus)
     if stage == "ckd":
         return parts | {"frozen": frozen_memory(teacher, args, gpus)}
-    sampler = sampling_memory(model, args)
-    if args.dtype == "float32" and gpus == 1:
-        sampler["copies"] = 0  # the model that trains is whole and in this precision: it samples itself
-    del sampler["activations"]  # fewer than those of training
-    for name, size in sampler.items():
-        parts[name] = parts.get(name, 0) + size
-    return parts | {"frozen": frozen_memory(model, args, gpus)}
+    sampler = sampling_memory(model, args)  # its activations are gone when training begins
+    if args.dtype != "float32" or gpus > 1:  # otherwise the model that trains samples itself
+        parts["copies"] += sampler["copies"]
+    return parts | {"keys": sampler["keys"], "frozen": frozen_memory(model, args, gpus)}
 
 
 def forward_operations(c, args, prompts):
@@ -106,14 +123,16 @@ def forward_operations(c, args, prompts):
 
 
 def sampling_hours(c, args, prompts):
-    """Hours to sample n responses to each prompt on one GPU: a step reads the weights and the keys of all slots."""
+    """Hours to sample n responses to each prompt on one GPU: a step reads the weights and the keys of all slots; the
+    prompts pass through the layers only."""
     slots = args.max_concurrent
-    width = getattr(torch, args.dtype).itemsize
+    width = width_of(args)
     tokens = slots * (args.prompt_tokens / args.n + args.response_tokens / 2)  # read at each step
     keys = 2 * width * c["num_hidden_layers"] * c["kv"] * tokens
     steps = prompts * args.n * args.response_tokens / slots
-    prefill = prompts * args.prompt_tokens * 2 * c["weights"] / args.tflops / 1e12
-    return (steps * (width * c["weights"] + keys) / args.bandwidth / 1e12 + prefill) / 3600
+    in_layers = c["weights"] - c["embeddings"]
+    prefill = prompts * args.prompt_tokens * 2 * in_layers / args.tflops / 1e12
+    return (steps * (width * (in_layers + c["head"]) + keys) / args.bandwidth / 1e12 + prefill) / 3600
 
 
 def stage_hours(stage, student, teacher, args):
@@ -127,7 +146,7 @@ def stage_hours(stage, student, teacher, args):
         return operations / args.tflops / 1e12 / 3600
     model = teacher if stage == "refine" else student
     prompts = args.steps * args.prompts_per_step
-    # The policy before its updates and the reference are a pass each.
+    # A pass each: the reference, and the policy before the updates (but for the first of a step).
     operations = (3 + backward) * forward_operations(model, args, prompts)
     return operations / args.tflops / 1e12 / 3600 + sampling_hours(model, args, args.draws * prompts)
 
@@ -165,10 +184,12 @@ def run_estimate(args):
     student, teacher = read_sizes(args.student), read_sizes(args.teacher)
     columns = ("weights", "copies", "activations", "head", "keys", "frozen")
     for gpus in args.gpus:
+        if gpus % share(args, gpus):
+            raise InputError(f"--shard-ranks {args.shard_ranks}: must divide --gpus {gpus}")
         print(f"\n{gpus} GPU{'s' * (gpus > 1)}; GB on each, and hours\n")
         rows = [["", *columns, "all", "hours"]]
         for stage in ("rollout", "ckd", "simrl", "refine"):
-            parts = stage_memory(stage, student, teacher, args, min(gpus, args.shard_ranks or gpus))
+            parts = stage_memory(stage, student, teacher, args, gpus)
             sizes = [parts.get(name, 0) for name in columns]
             hours = stage_hours(stage, student, teacher, args) / gpus
             rows.append([stage, *(f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))), f"{hours:.1f}"])

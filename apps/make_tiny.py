@@ -55,11 +55,9 @@ def make_model(folder, tokenizer, seed, hidden, layers, heads, think="on"):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end_id}))
-    model = Transformer(config)
     # A standard deviation of 0.02 suits models a thousand wide.
-    model.init_weights(seed, std=0.5 * hidden ** -0.5)
-    model.folder = folder  # `save_pretrained` copies the tokenizer
-    model.save_pretrained(folder)
+    model = Transformer(config, folder).init_weights(seed, std=0.5 * hidden ** -0.5)
+    model.save_pretrained(folder)  # copies the tokenizer
 
 
 def write_records(path, lists, seed, split="train", shared=8, **settings):

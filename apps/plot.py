@@ -38,6 +38,8 @@ def plot_flags(parser):
 
 def run_plot(args):
     """Draw the curves of one or more runs, overlaid, from their metrics.jsonl."""
+    if not Path(args.out).suffix:
+        raise InputError(f"{args.out}: is not a picture; give an --out that ends in .png")
     # A run's label is its path below the folder that contains all runs.
     parents = [os.path.dirname(os.path.abspath(folder)) for folder in args.runs]
     common = os.path.commonpath(parents)
@@ -148,5 +150,5 @@ def draw_picture(panels, labels, out, spans, heights):
         figure.legend(handles=handles, ncols=columns + 1, loc="outside upper left")
         try:
             figure.savefig(out, dpi=100)
-        except ValueError as e:
+        except (ValueError, RuntimeError) as e:  # an unknown format; .pgf without LaTeX
             raise InputError(f"{out}: {' '.join(str(e).split())}; name a .png") from e

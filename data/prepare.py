@@ -6,7 +6,8 @@ OUT.arguments.json has the settings and hashes of the files read, by which a cha
 
 The labels say what an answer is: response (it has text), single (one call), parallel (several calls), multi-step
 (calls right after a tool's result). single-turn and multi-turn say how far into a conversation the answer comes.
-The scan takes a record of at most 10 turns if one of its labels is below its quota, and stops at 1.1 x size records.
+The scan takes a record of at most 10 turns if one of its labels is below its quota, but none with text once that quota
+is full, and stops at 1.1 x size records.
 A label that is rare in the input ends below its quota, and there may be fewer records than --size. The quotas of
 parallel, single and response add up to 1.2 x size: all three are reached only if some answers have both text and calls.
 

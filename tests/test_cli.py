@@ -272,6 +272,8 @@ REFUSED = {
     "look at another rendering": (f"{LENS} --row 3", lambda: change_line(
         lambda record: record | {"rendered": {"think": "off", "tools": "flat"}}), "record .*: was sampled with --thin"),
     "a picture of a response": (f"{LENS} --out page.png", None, "page.png: .*; give an --out that ends in .html"),
+    "an endless loss to look at": (f"{LENS} --tail-weight 1e39", None, "the loss is not finite: use a smaller --tail-"),
+    "a picture of no kind": ("plot run --out curves", lambda: run_before(SFT), "curves: is not a picture; give an --out"),
     "an empty cache": (f"{CKD} --cache cache --out new", lambda: run_before(
         f"{CKD} --cache cache", lambda: Path("cache/ids.bin").write_bytes(b"")), "cache: ids.bin or log_p.bin does not"),
     "half a cache": (f"{CKD} --cache cache --out new", lambda: run_before(

@@ -2,7 +2,7 @@
 # The result is published as star-lab/Teacher-8B, so most people do not need this.
 # xlam.jsonl and toolace.jsonl: your records (README.md, *With real models*); valid.jsonl.gz: some of them, kept apart.
 #
-# 78 GB a GPU; 21 hours for 1,000 steps of up to 3,000. Computed by
+# 64 GB a GPU; 19 hours for 1,000 steps of up to 3,000. Computed by
 #   python star.py estimate --student models/Qwen3-8B --teacher models/Qwen3-8B --gpus 8 --gradient-checkpointing \
 #       --micro-batch-tokens 8192 --max-concurrent 32
 python star.py prepare --data xlam.jsonl toolace.jsonl --model models/Qwen3-8B --out train.jsonl.gz
