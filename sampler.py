@@ -26,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import non_negative, number, positive
 from data.groups import Response
+from data.records import has_answer
 from head import inverse_transform
 from kv_cache import KVCache, lay_out
 
@@ -368,7 +369,7 @@ def greedy_answers(model, chat, groups, name):
     list(generate(model, requests, len(requests), chat))
     answers = []
     for group, request in zip(groups, requests):
-        gold = chat.answer(group.record) if group.record.get("answer") else None
+        gold = chat.answer(group.record) if has_answer(group.record) else None
         text = group.record["messages"][-1]["content"]
         answers.append({"request": text, "gold": gold, name: chat.decode(request.responses[0].ids)})
     return answers

@@ -335,5 +335,4 @@ def run_simrl(args):
 
 def training_reward(chat, args, record, text):
     """The reward of Sim-RL. Returns {"reward", "answer_score", "case": why, "exact"}, see `reward.score`."""
-    binary = args.reward == "binary"
-    return score_response(chat, record, text, strip_eos=args.strip_eos, binary=binary)
+    return score_response(chat, record, text, strip_eos=args.strip_eos, binary=args.reward == "binary")

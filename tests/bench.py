@@ -3,8 +3,8 @@
 A row runs this project and its peer in turn, on the same machine with the same allocator settings, and prints the
 medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without
 names, all rows but the last two run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet
-meanwhile. `rl` needs TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `data` needs no
-model. `gpu` and `stages` need a GPU and no model: three minutes each on an H200.
+meanwhile. `rl` and `rl-1000` need TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `data`
+needs no model. `gpu` and `stages` need a GPU and no model: three minutes each on an H200.
 
 `serve` also measures the prefix cache on BFCL's items where STAR_BFCL_ENV names the --env of `star.py bfcl`.
 """
@@ -88,10 +88,11 @@ def group_of(chat, prompt, n, response):
 
 SAMPLES, TOKENS = 8, 48
 STEPS = 2  # the first one warms up
+RL_DTYPE = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"  # what this CPU is fast at
 
 
 def star_steps(folder, length):
-    """Seconds of the steps of GRPO here: one prompt, 8 samples of 48 tokens, no KL, bfloat16 over float32 weights."""
+    """Seconds of the steps of GRPO here: one prompt, 8 samples of 48 tokens, no KL, float32 weights."""
     chat = Chat.from_pretrained(folder)
     chat.stop_ids = []
     model = Transformer.from_pretrained(folder)
@@ -101,7 +102,7 @@ def star_steps(folder, length):
     rewards = itertools.cycle((0.0, 0.5, 1.0))  # no matter what the response is
     with tempfile.TemporaryDirectory() as out:
         flags = (f"--kl-weight 0 --filter none --lr 1e-6 --n {SAMPLES} --max-new-tokens {TOKENS} --prompts-per-step 1 "
-                 f"--batch-size {SAMPLES} --steps {STEPS} --save-every 1000000")
+                 f"--batch-size {SAMPLES} --steps {STEPS} --save-every 1000000 --dtype {RL_DTYPE}")
         args, _ = star.parse(["simrl", "--model", str(folder), "--data", "none", "--out", out, *flags.split()])
         refine(model, None, prompts, chat, lambda *_: {"reward": next(rewards), "answer_score": 0.5}, args)
         rows = read_metrics(out)
@@ -130,7 +131,8 @@ def trl_steps(folder, length, checkpointing):
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             out, num_generations=SAMPLES, per_device_train_batch_size=SAMPLES, gradient_accumulation_steps=1,
-            max_completion_length=TOKENS, max_steps=STEPS, learning_rate=1e-6, beta=0.0, bf16=True, use_cpu=True,
+            max_completion_length=TOKENS, max_steps=STEPS, learning_rate=1e-6, beta=0.0,
+            bf16=RL_DTYPE == "bfloat16", use_cpu=True,
             gradient_checkpointing=checkpointing, generation_kwargs={"min_new_tokens": TOKENS}, report_to=[],
             save_strategy="no", logging_steps=1)
         trainer = GRPOTrainer(
@@ -140,16 +142,19 @@ def trl_steps(folder, length, checkpointing):
     return [end - start for start, end in zip(marks, marks[1:])]
 
 
-def rl_row(folder, lengths=(400, 1000)):
+def rl_row(folder, length=400, targets=(6, 4.5)):
     """Each side in a process of its own: two models with their optimisers do not fit the memory."""
-    for length, targets in zip(lengths, ((6, 4.5), (7, 5))):
-        seconds = {}
-        for side in ("star", "trl", "trl-without-checkpointing", "star"):
+    seconds = {}
+    for side in ("star", "trl", "trl-without-checkpointing", "star"):
+        try:
             seconds.setdefault(side, []).extend(run_alone(folder, side, length)[1:])
-        ours = statistics.median(seconds["star"])
-        peers = {"trl": "TRL, its defaults", "trl-without-checkpointing": "TRL, gradient checkpointing off"}
-        for (side, peer), target in zip(peers.items(), targets):
-            report(f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}", ours,
+        except subprocess.CalledProcessError as e:
+            print(f"({side}, {length:,} tokens, failed: exit code {e.returncode}; -9 is out of memory)", flush=True)
+    ours = statistics.median(seconds["star"])
+    peers = {"trl": "TRL, its defaults", "trl-without-checkpointing": "TRL, gradient checkpointing off"}
+    for (side, peer), target in zip(peers.items(), targets):
+        if seconds[side]:
+            report(f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}, {RL_DTYPE}", ours,
                    {peer: statistics.median(seconds[side])}, target)
 
 
@@ -701,7 +706,8 @@ def stages_row(folder):
 
 ROWS = {"head": head_row, "decoding": decoding_row, "sampling": sampling_row, "neighbours": neighbours_row,
         "serve": serve_row, "files": files_row, "memory": memory_row, "data": data_row, "slopes": slopes_row,
-        "ckd": ckd_row, "sft": sft_row, "rl": rl_row, "gpu": gpu_row, "stages": stages_row}
+        "ckd": ckd_row, "sft": sft_row, "rl": rl_row,
+        "rl-1000": partial(rl_row, length=1000, targets=(7, 5)), "gpu": gpu_row, "stages": stages_row}
 
 
 def main():
