@@ -67,6 +67,27 @@ def run_prepare(args):
     for path in args.data:
         records += read_records(path, need=None, check_answer=False)
     dropped = Counter()
+    chosen = select(records, dropped, chat, args)
+
+    settings = {name: value for name, value in vars(args).items() if name != "out"}
+    tokenizer = [Path(args.model) / name for name in TOKENIZER_FILES] if chat else []
+    settings["inputs"] = hash_files([*args.data, *tokenizer])
+    part.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = part.exists()
+    part.touch()  # a file with settings counts as finished, except while this one is there
+    lock(part)
+    if out.exists() and not unfinished:
+        part.unlink()
+        raise InputError(f"{out}: another process has written it meanwhile; use another --out")
+    write_json(f"{out}.arguments.json", settings)
+    write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
+    part.unlink()
+    report(records, chosen, dropped, args.size)
+    print(f"\nwrote {out}")
+
+
+def select(records, dropped, chat, args):
+    """The records to write, with their labels; counts the others in `dropped`. InputError if none is left."""
     chosen = drop_unsound(records, dropped)
     if args.labels:
         sound = len(chosen)
@@ -85,25 +106,10 @@ def run_prepare(args):
         chosen = generator.sample(chosen, min(args.size, len(chosen)))
     if not chosen:
         reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.items())
-        raise InputError(f"{out}: no record is left to write ({reasons or 'none was chosen'}); give other --data")
+        raise InputError(f"{args.out}: no record is left to write ({reasons or 'none was chosen'}); give other --data")
     if args.size:
         dropped["not chosen"] = len(records) - dropped.total() - len(chosen)
-    chosen = [record | {"labels": sorted(labels(record)), "turns": turns(record)} for record in chosen]
-    settings = {name: value for name, value in vars(args).items() if name != "out"}
-    tokenizer = [Path(args.model) / name for name in TOKENIZER_FILES] if chat else []
-    settings["inputs"] = hash_files([*args.data, *tokenizer])
-    part.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = part.exists()
-    part.touch()  # a file with settings counts as finished, except while this one is there
-    lock(part)
-    if out.exists() and not unfinished:
-        part.unlink()
-        raise InputError(f"{out}: another process has written it meanwhile; use another --out")
-    write_json(f"{out}.arguments.json", settings)
-    write_lines(out, (json.dumps(record, ensure_ascii=False) + "\n" for record in chosen))
-    part.unlink()
-    report(records, chosen, dropped, args.size)
-    print(f"\nwrote {out}")
+    return [record | {"labels": sorted(labels(record)), "turns": turns(record)} for record in chosen]
 
 
 def drop_unsound(records, dropped):
