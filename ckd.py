@@ -58,8 +58,7 @@ def reverse_kl(teacher_log_p, student_log_p):
 def adaptive_kl(teacher_log_p, student_log_p):
     """A weighted mean of forward and reverse KL, both on all of V_k. The weight of the forward KL is the sum of |p - q|
     over the most likely tokens of V_k: the first, and all up to a cumulative teacher mass of 0.5. That of the reverse
-    KL is the sum over the others. teacher_log_p must be in descending order. Gradient flows through the weights too, as
-    released.
+    KL is the sum over the others. teacher_log_p must be in descending order. The weights have gradients, as released.
     """
     p = teacher_log_p.exp()  # [C, k]
     q = student_log_p.exp()  # [C, k]

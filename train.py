@@ -26,7 +26,8 @@ from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
-MEETING, LIMIT = timedelta(minutes=10), timedelta(days=1)  # for ranks to appear; to wait for another one later
+MEETING = timedelta(minutes=10)  # in which all ranks appear
+LIMIT = timedelta(days=1)  # of any later wait for another rank
 
 # ---- Flags of several commands
 
@@ -162,10 +163,12 @@ def pick_device(args):
                 refuse_on_all(f"--device cuda: no GPU for rank {number}; use --nproc-per-node {count}", number == count)
             torch.cuda.set_device(number)
         # A rank may end its share of a rollout hours before another, but all appear within minutes, or never.
-        store, number, count = next(dist.rendezvous("env://", timeout=MEETING))
+        store, this, ranks = next(dist.rendezvous("env://", timeout=MEETING))
+        store.set(f"rank {this}", "is here")
+        store.wait([f"rank {other}" for other in range(ranks)], MEETING)
         store.set_timeout(LIMIT)
         backend = "nccl" if name == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LIMIT, store=store, rank=number, world_size=count)
+        dist.init_process_group(backend, timeout=LIMIT, store=store, rank=this, world_size=ranks)
     mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs
     if (name, args.dtype) == ("cpu", "bfloat16") and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         note("This CPU has no bfloat16 instructions: --dtype float32 is several times as fast")

@@ -18,6 +18,7 @@ IDLE = (
     ("ckd", "--tail-weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
     ("ckd", "--kd-ratio", "with --objective ce", lambda args: args.objective == "ce"),
     ("simrl", "--max-draws", "with --filter none", lambda args: args.filter == "none"),
+    # A batch takes whole groups until it has --batch-size responses.
     ("simrl", "--clip", "with one update a step", lambda args: (args.prompts_per_step - 1) * args.n < args.batch_size),
     ("simrl", "--strip-eos", "with --reward binary", lambda args: args.reward == "binary"),
     ("reward", "--strip-eos", "with --binary", lambda args: args.binary),

@@ -1,7 +1,7 @@
 """The engine of `star.py serve`: one thread draws tokens for the requests of all clients.
 
-    PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed, as many
-                  requests share a system prompt with its tools, and a conversation sends all of its turns again
+    PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed. Many requests
+                  share a system prompt with its tools, and a conversation sends all of its turns again
     Engine        submit(job), from any thread; the job's `news` is set when there are tokens, and when it is done
 """
 import threading

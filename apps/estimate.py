@@ -49,17 +49,17 @@ def width_of(args):
 
 def training_memory(c, args, gpus):
     """{part: size} of the model that trains, at its peak: in the head, in the backward pass of a layer, or at the end
-    of the forward pass. "head" is what the peak needs beside the other parts."""
+    of the forward pass. "peak" is what this needs for a moment, beside the other parts."""
     width = width_of(args)
     tokens = args.micro_batch_tokens
     on_gpu = args.device == "cuda"
     in_layers = c["weights"] - c["embeddings"]
     layer = in_layers / c["num_hidden_layers"]
-    saved = kept = activations(c, args, gpus)
+    per_layer = kept = activations(c, args, gpus)
     sharded = gpus > 1
     autocast = width < 4 and not sharded  # makes copies of the weights, which are float32
     copies = width * in_layers if autocast else 0
-    parts = {"weights": 16 * c["weights"] / share(args, gpus)}  # float32: the weight, its gradient, two moments
+    parts = {"weights": 16 * c["weights"] / ranks_per_copy(args, gpus)}  # float32: the weight, its gradient, two moments
     # The head's gradient, its weight in --dtype, on a GPU a product; logits and what is made of them.
     head = (4 + width * autocast + width * on_gpu) * c["head"]
     head += 20 * (GPU_CHUNK if on_gpu else CHUNK) * c["vocab_size"]
@@ -69,22 +69,22 @@ def training_memory(c, args, gpus):
     forward = 0
     if args.gradient_checkpointing:  # a layer keeps its input, and no copies
         kept = (2 if width < 4 and sharded else 4) * c["hidden_size"]
-        backward += saved * tokens
+        backward += per_layer * tokens
         forward, copies = copies, 0
     parts["copies"] = copies + width * c["embeddings"] * sharded  # these stay gathered
     parts["activations"] = kept * c["num_hidden_layers"] * tokens
-    parts["head"] = max(forward, head, backward)
+    parts["peak"] = max(forward, head, backward)
     return parts
 
 
-def share(args, gpus):
+def ranks_per_copy(args, gpus):
     """The number of GPUs that share a copy of the weights."""
     return min(gpus, args.shard_ranks or gpus)
 
 
 def frozen_memory(c, args, gpus):
     """Bytes of a model that is not trained: teacher or reference. When sharded, its embeddings stay gathered."""
-    return width_of(args) * (c["weights"] / share(args, gpus) + c["embeddings"] * (gpus > 1))
+    return width_of(args) * (c["weights"] / ranks_per_copy(args, gpus) + c["embeddings"] * (gpus > 1))
 
 
 def sampling_memory(c, args):
@@ -95,9 +95,10 @@ def sampling_memory(c, args):
     tokens = prompts * prompt_tokens + slots * new_tokens
     layer = 2 * c["hidden_size"] + 3 * c["intermediate_size"] + c["q"] + 2 * c["kv"]  # numbers a token
     prefill = width * layer * max(PREFILL_TOKENS, prompt_tokens)
-    draw = 24 * (slots * c["vocab_size"] if args.device == "cuda" else min(slots * c["vocab_size"], LOGITS_AT_ONCE))
+    logits = slots * c["vocab_size"]
+    draw = 24 * logits if args.device == "cuda" else 24 * min(logits, LOGITS_AT_ONCE) + width * logits
     return {"copies": width * c["weights"], "keys": 2 * width * c["num_hidden_layers"] * c["kv"] * tokens,
-            "activations": max(prefill, draw)}
+            "peak": max(prefill, draw)}
 
 
 def stage_memory(stage, student, teacher, args, gpus):
@@ -108,7 +109,7 @@ def stage_memory(stage, student, teacher, args, gpus):
     parts = training_memory(model, args, gpus)
     if stage == "ckd":
         return parts | {"frozen": frozen_memory(teacher, args, gpus)}
-    sampler = sampling_memory(model, args)  # its activations are gone when training begins
+    sampler = sampling_memory(model, args)  # its peak is over when training begins
     if args.dtype != "float32" or gpus > 1:  # otherwise the model that trains samples itself
         parts["copies"] += sampler["copies"]
     return parts | {"keys": sampler["keys"], "frozen": frozen_memory(model, args, gpus)}
@@ -146,7 +147,7 @@ def stage_hours(stage, student, teacher, args):
         return operations / args.tflops / 1e12 / 3600
     model = teacher if stage == "refine" else student
     prompts = args.steps * args.prompts_per_step
-    # A pass each: the reference, and the policy before the updates (but for the first of a step).
+    # A pass for the reference, and one for pi_old, which the first update of a step does without.
     operations = (3 + backward) * forward_operations(model, args, prompts)
     return operations / args.tflops / 1e12 / 3600 + sampling_hours(model, args, args.draws * prompts)
 
@@ -181,11 +182,11 @@ def estimate_flags(parser):
 def run_estimate(args):
     """Memory on each GPU and hours of every stage, computed from two model folders. Hours are divided by the GPUs:
     communication between them is not counted."""
+    if bad := [gpus for gpus in args.gpus if gpus % ranks_per_copy(args, gpus)]:
+        raise InputError(f"--shard-ranks {args.shard_ranks}: must divide --gpus {bad[0]}")
     student, teacher = read_sizes(args.student), read_sizes(args.teacher)
-    columns = ("weights", "copies", "activations", "head", "keys", "frozen")
+    columns = ("weights", "copies", "activations", "peak", "keys", "frozen")
     for gpus in args.gpus:
-        if gpus % share(args, gpus):
-            raise InputError(f"--shard-ranks {args.shard_ranks}: must divide --gpus {gpus}")
         print(f"\n{gpus} GPU{'s' * (gpus > 1)}; GB on each, and hours\n")
         rows = [["", *columns, "all", "hours"]]
         for stage in ("rollout", "ckd", "simrl", "refine"):
@@ -195,4 +196,4 @@ def run_estimate(args):
             rows.append([stage, *(f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))), f"{hours:.1f}"])
         print_table(rows)
     print("\nrefine is simrl of the teacher. frozen: the teacher of ckd, the reference of simrl. "
-          "hours of rollout and ckd: one pass over the prompts")
+          "peak: what the head, a layer or a draw needs for a moment. hours of rollout and ckd: one pass over the prompts")

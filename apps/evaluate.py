@@ -83,7 +83,7 @@ def run_eval(args):
 def answer_records(args, chat, groups, device):
     """Answer the records and score the answers. Returns them with `responses`, on rank 0; the first is greedy."""
     out = Path(args.out) / "generations.jsonl"
-    draws = [(n, temperature, 1.0) for n, temperature in ((1, 0.0), (args.n, 1.0)) if n]  # the last is top_p
+    draws = [(n, temperature, 1.0) for n, temperature in ((1, 0.0), (args.n, 1.0)) if n]  # n, temperature, top_p
     finished, rows = sample_responses(args, out, chat, groups, draws, device)
     with fail_together():
         if finished and [row["id"] for row in finished] != [group.record["id"] for group in groups]:

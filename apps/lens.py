@@ -61,7 +61,7 @@ def run_lens(args):
 
     names = ("loss", "kl", "tail", "inside", "captured", "nll", "entropy")
     means = {name: sum(token[name] for token in tokens) / len(tokens) for name in names}
-    if not math.isfinite(sum(means.values())):  # no JSON has it
+    if not math.isfinite(sum(means.values())):  # JSON has no inf and NaN
         raise InputError("the loss is not finite: use a smaller --tail-weight, or models without NaN weights")
     ids = {token["id"] for token in tokens}
     ids |= {row[0] for token in tokens for row in token["teacher"] + token["student"]}

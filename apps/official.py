@@ -170,12 +170,12 @@ def run_tool(command, out, log, variables, total=None, server=None):
     environment |= {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1", "HF_HUB_OFFLINE": "1",
                     "PYTHONDONTWRITEBYTECODE": "1", **variables}
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as by nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the tool, too
     with open(out / log, "w") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment, cwd=out)
     try:
+        for number, handler in handlers.items():
+            if handler != signal.SIG_IGN:  # as by nohup
+                signal.signal(number, lambda number, _: sys.exit(128 + number))  # ends the tool, too
         with tqdm(total=total, desc=log.removesuffix(".log"), unit="item", disable=total is None) as bar:
             while process.poll() is None and not (server and server.engine.error):
                 time.sleep(0.5)

@@ -169,6 +169,7 @@ def read_answer(text, think):
     """A chat message from a response's text: content, reasoning_content, tool_calls as OpenAI's clients read them."""
     reasoning, answer = "", text
     if think == "on" or text.lstrip().startswith("<think>"):
+        # The first one, unlike reward.py: in a stream, content that was sent must not turn into reasoning.
         reasoning, _, answer = text.partition("</think>")
     message = {"role": "assistant", "content": answer.strip("\n")}
     if reasoning := reasoning.replace("<think>", "").strip("\n"):

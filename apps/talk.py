@@ -34,7 +34,8 @@ def run_chat(args):
         prompt = chat.encode(chat.prompt({"messages": messages, "tools": tools}))
         request = Request(prompt, 1, args.seed + len(messages), args.temperature, args.max_new_tokens, args.top_p)
         reply = print_reply(model, chat, request)
-        role = "tool" if "<tool_call>" in reply.rpartition("</think>")[2] else "user"
+        answer = reply.partition("</think>")[2] if chat.think == "on" else reply
+        role = "tool" if "<tool_call>" in answer else "user"
         opened = "<think>" if chat.think == "on" else ""  # the prompt ends in the opening tag
         messages.append({"role": "assistant", "content": opened + reply})
     print()

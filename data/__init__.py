@@ -90,7 +90,7 @@ def atomic_folder(folder):
         shutil.rmtree(new, ignore_errors=True)
 
 
-hashes = {}  # {(file, size, time of change): hash}, of this process
+hashes = {}  # {(device, number of the file, size, time of change): hash}, of this process
 
 
 def hash_files(paths):
@@ -103,7 +103,7 @@ def hash_files(paths):
     for file in tqdm(filter(Path.is_file, files), "hash files", unit="file", delay=2, leave=False,
                      disable=not is_first_rank()):
         status = file.stat()
-        key = (file.resolve(), status.st_size, status.st_mtime_ns)
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if key not in hashes:
             with open(file, "rb") as stream:
                 hashes[key] = hashlib.file_digest(stream, "sha256").hexdigest()[:16]

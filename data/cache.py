@@ -46,6 +46,8 @@ def open_cache(folder, made_from):
         return None
     stored = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
     refuse_changes(f"{folder}: this cache was made from", stored, made_from, "remove the folder or name a new one")
+    if "hashes" not in stored:
+        raise InputError(f"{folder}/cache.json: has no hashes, so another version has written it; remove the folder")
     changed = f"{folder}: {' or '.join(ARRAYS)} does not have its hash in cache.json; remove the folder"
     if is_first_rank() and stored.get("hashes") != hash_arrays(folder):
         raise InputError(changed)

@@ -58,7 +58,8 @@ def run_prepare(args):
     of_rollout = read_optional(Path(f"{out}.arguments.json")).get("command") == "rollout"
     if part.exists() and (of_rollout or part.stat().st_size):  # one of `prepare` is empty
         raise InputError(f"{part}: belongs to an unfinished rollout; name another --out")
-    if part.exists():  # of a `prepare` that was killed
+    unfinished = part.exists()  # a `prepare` was killed
+    if unfinished:
         lock(part)
     elif out.exists():
         raise InputError(f"{out}: exists already; remove it or use another --out")
@@ -73,8 +74,7 @@ def run_prepare(args):
     tokenizer = [Path(args.model) / name for name in TOKENIZER_FILES] if chat else []
     settings["inputs"] = hash_files([*args.data, *tokenizer])
     part.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = part.exists()
-    part.touch()  # a file with settings counts as finished, except while this one is there
+    part.touch(exist_ok=unfinished)  # a file with settings counts as finished, except while this one is there
     lock(part)
     if out.exists() and not unfinished:
         part.unlink()

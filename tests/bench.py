@@ -88,7 +88,8 @@ def group_of(chat, prompt, n, response):
 
 SAMPLES, TOKENS = 8, 48
 STEPS = 2  # the first one warms up
-RL_DTYPE = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"  # what this CPU is fast at
+MKLDNN = torch.backends.mkldnn.is_available()
+RL_DTYPE = "bfloat16" if MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"  # the faster one here
 
 
 def star_steps(folder, length):
@@ -149,7 +150,9 @@ def rl_row(folder, length=400, targets=(6, 4.5)):
         try:
             seconds.setdefault(side, []).extend(run_alone(folder, side, length)[1:])
         except subprocess.CalledProcessError as e:
-            print(f"({side}, {length:,} tokens, failed: exit code {e.returncode}; -9 is out of memory)", flush=True)
+            print(f"({side}, {length:,} tokens: exit code {e.returncode}; -9 may be too little memory)", flush=True)
+    if not seconds["star"]:
+        return
     ours = statistics.median(seconds["star"])
     peers = {"trl": "TRL, its defaults", "trl-without-checkpointing": "TRL, gradient checkpointing off"}
     for (side, peer), target in zip(peers.items(), targets):

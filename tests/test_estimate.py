@@ -49,8 +49,8 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wide_pair(tmp_path_factory):
-    """The head takes most of the memory."""
-    return make_pair(tmp_path_factory.mktemp("wide"), vocab_size=20_000)
+    """Embeddings and head take most of the memory."""
+    return make_pair(tmp_path_factory.mktemp("wide"), vocab_size=20_000, tie_word_embeddings=False)
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def ckd_step(folder, dtype, checkpointing):
 
 def sample(model, args):
     """Fill the slots of a sampler, and draw a few tokens. Returns it: it holds the keys and values."""
-    chat = SimpleNamespace(stop_ids=[], vocab_size=CONFIG["vocab_size"])
+    chat = SimpleNamespace(stop_ids=[], vocab_size=len(model.head_weight))
     requests = [Request([1] * 256, args.n, i, 1.0, args.max_new_tokens) for i in range(args.max_concurrent // args.n)]
     sampler = Sampler(model, chat, *cache_size(args.max_concurrent, requests))
     for request in requests:
@@ -111,8 +111,9 @@ def simrl_step(folder, dtype):
         sampler = sample(model.in_dtype(getattr(torch, dtype)), args)
         responses = [Response([1] * 256, (0, 256), log_probs=[-1.0] * 256, advantage=1.0) for _ in range(32)]
         groups = [Group({}, list(range(256)), [response]) for response in responses]  # two updates
-        for batch in simrl.prepare_batches(model, reference, groups, CONFIG["vocab_size"], args, 1):
-            simrl.accumulate_gradients(model, batch, CONFIG["vocab_size"], args)
+        ids = len(model.head_weight)
+        for batch in simrl.prepare_batches(model, reference, groups, ids, args, 1):
+            simrl.accumulate_gradients(model, batch, ids, args)
             train.update(model, optimisers, 1e-6, "run", 1)
         del sampler
     return peak[0]
@@ -135,10 +136,11 @@ def test_memory_of_a_ckd_step(request, folder, dtype, checkpointing):
     assert_as_computed(ckd_step(folder, dtype, checkpointing), folder, 1, dtype, checkpointing)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("folder,dtype", [("pair", "float32"), ("pair", "bfloat16"), ("wide_pair", "bfloat16")])
 @pytest.mark.parametrize("stage,step", [("rollout", rollout_step), ("simrl", simrl_step)])
-def test_memory_of_a_step_that_samples(pair, stage, step, dtype):
-    assert_as_computed(step(pair, dtype), pair, 1, dtype, stage=stage)
+def test_memory_of_a_step_that_samples(request, stage, step, folder, dtype):
+    folder = request.getfixturevalue(folder)
+    assert_as_computed(step(folder, dtype), folder, 1, dtype, stage=stage)
 
 
 @pytest.mark.parametrize("folder,dtype,checkpointing,rel", [
