@@ -16,6 +16,9 @@ from data import InputError, one_line
 from sampler import Request
 
 
+OPENING = 8  # tokens of a think opening, at most
+
+
 class HTTPError(Exception):
     """An error that is returned to the client. args: status, message."""
 
@@ -44,11 +47,12 @@ class PrefixCache:
         return length
 
     def save(self, cache, row, ids):
-        """Keep the keys of a prompt in a row of the cache. Entries that are prefixes of it are dropped."""
+        """Keep the keys of a prompt in a row of the cache. Entries that are prefixes of it are dropped, but for their last
+        few tokens: the next turn of a conversation is without the think opening of this one."""
         ids = np.array(ids)
         if len(ids) > self.max_tokens or any(common_length(known, ids) == len(ids) for known, _ in self.entries):
             return
-        self.entries = [entry for entry in self.entries if common_length(entry[0], ids) < len(entry[0])]
+        self.entries = [entry for entry in self.entries if common_length(entry[0], ids) < len(entry[0]) - OPENING]
         while self.entries and sum(len(known) for known, _ in self.entries) + len(ids) > self.max_tokens:
             del self.entries[0]
         self.entries.append((ids, [buffer[:, row, :, :len(ids)].clone() for buffer in cache.prompts]))

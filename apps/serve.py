@@ -42,7 +42,9 @@ MAX_CONNECTIONS = 1_000  # open at a time; more are closed at once
 UNSUPPORTED = {
     "tool_choice": ("auto",), "functions": ([],), "function_call": (), "response_format": ({"type": "text"},),
     "logprobs": (False,), "logit_bias": ({},), "echo": (False,), "suffix": ("",), "best_of": (1,),
-    "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "parallel_tool_calls": (True,)}
+    "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "parallel_tool_calls": (True,), "top_k": (-1, 0),
+    "min_p": (0, 0.0), "repetition_penalty": (1, 1.0), "top_logprobs": (0,), "chat_template_kwargs": ({},),
+    "reasoning_effort": ()}
 
 
 def serve_flags(parser):
@@ -136,6 +138,8 @@ def read_request(engine, body, chatting, number):
     for name, harmless in UNSUPPORTED.items():
         if body.get(name) is not None and json.dumps(body[name]) not in map(json.dumps, harmless):  # 0 is not False
             raise HTTPError(400, f"{name} is not supported; leave it out")
+    if not isinstance(body.get("stream"), bool | None):
+        raise HTTPError(400, "stream must be true or false")
     ids = engine.sampler.chat.encode(read_prompt(engine, body, chatting))
     if not 0 < len(ids) <= args.max_prompt_tokens:
         raise HTTPError(400, f"the prompt has {len(ids)} tokens; it must have 1 to {args.max_prompt_tokens}")
@@ -226,6 +230,7 @@ class Handler(BaseHTTPRequestHandler):
     path = ""  # until a request line is read
     streaming = False
     timeout = 60  # of the socket, in seconds
+    disable_nagle_algorithm = True  # head and body are two writes: the second one would wait 40 ms for the client
 
     def log_message(self, *_):
         """Failures are printed by `fail`; the rest is silent."""
@@ -261,7 +266,7 @@ class Handler(BaseHTTPRequestHandler):
             head = {"id": f"star-{number}", "created": int(time.time()), "model": str(body.get("model")),
                     "object": "chat.completion" + ".chunk" * job.stream if chatting else "text_completion"}
             if job.stream:
-                self.stream(job, head, chatting)
+                self.stream(job, head, chatting, body.get("stream_options"))
             else:
                 self.wait(job)
                 self.reply(200, head | {"choices": make_choices(engine.sampler.chat, job.request, chatting),
@@ -286,7 +291,11 @@ class Handler(BaseHTTPRequestHandler):
             raise HTTPError(411, "Content-Length is missing or not a number") from None
         if not 0 <= size <= MAX_BODY:
             raise HTTPError(413, f"the body has {size:,} bytes; the most is {MAX_BODY:,}")
-        return parse_json(self.rfile.read(size), "the body", "send one JSON object, in whole Unicode characters")
+        try:
+            data = self.rfile.read(size)
+        except TimeoutError:
+            raise HTTPError(408, f"no more of the body's {size:,} bytes came for {self.timeout} seconds") from None
+        return parse_json(data, "the body", "send one JSON object, in whole Unicode characters")
 
     def wait(self, job):
         """Wait until there are new tokens or the job is done. Returns whether it goes on."""
@@ -300,9 +309,10 @@ class Handler(BaseHTTPRequestHandler):
             raise HTTPError(500, self.server.engine.error)
         return not job.request.done
 
-    def stream(self, job, head, chatting):
+    def stream(self, job, head, chatting, options):
         """Send the responses as server-sent events: text as it comes, but a chat with calls or reasoning at the end."""
         sent = [0] * job.request.n  # characters
+        role = {"role": "assistant"}  # in the first event only: clients join what they get
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("Connection", "close")
@@ -314,16 +324,20 @@ class Handler(BaseHTTPRequestHandler):
             choices = make_choices(self.server.engine.sampler.chat, job.request, chatting)
             for choice in choices:
                 message = choice.pop("message", {})
+                message.pop("role", None)
                 text = message.get("content") or "" if chatting else choice["text"]
                 if chatting and running and ("<" in text or not text.strip() or "reasoning_content" in message):
                     text = ""  # a call or a thought begins, or may begin
                 new = text[sent[choice["index"]]:]
                 sent[choice["index"]] += len(new)
-                part = {"content": new} if running else message | {"content": new}
+                part = role | ({} if running else message) | {"content": new}
                 choice |= {"delta": part} if chatting else {"text": new}
                 if running:
                     choice["finish_reason"] = None
             self.send_event(head | {"choices": choices})
+            role = {}
+        if isinstance(options, dict) and options.get("include_usage"):
+            self.send_event(head | {"choices": [], "usage": usage(job.request)})
         self.send_event("[DONE]")
 
     def send_event(self, data):
@@ -336,6 +350,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))
+        if self.close_connection:
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(content)
 

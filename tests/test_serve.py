@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 import star
 from apps import serve
-from apps.engine import Job
+from apps.engine import Job, PrefixCache
 from data import InputError, tiny
 from data.chat import Chat
 from data.groups import Response
@@ -150,11 +151,15 @@ def test_the_openai_client(server, records):
     record = next(r for r in records if len(r["answer"]["tool_calls"]) == 1)
     tools = [{"type": "function", "function": tool} for tool in record["tools"]]
     ask = {"model": "any", "messages": record["messages"], "tools": tools, "temperature": 0}
-    choice = client.chat.completions.create(**ask).choices[0]
+    reply = client.chat.completions.create(**ask)
+    choice = reply.choices[0]
     call = choice.message.tool_calls[0].function
     assert {"name": call.name, "arguments": json.loads(call.arguments)} == record["answer"]["tool_calls"][0]
     assert choice.finish_reason == "tool_calls" and choice.message.content is None
-    chunks = list(client.chat.completions.create(**ask, stream=True))
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert [chunk.choices[0].delta.role for chunk in chunks[:2]] == ["assistant", None]
+    last = chunks.pop()
+    assert last.choices == [] and last.usage == reply.usage
     assert chunks[-1].choices[0].delta.tool_calls[0].function.arguments == call.arguments
     assert not any(chunk.choices[0].delta.content for chunk in chunks)
     # The result of the call, as a client sends it back.
@@ -318,7 +323,7 @@ def test_an_answer_that_cannot_be_parsed_can_be_sent_back(server):
 
 @pytest.mark.parametrize("body", [
     {"tool_choice": "required"}, {"response_format": {"type": "json_object"}}, {"logprobs": True}, {"logprobs": 0},
-    {"best_of": 2}, {"parallel_tool_calls": False}])
+    {"best_of": 2}, {"parallel_tool_calls": False}, {"top_k": 1}, {"chat_template_kwargs": {"enable_thinking": True}}])
 def test_what_would_change_an_answer_is_refused(server, body):
     status, reply = post(server, "/v1/completions", {"prompt": "a"} | body)
     assert status == 400 and f"{next(iter(body))} is not supported" in reply["error"]["message"]
@@ -346,6 +351,34 @@ def test_what_a_stream_has_sent_before_a_call_begins_its_content():
     sent = [serve.read_answer(text[:size], "none")["content"] for size in range(text.index("<"))]
     content = serve.read_answer(text, "none")["content"]
     assert content == sent[-1] == " Sure, wait." and all(map(content.startswith, sent))
+
+
+def test_a_connection_serves_many_requests_and_an_error_says_that_it_ends_it(server):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+    for body, closes in (({"prompt": "a"}, None), ({"prompt": "b"}, None), ({"prompt": 3}, "close")):
+        connection.request("POST", "/v1/completions", json.dumps(body | {"max_tokens": 1}))
+        reply = connection.getresponse()
+        assert reply.getheader("Connection") == closes and reply.read()
+
+
+def test_a_body_that_never_ends_is_an_error(server, monkeypatch):
+    monkeypatch.setattr(serve.Handler, "timeout", 0.5)
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 500\r\n\r\n{")
+        assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_the_cache_forgets_earlier_turns_of_a_conversation():
+    """A turn's prompt ends in a think opening, which is not in the next one's."""
+    chat = Chat.from_pretrained(TINY / "teacher", "off")
+    prefixes = PrefixCache(1000)
+    messages = []
+    for turn in range(4):
+        messages += [{"role": "user", "content": f"Turn {turn}, please."}]
+        ids = chat.encode(chat.prompt({"messages": messages, "tools": []}))[:-1]
+        prefixes.save(SimpleNamespace(prompts=[torch.zeros(2, 1, 1, len(ids), 1)]), 0, ids)
+        assert [len(entry) for entry, _ in prefixes.entries] == [len(ids)]
+        messages += [{"role": "assistant", "content": "Yes."}]
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded(server, capsys):
