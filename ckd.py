@@ -42,7 +42,6 @@ from sampler import greedy_answers
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
 
 # ---- The losses. A divergence takes log-probs on V_k, teacher [C, k] and student [C, k], and returns [C].
-
 def forward_kl(teacher_log_p, student_log_p):
     """Forward KL on V_k, Eq. 4. Its minimiser is q = p/P on V_k."""
     p = teacher_log_p.exp()  # [C, k]
@@ -151,7 +150,6 @@ def objective_loss(args):
 
 
 # ---- The loop
-
 def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     """Train a student on groups, with the `--objective` loss if there is a teacher, otherwise with cross-entropy.
 
@@ -239,7 +237,6 @@ def validate(student, teacher, valid, args, answer_valid=None):
 
 
 # ---- The commands ckd and sft
-
 def ckd_flags(parser):
     parser.add_argument("--teacher", required=True, help="model folder")
     parser.add_argument("--student", required=True, help="model folder")

@@ -43,7 +43,6 @@ from model import Transformer
 from sampler import add_count_flags
 
 # ---- The formulas
-
 def advantages(rewards, kind="group_norm"):
     """Eq. 12: how much better than its group each response is. std is the sample standard deviation (n - 1).
 
@@ -123,7 +122,6 @@ def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32)
 
 
 # ---- The loop
-
 def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     """Train a model by GRPO.
 
@@ -148,7 +146,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     policy = model.in_dtype(getattr(torch, args.dtype))  # draws the samples; in float32 it is the model itself
     for compiled in filter(None, (model, reference, policy) if args.compile else ()):
         compiled.model.compile_layers()
-    sampler = make_sampler(policy, [*prompts, *valid], chat, args)
+    with train.fail_together():
+        sampler = make_sampler(policy, [*prompts, *valid], chat, args)
     validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
     if valid and not start:
         runs.log_step(args.out, {"step": 0} | validate())
@@ -266,7 +265,6 @@ def accumulate_gradients(model, packed_batch, vocab_size, args):
 
 
 # ---- The command simrl
-
 def simrl_flags(parser):
     parser.add_argument("--model", required=True, help="model folder to start from; also pi_ref")
     add_data_flags(parser, "records with gold answers")

@@ -11,7 +11,7 @@ import os
 import sys
 
 from apps.checks import check_call
-from data import InputError, is_first_rank, leave, several_processes, unlock_all
+from data import InputError, is_first_rank, leave, refuse_on_all, several_processes, unlock_all
 
 # command: (module with COMMAND_flags and run_COMMAND, what it does)
 COMMANDS = {
@@ -48,6 +48,8 @@ def parse(argv):
     run = getattr(module, f"run_{command}")
     usage = f"star.py {command} [flags]   (--help explains them)"
     parser = argparse.ArgumentParser(f"star.py {command}", usage, run.__doc__, allow_abbrev=False)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        parser.error = refuse_on_all  # which waits until the first rank of this machine has said it
     getattr(module, f"{command}_flags")(parser)
     for action in parser._actions:
         if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):

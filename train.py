@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import InputError, non_negative, number, positive, refuse_on_all
+from data import InputError, hash_files, non_negative, number, positive, refuse_on_all
 from data.checkpoints import check_finite, latest_checkpoint
 from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
@@ -30,7 +30,6 @@ MEETING = timedelta(minutes=10)  # in which all ranks appear
 LIMIT = timedelta(days=1)  # of any later wait for another rank
 
 # ---- Flags of several commands
-
 def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
     add = parser.add_argument_group("machine").add_argument
@@ -71,7 +70,6 @@ def add_valid_flags(parser, valid_help, every):
 
 
 # ---- Optimisers
-
 class Muon(torch.optim.Muon):
     """torch's Muon, iterating in float32 (many CPUs lack bfloat16) and on all matrices of one shape at once."""
 
@@ -145,7 +143,6 @@ def update(model, optimisers, lr, out, step):
 
 
 # ---- Devices and ranks
-
 def pick_device(args):
     """The torch.device that `--device` names. Under `torchrun`, also join the other ranks, a GPU each."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -163,12 +160,9 @@ def pick_device(args):
                 refuse_on_all(f"--device cuda: no GPU for rank {number}; use --nproc-per-node {count}", number == count)
             torch.cuda.set_device(number)
         # A rank may end its share of a rollout hours before another, but all appear within minutes, or never.
-        store, this, ranks = next(dist.rendezvous("env://", timeout=MEETING))
-        store.set(f"rank {this}", "is here")
-        store.wait([f"rank {other}" for other in range(ranks)], MEETING)
-        store.set_timeout(LIMIT)
-        backend = "nccl" if name == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LIMIT, store=store, rank=this, world_size=ranks)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=MEETING)
+        dist.distributed_c10d._set_pg_timeout(LIMIT)
+        same_on_all("flags", vars(args))
     mkldnn = torch.backends.mkldnn.is_available()  # which multiplies matrices on most CPUs
     if (name, args.dtype) == ("cpu", "bfloat16") and mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         note("This CPU has no bfloat16 instructions: --dtype float32 is several times as fast")
@@ -227,20 +221,26 @@ def gather_over_ranks(rows):
     return [row for part in parts for row in part]
 
 
+def same_on_all(what, value):
+    """Refuse to go on if the ranks have different values of something: each machine has its own command and disk."""
+    if len(set(gather_over_ranks([str(value)]))) > 1:
+        refuse_on_all(f"the ranks have different {what}; start all with the same command, on the same files")
+
+
 @contextmanager
 def fail_together():
-    """Wait for all ranks at the end. If any of them has bad input or a failed write, all exit and one reports why."""
+    """Wait for all ranks at the end. If any of them has failed, by bad input, a full disk or too little memory, all
+    exit and one reports why."""
     error = None
     try:
         yield
-    except (InputError, OSError) as e:
+    except (InputError, OSError, RuntimeError, MemoryError) as e:
         error = e
     if failed := gather_over_ranks([rank()] if error else []):
         raise error if rank() == failed[0] else SystemExit(2)
 
 
 # ---- Runs and checkpoints
-
 def open_run(args, models=(), files=()):
     """Prepare the folder --out for a run. Returns the step to resume after: 0 for a new run, -1 for a finished one.
 
@@ -248,6 +248,7 @@ def open_run(args, models=(), files=()):
         as `check_folder` and `prepare_folder`
     """
     models, files = ([path for path in paths if path] for paths in (models, files))
+    same_on_all("models or data", hash_files([*models, *files]))
     step = 0
     with fail_together():
         for folder in models:
@@ -256,6 +257,7 @@ def open_run(args, models=(), files=()):
             check_folder(args)
             step = prepare_folder(args, [*models, *files])
     step = int(sum_over_ranks({"step": step})["step"])
+    same_on_all("checkpoints in --out", hash_files([f"{args.out}/checkpoints/step-{step:06d}/progress.json"]))
     if step < 0:
         note(f"{args.out}: is already finished")
     return step

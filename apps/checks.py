@@ -2,7 +2,7 @@
 import os
 import sys
 
-from data import InputError, is_first_rank, refuse_on_all, several_processes
+from data import is_first_rank, refuse_on_all, several_processes
 
 SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval", "serve")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which it sets for each process
@@ -33,13 +33,13 @@ def check_call(argv, args):
     """InputError if a command cannot run as it was called. Says on stderr which of the given flags have no effect."""
     text = " ".join(argv)
     if text.encode(errors="replace").decode() != text:
-        raise InputError("a flag is not UTF-8 text; set the terminal's encoding to UTF-8, or rename the file")
+        refuse_on_all("a flag is not UTF-8 text; set the terminal's encoding to UTF-8, or rename the file")
     values = [os.environ.get(name, "") for name in TORCHRUN]
     if several_processes():
         numbers = all(value.isdecimal() for value in values) and int(values[3]) < 65536
         if not numbers or int(values[1]) >= int(values[0]) or not os.environ.get("MASTER_ADDR"):
-            raise InputError(f"the environment has WORLD_SIZE={values[0]}, but not MASTER_ADDR and numbers in all of "
-                             f"{', '.join(TORCHRUN[1:])}; start with torchrun, or unset WORLD_SIZE")
+            refuse_on_all(f"the environment has WORLD_SIZE={values[0]}, but not MASTER_ADDR and numbers in all of "
+                          f"{', '.join(TORCHRUN[1:])}; start with torchrun, or unset WORLD_SIZE")
         if args.command not in SEVERAL_PROCESSES:
             refuse_on_all("this command is one process: start it without torchrun, once for each part of the data")
     given = {word.partition("=")[0] for word in argv}

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, one_line, print_table, refuse_overlap
+from data import InputError, hash_files, one_line, print_table, refuse_overlap
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
 from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, prompt_groups
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
-from train import add_machine_flags, fail_together, gather_over_ranks, note, pick_device, rank, world_size
+from train import add_machine_flags, fail_together, gather_over_ranks, note, pick_device, rank, same_on_all, world_size
 
 
 def rollout_flags(parser):
@@ -100,6 +100,7 @@ def sample_responses(args, out, chat, groups, draws, device, arguments=None):
     arguments: as in `open_rollouts`
     """
     finished, rows = None, {}
+    same_on_all("models or data", hash_files([args.model, args.data]))
     with fail_together():
         if rank() == 0:
             finished, rows = open_rollouts(out, groups, arguments, args.resume)

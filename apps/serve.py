@@ -88,7 +88,7 @@ def make_server(args):
         note(f"{describe_cache(model, *size)}; also those of up to {args.prefix_tokens:,} tokens of earlier prompts")
         Server.allow_reuse_port = world_size() > 1
         server = Server(("127.0.0.1", args.port), Handler)
-    server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
+        server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 

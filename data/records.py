@@ -26,7 +26,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import InputError, is_first_rank, parse_json, positive, read_json
+from data import InputError, is_first_rank, parse_json, positive, read_json, several_processes
 from data.fields import ANSWER, RECORD, check_fields
 from reward import score
 
@@ -86,6 +86,8 @@ def read_tools(path):
 def read_lines(path):
     """Yield (line number, bytes) for each line that is not empty. The file may be gzipped."""
     number = 0
+    if several_processes() and path.is_fifo():
+        raise InputError(f"{path}: is a pipe, which only one process can read; give a file")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             for number, line in enumerate(file, start=1):

@@ -373,14 +373,42 @@ def test_a_rank_that_never_appears(here):  # noqa: F811
     assert "cannot be reached (Timed out after" in lines[0] and not Path("run").exists()
 
 
+DIFFERENT = """
+import os, runpy, sys
+sys.path.insert(0, {root!r})
+if os.environ["RANK"] == "1":
+    {change}
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("change, message", [
+    ("sys.argv += ['--save-every', '3']", "the ranks have different flags; start all with the same command"),
+    ("os.chdir('other')", "the ranks have different models or data; start all with the same command")])
+def test_ranks_with_different_flags_or_files_are_refused(here, change, message):  # noqa: F811
+    """Each machine has its own command line and its own disk."""
+    shutil.copytree(here, "other", symlinks=True)
+    Path("other/train.jsonl").unlink()
+    Path("other/train.jsonl").write_text("\n".join(Path("train.jsonl").read_text().splitlines()[1:]))
+    Path("different.py").write_text(DIFFERENT.format(change=change, root=str(Path(PROGRAM).parent), program=PROGRAM))
+    codes, errors = finish_ranks(start_ranks(2, "different.py", *f"{RUNS['ckd']} run".split()))
+    lines = [line for text in errors for line in text.splitlines() if line.startswith("star.py")]
+    assert codes == [2, 2] and len(lines) == 1 and message in lines[0] and not Path("run").exists(), errors
+
+
+def test_a_wrong_flag_is_reported_once(here):  # noqa: F811
+    codes, errors = finish_ranks(start_ranks(2, PROGRAM, *f"{RUNS['ckd']} run --bad 1".split()))
+    assert codes == [2, 2] and str(errors).count("unrecognized arguments: --bad 1") == 1, errors
+
+
 SLOW_SAVE = """
 import runpy, sys, time
 from datetime import timedelta
 sys.path.insert(0, {root!r})
-import torch.distributed as dist
+import train
 from data import checkpoints
-start, save = dist.init_process_group, checkpoints.save_tensors
-dist.init_process_group = lambda backend, **flags: start(backend, **flags | {{"timeout": timedelta(seconds=4)}})
+train.LIMIT = timedelta(seconds=4)
+save = checkpoints.save_tensors
 checkpoints.save_tensors = lambda tensors, path: (save(tensors, path), time.sleep(6 * ("step-000004" in str(path))))
 runpy.run_path({program!r}, run_name="__main__")
 """
