@@ -276,7 +276,7 @@ def pack(groups, device="cpu", width=None):
             low, high = response.span
             counted["logit_positions"].append(b * width + predictors[low:high])
             counted["targets"].append(np.array(response.ids[low:high], dtype=np.int64))
-            counted["response"].append(np.full(high - low, len(counted["response"])))  # its number
+            counted["response"].append(np.full(high - low, len(counted["response"])))  # numbered in order
             counted["rows"].append(np.arange(response.row, response.row + high - low))
             at = end
     arrays = {"input_ids": input_ids, "positions": positions, "group": group_index, "segment": segment}
