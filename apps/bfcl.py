@@ -19,7 +19,7 @@ Multi-turn items make the tool evaluate calls that the model wrote, in its own p
 import json
 import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from apps.official import add_flags, choose_items, make_environment, open_inputs
@@ -52,6 +52,7 @@ COLUMNS = {  # as the tool makes them, of `make_columns`
     "Multi-Turn": ("mean", MULTI_TURN),
     "overall, v3": ("mean", ("Non-Live, v3", "Live, v3", "Multi-Turn")),
 }
+read_class = cache(read_objects)  # the tools of a class of simulated ones
 FAILED = b"Error during inference"  # what the tool records as an answer if a request failed
 SERVER_FAILED = (b"Connection error", b"timed out", b"Error code: 5")  # in such a line: it was not the conversation
 
@@ -78,15 +79,7 @@ def run_bfcl(args):
     def read(name):
         return {entry["id"]: entry for entry in read_objects(files[name])}
 
-    read_class = cache(read_objects)  # the tools of a class of simulated ones
-
-    def tokens(name, entry):
-        if name not in MULTI_TURN:
-            return prompt_tokens(chat, name, entry)
-        folder = files[name].parent / "multi_turn_func_doc"
-        tools = [tool for one in entry["involved_classes"] for tool in read_class(folder / f"{TOOLS[one]}.json")]
-        return max(min(LONGEST[name], room), prompt_tokens(chat, name, entry | {"function": tools}))
-
+    tokens = partial(longest_prompt, chat, room, files)
     chosen, sizes, too_long, longest = choose_items(args, GROUPS, read, tokens, room, other)
     if v3 and too_long:
         raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
@@ -146,6 +139,15 @@ def install_needs(pip):
                   "if 'extra' not in r and not r.startswith(('sentence-transformers', 'faiss'))))")
     needs = subprocess.run([pip[0], "-c", list_needs], check=True, capture_output=True, text=True).stdout.split()
     subprocess.run([*pip, *needs, "soundfile", "transformers"], check=True)
+
+
+def longest_prompt(chat, room, files, name, entry):
+    """Tokens of the longest prompt of an item. Of a conversation, as many as it may reach: LONGEST, or `room`."""
+    if name not in MULTI_TURN:
+        return prompt_tokens(chat, name, entry)
+    folder = files[name].parent / "multi_turn_func_doc"
+    tools = [tool for one in entry["involved_classes"] for tool in read_class(folder / f"{TOOLS[one]}.json")]
+    return max(min(LONGEST[name], room), prompt_tokens(chat, name, entry | {"function": tools}))
 
 
 def prompt_tokens(chat, name, entry):
