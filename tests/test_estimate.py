@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,8 +98,9 @@ def sample(model, args):
 
 def rollout_step(folder, dtype):
     args = settings("rollout", dtype=dtype, **SAMPLES)
+    model = Transformer.from_pretrained(f"{folder}/teacher", getattr(torch, dtype))
     with measured_memory() as peak:
-        sample(Transformer.from_pretrained(f"{folder}/teacher", getattr(torch, dtype)), args)
+        sample(deepcopy(model), args)  # torch would count the files as they are mapped
     return peak[0]
 
 
