@@ -45,7 +45,7 @@ class FormatError(Exception):
 
 # ---- Parse: from text to calls -----------------------------------------------------------------------------
 def blocks(text, opening, closing):
-    """List the text between each opening tag and the next closing tag, in linear time (a regular expression: quadratic).
+    """List the text between each opening tag and the next closing tag, in linear time; a regular expression is slower.
 
     >>> blocks("<a>1</a> <a>2<a>3</a> <a>4", "<a>", "</a>")
     ['1', '2<a>3']

@@ -248,14 +248,14 @@ def open_run(args, models=(), files=()):
         as `check_folder` and `prepare_folder`
     """
     models, files = ([path for path in paths if path] for paths in (models, files))
-    same_on_all("models or data", hash_files([*models, *files]))
-    step = 0
     with fail_together():
         for folder in models:
             Transformer.from_pretrained(folder, device="meta")
         if rank() == 0:
             check_folder(args)
-            step = prepare_folder(args, [*models, *files])
+    same_on_all("models or data", hash_files([*models, *files]))
+    with fail_together():
+        step = prepare_folder(args, [*models, *files]) if rank() == 0 else 0
     step = int(sum_over_ranks({"step": step})["step"])
     same_on_all("checkpoints in --out", hash_files([f"{args.out}/checkpoints/step-{step:06d}/progress.json"]))
     if step < 0:

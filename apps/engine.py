@@ -1,7 +1,7 @@
 """The engine of `star.py serve`: one thread draws tokens for the requests of all clients.
 
-    PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed. Many requests
-                  share a system prompt with its tools, and a conversation sends all of its turns again
+    PrefixCache   the keys of earlier prompts: only the tokens after the longest cached prefix are computed. Many
+                  requests share a system prompt with its tools, and a conversation sends all of its turns again
     Engine        submit(job), from any thread; the job's `news` is set when there are tokens, and when it is done
 """
 import threading
@@ -47,8 +47,8 @@ class PrefixCache:
         return length
 
     def save(self, cache, row, ids):
-        """Keep the keys of a prompt in a row of the cache. Entries that are prefixes of it are dropped, but for their last
-        few tokens: the next turn of a conversation is without the think opening of this one."""
+        """Keep the keys of a prompt in a row of the cache. Entries that are prefixes of it are dropped, but for their
+        last few tokens: the next turn of a conversation is without the think opening of this one."""
         ids = np.array(ids)
         if len(ids) > self.max_tokens or any(common_length(known, ids) == len(ids) for known, _ in self.entries):
             return

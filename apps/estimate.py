@@ -16,7 +16,7 @@ from sampler import LOGITS_AT_ONCE, PREFILL_TOKENS, Request, cache_size
 
 
 def read_sizes(folder):
-    """The settings of a model folder, and its numbers of weights: all, the head's, the embeddings'."""
+    """The settings of a model folder, and its numbers of weights: all, the head's, the embeddings', the layers'."""
     folder = Path(folder)
     with torch.device("meta"):
         model = Transformer(read_json(folder / "config.json", MODEL_FOLDER), folder)
@@ -24,6 +24,7 @@ def read_sizes(folder):
     c["weights"] = model.num_parameters()
     c["head"] = model.head_weight.numel()
     c["embeddings"] = c["head"] * (1 if c["tie_word_embeddings"] else 2)
+    c["in_layers"] = c["weights"] - c["embeddings"]
     c["q"] = c["num_attention_heads"] * c["head_dim"]
     c["kv"] = c["num_key_value_heads"] * c["head_dim"]
     return c
@@ -53,13 +54,12 @@ def training_memory(c, args, gpus):
     width = width_of(args)
     tokens = args.micro_batch_tokens
     on_gpu = args.device == "cuda"
-    in_layers = c["weights"] - c["embeddings"]
-    layer = in_layers / c["num_hidden_layers"]
+    layer = c["in_layers"] / c["num_hidden_layers"]
     per_layer = kept = activations(c, args, gpus)
     sharded = gpus > 1
     autocast = width < 4 and not sharded  # makes copies of the weights, which are float32
-    copies = width * in_layers if autocast else 0
-    parts = {"weights": 16 * c["weights"] / ranks_per_copy(args, gpus)}  # float32: the weight, its gradient, two moments
+    copies = width * c["in_layers"] if autocast else 0
+    parts = {"weights": 16 * c["weights"] / ranks_per_copy(args, gpus)}  # float32: weight, gradient, two moments
     # The head's gradient, its weight in --dtype, on a GPU a product; logits and what is made of them.
     head = (4 + width * autocast + width * on_gpu) * c["head"]
     head += 20 * (GPU_CHUNK if on_gpu else CHUNK) * c["vocab_size"]
@@ -119,7 +119,7 @@ def forward_operations(c, args, prompts):
     """Operations of a forward pass over packed groups: 2 per weight and token, 4 per query, key, head and dimension."""
     prompt, response, n = args.prompt_tokens, args.response_tokens, args.n
     pairs = prompt ** 2 / 2 + n * response * (prompt + response / 2)
-    weights = (c["weights"] - c["embeddings"]) * (prompt + n * response) + c["head"] * n * response
+    weights = c["in_layers"] * (prompt + n * response) + c["head"] * n * response
     return prompts * (2 * weights + 4 * pairs * c["num_hidden_layers"] * c["q"])
 
 
@@ -131,9 +131,8 @@ def sampling_hours(c, args, prompts):
     tokens = slots * (args.prompt_tokens / args.n + args.response_tokens / 2)  # read at each step
     keys = 2 * width * c["num_hidden_layers"] * c["kv"] * tokens
     steps = prompts * args.n * args.response_tokens / slots
-    in_layers = c["weights"] - c["embeddings"]
-    prefill = prompts * args.prompt_tokens * 2 * in_layers / args.tflops / 1e12
-    return (steps * (width * (in_layers + c["head"]) + keys) / args.bandwidth / 1e12 + prefill) / 3600
+    prefill = prompts * args.prompt_tokens * 2 * c["in_layers"] / args.tflops / 1e12
+    return (steps * (width * (c["in_layers"] + c["head"]) + keys) / args.bandwidth / 1e12 + prefill) / 3600
 
 
 def stage_hours(stage, student, teacher, args):
@@ -196,4 +195,5 @@ def run_estimate(args):
             rows.append([stage, *(f"{size / 1e9:.1f}" for size in (*sizes, sum(sizes))), f"{hours:.1f}"])
         print_table(rows)
     print("\nrefine is simrl of the teacher. frozen: the teacher of ckd, the reference of simrl. "
-          "peak: what the head, a layer or a draw needs for a moment. hours of rollout and ckd: one pass over the prompts")
+          "peak: what the head, a layer or a draw needs for a moment. "
+          "hours of rollout and ckd: one pass over the prompts")

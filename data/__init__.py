@@ -111,6 +111,22 @@ def hash_files(paths):
     return digests
 
 
+def hash_by_name(files):
+    """{name: hash} of the files that are there, for "hashes" in a JSON file that belongs to them."""
+    return {Path(file).name: value for file, value in hash_files(files).items()}
+
+
+def check_hashes(path, stored, files, flag, remedy):
+    """InputError unless files have the hashes in `stored`, the content of the JSON file at `path`.
+    flag: the one that names the folder"""
+    hashes = stored.get("hashes")
+    if not isinstance(hashes, dict):
+        raise InputError(f"{path}: has no hashes, so another version has written it; start again with another {flag}")
+    now = hash_by_name(files)
+    if changed := sorted(name for name in hashes | now if hashes.get(name) != now.get(name)):
+        raise InputError(f"{path.parent}: {changed[0]} is not as it was when this was written; {remedy}")
+
+
 def refuse_changes(where, before, now, remedy):
     """InputError that names each setting of `now` whose value in `before` differs, or the input files that do."""
     if before.get("command") != now.get("command"):

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, hash_files, is_first_rank, lock, read_json, refuse_changes, write_json
+from data import InputError, atomic_folder, check_hashes, hash_by_name, is_first_rank, lock
+from data import read_json, refuse_changes, write_json
 from data.groups import micro_batches, pack
 
 ARRAYS = {"ids.bin": np.int32, "log_p.bin": np.float16}
@@ -44,23 +45,16 @@ def open_cache(folder, made_from):
     folder = Path(folder)
     if not folder.exists() or folder.is_dir() and not any(folder.iterdir()):
         return None
-    stored = read_json(folder / "cache.json", "--cache takes a new folder or one that it has written")
+    path = folder / "cache.json"
+    stored = read_json(path, "--cache takes a new folder or one that it has written")
     refuse_changes(f"{folder}: this cache was made from", stored, made_from, "remove the folder or name a new one")
-    if "hashes" not in stored:
-        raise InputError(f"{folder}/cache.json: has no hashes, so another version has written it; remove the folder")
-    changed = f"{folder}: {' or '.join(ARRAYS)} does not have its hash in cache.json; remove the folder"
-    if is_first_rank() and stored.get("hashes") != hash_arrays(folder):
-        raise InputError(changed)
+    if is_first_rank():
+        check_hashes(path, stored, [folder / name for name in ARRAYS], "--cache", "remove the folder")
     shape = (made_from["positions"], made_from["k"])
     try:
         return [np.memmap(folder / name, dtype, "r", shape=shape) for name, dtype in ARRAYS.items()]
-    except ValueError as e:  # on the other ranks: too short
-        raise InputError(changed) from e
-
-
-def hash_arrays(folder):
-    """The hashes of the arrays that are there."""
-    return list(hash_files(folder / name for name in ARRAYS).values())
+    except ValueError as e:  # on the other ranks
+        raise InputError(f"{folder}: its arrays are too short; remove the folder") from e
 
 
 def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
@@ -96,4 +90,4 @@ def write_cache(folder, groups, made_from, teacher, device, micro_batch_tokens):
             log_p[rows] = batch_log_p.cpu().numpy()
         ids.flush()
         log_p.flush()
-        write_json(new / "cache.json", made_from | {"hashes": hash_arrays(new)})
+        write_json(new / "cache.json", made_from | {"hashes": hash_by_name(new / name for name in ARRAYS)})

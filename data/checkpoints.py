@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data import InputError, atomic_folder, hash_files, read_json, refuse_on_all, write_json
+from data import InputError, atomic_folder, check_hashes, hash_by_name, read_json, refuse_on_all, write_json
 from data.fields import PROGRESS, WEIGHT_INDEX, check_fields
 from shard import parameters, part_of, rank, wait_for_ranks, whole
 
@@ -128,7 +128,7 @@ def save_checkpoint(out, step, model, optimisers, progress):
             save_tensors(tensors, new and new / f"{name}.safetensors")  # None on the other ranks
             wait_for_ranks()  # not in the next file: the groups of --shard-ranks have a shorter time limit
         if rank() == 0:
-            write_json(new / "progress.json", progress | {"hashes": hash_checkpoint(out, new)})
+            write_json(new / "progress.json", progress | {"hashes": hash_by_name(hashed_files(out, new))})
     wait_for_ranks()
     if rank() == 0:
         delete_checkpoints(out)
@@ -142,18 +142,12 @@ def check_checkpoint(out, step, command):
     remedy = "remove that folder to resume from the one before"
     path = folder / "progress.json"
     progress = check_fields(read_json(path, remedy), PROGRESS[command], path, remedy, needed=True)
-    hashes = progress.get("hashes")
-    if not isinstance(hashes, dict):
-        raise InputError(f"{path}: has no hashes, so another version has written it; start again with another --out")
-    now = hash_checkpoint(out, folder)
-    if changed := sorted(name for name in hashes | now if hashes.get(name) != now.get(name)):
-        raise InputError(f"{folder}: {changed[0]} is not as it was when this was written; {remedy}")
+    check_hashes(path, progress, hashed_files(out, folder), "--out", remedy)
 
 
-def hash_checkpoint(out, folder):
-    """{file: hash} of the settings of a run and the tensors of a checkpoint."""
-    files = hash_files([Path(out) / "arguments.json", *sorted(folder.glob("*.safetensors"))])
-    return {Path(file).name: value for file, value in files.items()}
+def hashed_files(out, folder):
+    """The settings of a run and the tensors of a checkpoint."""
+    return [Path(out) / "arguments.json", *sorted(folder.glob("*.safetensors"))]
 
 
 @torch.no_grad()

@@ -275,11 +275,11 @@ REFUSED = {
     "an endless loss to look at": (f"{LENS} --tail-weight 1e39", None, "the loss is not finite: use a smaller --tail-"),
     "a picture of no kind": ("plot run --out curves", lambda: run_before(SFT), "curves: is not a picture; give an --out"),
     "an empty cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: Path("cache/ids.bin").write_bytes(b"")), "cache: ids.bin or log_p.bin does not"),
+        f"{CKD} --cache cache", lambda: Path("cache/ids.bin").write_bytes(b"")), "cache: ids.bin is not as it was when this was"),
     "half a cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: cut("cache/log_p.bin")), "cache: ids.bin or log_p.bin does not"),
+        f"{CKD} --cache cache", lambda: cut("cache/log_p.bin")), "cache: log_p.bin is not as it was when this was"),
     "another byte in a cache": (f"{CKD} --cache cache --out new", lambda: run_before(
-        f"{CKD} --cache cache", lambda: change_byte("cache/log_p.bin")), "cache: ids.bin or log_p.bin does not"),
+        f"{CKD} --cache cache", lambda: change_byte("cache/log_p.bin")), "cache: log_p.bin is not as it was when this was"),
     "a teacher with fewer rows than ids": (
         CKD, lambda: edit("teacher/config.json", vocab_size=300),
         "teacher/tokenizer.json: has [0-9]* ids, the model only 300"),
