@@ -9,6 +9,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 
 from apps.checks import check_call
 from data import InputError, is_first_rank, leave, refuse_on_all, several_processes, unlock_all
@@ -39,17 +40,16 @@ def parse(argv):
     """Parse a command line. Returns (args, the function that runs it). A module is imported for its own command only,
     so that `star.py --help` does not import torch."""
     commands = "\n".join(f"  {name:12s}{what}" for name, (_, what) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
-        prog="star.py", description=__doc__, epilog=f"commands:\n{commands}",
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        argparse.ArgumentParser.error = staticmethod(refuse_on_all)  # waits: the first rank of a machine says it
+    parser = argparse.ArgumentParser("star.py", description=__doc__, epilog=f"commands:\n{commands}",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of the commands below")
     command = parser.parse_args(argv[:1]).command
     module = importlib.import_module(COMMANDS[command][0])
     run = getattr(module, f"run_{command}")
     usage = f"star.py {command} [flags]   (--help explains them)"
     parser = argparse.ArgumentParser(f"star.py {command}", usage, run.__doc__, allow_abbrev=False)
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        parser.error = refuse_on_all  # which waits until the first rank of this machine has said it
     getattr(module, f"{command}_flags")(parser)
     for action in parser._actions:
         if not any(action.default is unset for unset in (None, False, argparse.SUPPRESS)):
@@ -83,6 +83,7 @@ def main(argv=None):
         name = type(e).__name__
         if name in ("OutOfMemoryError", "MemoryError") or "can't allocate" in str(e) or "size calculation" in str(e):
             message = "out of memory; README.md, *Out of memory?*, says which flags reduce it"
+            time.sleep(0 if is_first_rank() else 3)  # if all ranks are, torchrun ends this one before it says so, too
         elif name == "RecursionError":
             message = "something is nested too deeply: JSON in an input, or a list of commands that runs itself"
         elif not name.startswith("Dist") and "gloo" not in str(e):

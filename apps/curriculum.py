@@ -151,10 +151,13 @@ def check_inputs(lines, stages, outs, finished):
             limit = getattr(stage, "valid_limit" if name == "valid" else "limit", None)
             for path in map(Path, values if isinstance(values, list) else [values]):
                 is_model = name in ("model", "teacher", "student")
-                if any(writes(before, out, path, is_model) for before, out in zip(stages[:number], outs)):
-                    continue
+                writer = next((before for before, out in zip(stages[:number], outs)
+                               if writes(before, out, path, is_model)), None)
                 try:
-                    check(path, name, stage.command, getattr(stage, "think", None), limit)
+                    if writer is None:
+                        check(path, name, stage.command, getattr(stage, "think", None), limit)
+                    elif writer.command == "rollout" and stage.command in ("ckd", "sft"):
+                        check_prompts(path, writer, stage)
                 except InputError as e:
                     raise InputError(f"{e} (in the line: {line})") from e
 
@@ -181,6 +184,23 @@ def check_input(path, name, command, think, limit):
         need = {"rollout": None, "simrl": "a gold answer", "eval": "a gold answer"}.get(command, "an answer")
         for _ in stream_records(path, need=need, limit=limit):
             pass
+
+
+def check_prompts(path, rollout, stage):
+    """InputError if a stage trains behind other prompts than those that a rollout, which writes the file, answers."""
+    for flag, sampled, read in zip(("--think", "--tools"), rendering(rollout), rendering(stage)):
+        if None not in (sampled, read) and sampled != read:
+            raise InputError(f"{path}: is sampled with {flag} {sampled}, but read with {flag} {read}; "
+                             "give both lines the same")
+
+
+def rendering(stage):
+    """(think, tools) that a stage renders prompts with; think is None if it is the default of a model to be made."""
+    folder = Path(getattr(stage, "student", None) or stage.model)
+    think = stage.think
+    if think is None and folder.exists():
+        think = Chat.from_pretrained(folder).think
+    return think, stage.tools
 
 
 def is_finished(out, stage):

@@ -88,7 +88,8 @@ class Engine:
     def submit(self, job):
         """Queue a job; HTTPError if too many are waiting."""
         with self.changed:
-            waiting = max(0, sum(other.n for other in self.jobs) - self.sampler.num_slots)
+            asked = sum(request.n for request, other in self.jobs.items() if not other.disconnected)
+            waiting = max(0, asked - self.sampler.num_slots)
             if self.error or waiting + job.request.n > self.args.max_waiting:
                 raise HTTPError(503, self.error or f"{waiting} responses are waiting; try again later")
             self.jobs[job.request] = job

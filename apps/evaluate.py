@@ -63,6 +63,8 @@ def run_eval(args):
         if args.compare and (Path(args.compare) / "config.json").exists():
             flags = vars(args) | {"model": args.compare, "out": f"{Path(args.out)}-compared"}
             runs.insert(0, Namespace(**flags))
+            if Path(args.data).is_fifo():
+                raise InputError(f"{args.data}: is a pipe, and two models read it; give a file")
         elif args.compare:
             remedy = "--compare takes a model folder or the --out of an eval"
             path = Path(args.compare) / "arguments.json"

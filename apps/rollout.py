@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, hash_files, one_line, print_table, refuse_overlap
+from data import InputError, hash_files, lock, one_line, print_table, refuse_overlap, unlock_all
 from data.chat import Chat, add_prompt_flags
 from data.records import add_data_flags
-from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, prompt_groups
+from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, part_file, prompt_groups
 from data.runs import add_output_flags, settings
 from model import Transformer
 from sampler import Request, add_count_flags, add_sampling_flags, cache_size, describe_cache, generate
@@ -122,6 +122,9 @@ def sample_responses(args, out, chat, groups, draws, device, arguments=None):
 
 def sample_share(args, out, chat, groups, draws, device, share, total):
     """Sample responses to this rank's `share` of `total` records; append each to its part file once it is done."""
+    part = part_file(out, rank())
+    part.touch()
+    lock(part)
     requests = {}
     for i in share:
         seed = args.seed * 1_000_003 + i
@@ -145,3 +148,5 @@ def sample_share(args, out, chat, groups, draws, device, share, total):
             count = f"{bar.n} of these {total}" if world_size() == 1 else "finished"
             note(f"\n{count} records are done, and kept in {out}.part")
             raise
+    if rank() > 0:  # for rank 0, which reads and removes the part file
+        unlock_all()

@@ -84,7 +84,8 @@ def open_rollouts(out, groups, arguments=None, resume=False):
         return read_rows(out, scored=arguments is None), {}
     out.parent.mkdir(parents=True, exist_ok=True)
     part.touch(exist_ok=resume)
-    lock(part)
+    for path in (part, *others):  # a rank may live on after rank 0 was killed
+        lock(path)
     while others and not begun:  # of an earlier run
         others.pop().unlink()
     if arguments is not None and not begun:
@@ -121,11 +122,16 @@ def check_responses(row, where, table):
         check_fields(response, table, f"{where}: a response", "remove the line, or start again", needed=True)
 
 
+def part_file(out, rank):
+    """The file that a rank appends its records to; it locks it while it does."""
+    return Path(f"{out}.part.{rank}" if rank else f"{out}.part")
+
+
 def append_rollout(out, i, record, responses, chat, rank):
     """Append record number i, with these sampled responses, to the part file of a rank."""
     rows = [{"text": chat.decode(r.ids), "ids": r.ids, "finish_reason": r.finish_reason,
              "logprob": round(sum(r.log_probs), 4)} for r in responses]
-    with open(f"{out}.part.{rank}" if rank else f"{out}.part", "a", encoding="utf-8") as file:
+    with open(part_file(out, rank), "a", encoding="utf-8") as file:
         file.write(part_line(i, record | {"responses": rows}))
 
 

@@ -256,6 +256,33 @@ def test_a_finished_line_with_other_flags_is_refused(here, capsys):
     assert run("--resume") == 0
 
 
+@pytest.mark.parametrize("rollout, ckd, flags", [
+    ("--think off --tools wrapped", "--think off", "--tools wrapped, but read with --tools flat"),
+    ("--think on", "--think off", "--think on, but read with --think off"),
+    ("", "--think none", "--think on, but read with --think none"),  # Qwen3's default
+    ("", "", None), ("", "--think on", None), ("--think off --tools wrapped", "--tools wrapped --think off", None)])
+def test_a_rollout_behind_other_prompts_is_refused_before_it_starts(here, capsys, rollout, ckd, flags):
+    machine = "--device cpu --dtype float32"
+    Path("plan.txt").write_text(
+        f"rollout --model teacher --data train.jsonl --n 1 --limit 8 --max-new-tokens 8 --keep-all {machine} {rollout} "
+        f"--out r.jsonl\nckd --teacher teacher --student student --data r.jsonl --steps 1 {machine} {ckd} --out run\n")
+    assert run() == (2 if flags else 0)
+    if flags:
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"star.py curriculum: r.jsonl: is sampled with {flags}; give both lines the same"), error
+        assert not list(Path().glob("r.jsonl*"))
+
+
+def test_prompts_of_a_model_that_is_still_to_be_made(here, capsys):
+    """Its default is not known, --tools is."""
+    sft = "sft --model student --data train.jsonl --steps 1 --device cpu --think off --out made"
+    rollout = "rollout --model made/model --data train.jsonl --out r.jsonl --tools wrapped"
+    Path("plan.txt").write_text(f"{sft}\n{rollout}\nckd --teacher teacher --student student --data r.jsonl --out run\n")
+    assert run() == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "is sampled with --tools wrapped" in error and not Path("made").exists()
+
+
 def test_a_table_of_something_else_is_refused(here, capsys):
     assert star.main(["sft", "--model", "student", "--data", "train.jsonl", "--out", "run", *CKD.split()]) == 0
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """`eval` and `reward`: metrics, intervals, the comparison of two models, the commands, and bad input."""
 import gzip
 import json
+import os
 import random
 import signal
 import subprocess
@@ -151,7 +152,11 @@ def test_eval_refusals(world, tmp_path, capsys):
     (tmp_path / "old/arguments.json").write_text('{"model": "m"}')
     assert "generations.jsonl:1: no messages" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
                                              tmp_path / "z", "--compare", tmp_path / "old")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "prompts.jsonl"]  # nothing is written
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a pipe, and two models read it; give a file" in refused(
+        capsys, "eval", "--model", world / "student", "--data", tmp_path / "pipe", "--out", tmp_path / "z", "--compare",
+        world / "teacher")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old", "pipe", "prompts.jsonl"]  # nothing is written
 
 
 def test_reward_command(tmp_path, capsys):

@@ -3,6 +3,7 @@ And `serve`: one port.
 
 The ranks are forks of this process with the environment that torchrun gives them: they need not import torch again.
 """
+import fcntl
 import http.client
 import json
 import multiprocessing
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import star
+import train
 from apps import evaluate, rollout
 from data import leave
 
@@ -107,6 +109,8 @@ def append_until_killed(left):
         if left[rank] == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         left[rank] -= 1
+        with open(rollout.part_file(out, rank)) as file, pytest.raises(BlockingIOError):  # it is locked
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         append(out, i, record, responses, chat, rank)
         with open("log", "a") as file:
             file.write(f"{i}\n")
@@ -158,6 +162,17 @@ def test_a_rank_that_dies_ends_the_other(here, monkeypatch, capfd, command):
     assert without_log_probs(command, "run") == without_log_probs(command, "whole")
 
 
+def test_a_rank_that_lives_on_after_rank_0_was_killed(here, capfd):
+    """Its part file is locked, so that a second run is refused."""
+    with open("run.part.1", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        for flags in ("", "--resume"):
+            assert star.main(f"{ROLLOUT} --limit 4 --out run {flags}".split()) == 2
+            assert "run.part.1: another process writes there" in capfd.readouterr().err
+    assert run(f"{ROLLOUT} --limit 4 --out run --resume", 2) == [0, 0]
+    assert not list(here.glob("*.part*"))
+
+
 def test_records_of_an_earlier_run_are_not_taken(here):
     """Part files of ranks whose OUT.part is gone."""
     assert star.main(f"{ROLLOUT} --limit 4 --out whole".split()) == 0
@@ -181,7 +196,9 @@ def test_records_of_an_earlier_run_are_not_taken(here):
     (f"{EVAL} --out new --compare other", "the two evaluations have no record in common"),
     ("sft --model student --data nowhere.jsonl --out new", "nowhere.jsonl: cannot be read"),
     ("ckd --teacher teacher --student student --data train.jsonl --out old", "old: is a file"),
-    ("simrl --model student --data train.jsonl --out new --shard-ranks 3", "--shard-ranks 3: must divide")])
+    ("simrl --model student --data train.jsonl --out new --shard-ranks 3", "--shard-ranks 3: must divide"),
+    ("rolout --out new", "argument COMMAND: invalid choice: 'rolout'"),
+    ("rollout --out new --nn 2", "the following arguments are required: --model, --data")])
 def test_an_error_is_printed_once(here, capfd, command, message):
     Path("old").write_text("precious")
     if "--compare" in command:
@@ -193,6 +210,20 @@ def test_an_error_is_printed_once(here, capfd, command, message):
     assert run(command, 2) == [2, 2]
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("star.py") or "Error" in line]
     assert len(errors) == 1 and message in errors[0], errors
+
+
+def test_ranks_without_memory_say_so_once(here, capfd, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    def end_as_torchrun_does(seconds):
+        if seconds:
+            os._exit(143)
+
+    monkeypatch.setattr(train, "update", fail)
+    monkeypatch.setattr(time, "sleep", end_as_torchrun_does)
+    assert run("sft --model student --data train.jsonl --dtype float32 --device cpu --out new", 2) == [2, 143]
+    assert capfd.readouterr().err.count("out of memory") == 1
 
 
 def complete(port, body):

@@ -18,7 +18,7 @@ import torch
 
 import star
 from apps import serve
-from apps.engine import Job, PrefixCache
+from apps.engine import HTTPError, Job, PrefixCache
 from data import InputError, tiny
 from data.chat import Chat
 from data.groups import Response
@@ -290,6 +290,18 @@ def test_too_many_waiting_requests_are_refused(records, greedy):
     assert {status for status, _ in replies} == {200, 503}
     assert {reply["choices"][0]["text"] for status, reply in replies if status == 200} == {text}
     server.shutdown()
+    server.server_close()
+
+
+def test_clients_that_went_away_do_not_count_as_waiting():
+    server = start("--max-waiting", "2", "--max-concurrent", "1", run=False)
+    jobs = [Job(Request([1, 2], 1, 0, 0.0, 4)) for _ in range(4)]
+    for job in jobs[:3]:
+        server.engine.submit(job)
+    with pytest.raises(HTTPError):
+        server.engine.submit(jobs[3])
+    jobs[1].disconnected = True
+    server.engine.submit(jobs[3])
     server.server_close()
 
 
