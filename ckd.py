@@ -17,8 +17,8 @@ head, H hidden size, V ids in the vocabulary, k and m as above.
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
 2. The loss is the mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a
-   mean of micro-batch means, in which the weight of a token depends on its neighbours).
-3. Random-sample KD (rskd) uses the ids that are drawn from the teacher, not a target over the whole vocabulary.
+   mean of micro-batch means, in which a token weighs more if its micro-batch has few).
+3. Random-sample KD (rskd) sums over the drawn ids only (released: over a target that has all V ids).
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
 import time
@@ -49,16 +49,15 @@ def forward_kl(teacher_log_p, student_log_p):
 
 
 def reverse_kl(teacher_log_p, student_log_p):
-    """Reverse KL on V_k. For k < V its minimiser is q = p/e (e = 2.718...): the mass 1 - P/e stays outside V_k."""
+    """Reverse KL on V_k. For k < V it is least at q = p/e on V_k (e = 2.718...); the mass 1 - P/e is then outside."""
     q = student_log_p.exp()  # [C, k]
     return (q * (student_log_p - teacher_log_p)).sum(-1)
 
 
 def adaptive_kl(teacher_log_p, student_log_p):
     """A weighted mean of forward and reverse KL, both on all of V_k. The weight of the forward KL is the sum of |p - q|
-    over the most likely tokens of V_k: the first, and all up to a cumulative teacher mass of 0.5. That of the reverse
-    KL is the sum over the others. teacher_log_p must be in descending order. The weights have gradients, as released.
-    """
+    over the head of V_k: its first token, and all tokens while the cumulative p is below 0.5. That of the reverse KL is
+    the sum over the rest. teacher_log_p is in descending order. The weights have gradients, as released."""
     p = teacher_log_p.exp()  # [C, k]
     q = student_log_p.exp()  # [C, k]
     likely = p.cumsum(-1) < 0.5  # [C, k]
@@ -66,13 +65,14 @@ def adaptive_kl(teacher_log_p, student_log_p):
     gap = (p - q).abs()  # [C, k]
     forward = (gap * likely).sum(-1)  # [C]
     reverse = (gap * ~likely).sum(-1)  # [C]
-    mixed = forward * forward_kl(teacher_log_p, student_log_p) + reverse * reverse_kl(teacher_log_p, student_log_p)
+    mixed = forward * forward_kl(teacher_log_p, student_log_p)  # [C]
+    mixed = mixed + reverse * reverse_kl(teacher_log_p, student_log_p)
     return mixed / (forward + reverse).clamp(min=1e-9)
 
 
 def sampled_kl(teacher_log_p, student_log_p):
-    """Random-sample KD: instead of V_k there are k draws from the teacher, whose ids may repeat; teacher_log_p is
-    log(count / k). The mean over draws is the sum of (count / k) log(count / k / q) over different ids."""
+    """Random-sample KD: instead of V_k there are k draws from the teacher; teacher_log_p is log(c / k) of a token that
+    was drawn c times. It is listed c times, so the mean over draws sums (c / k) log((c / k) / q) over distinct ids."""
     return (teacher_log_p - student_log_p).mean(-1)
 
 
@@ -83,9 +83,9 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
     student_topm_log_p: [C, m] the student's log-probs at those ids
     teacher_ids: [C, k]
     """
-    ids = teacher_ids.sort(-1).values  # [C, k]; a binary search takes m log k steps, comparing all pairs m x k
-    place = torch.searchsorted(ids, student_topm).clamp(max=ids.shape[1] - 1)  # [C, m]
-    outside = ids.gather(-1, place) != student_topm  # [C, m]
+    ordered = teacher_ids.sort(-1).values  # [C, k]; a binary search: m log k steps, where all pairs would be m k
+    place = torch.searchsorted(ordered, student_topm).clamp(max=ordered.shape[1] - 1)  # [C, m]
+    outside = ordered.gather(-1, place) != student_topm  # [C, m]
     return (student_topm_log_p.exp() * outside).sum(-1)
 
 
@@ -95,7 +95,7 @@ DIVERGENCES = {
 
 
 def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, divergence=forward_kl, kd_ratio=1.0):
-    """kd_ratio (divergence + lambda S') + (1 - kd_ratio) cross-entropy at each position. By default this is Eq. 3.
+    """kd_ratio (divergence + lambda S') + (1 - kd_ratio) cross-entropy at each position. With kd_ratio 1 this is Eq. 3.
 
     logits: [C, V], the student's
     target: [C], the next token of the response
@@ -112,7 +112,7 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     log_q = logits.log_softmax(-1)  # [C, V]
     log_p = teacher_log_p.to(logits.dtype)  # [C, k]
     topm = log_q.detach().topk(m, dim=-1).indices  # [C, m], V_m
-    # A single gather, because the backward of each allocates and fills a [C, V] gradient.
+    # One gather for all three: the backward of each gather fills a [C, V] gradient.
     ids = torch.cat((target[:, None], teacher_ids, topm), dim=-1)  # [C, 1 + k + m]
     sizes = (1, teacher_ids.shape[1], m)
     on_target, on_topk, on_topm = log_q.gather(-1, ids).split(sizes, dim=-1)
@@ -123,11 +123,11 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     losses = kd_ratio * distillation + (1 - kd_ratio) * nll  # [C]
     captured = log_p.exp().sum(-1)  # [C]
     inside = on_topk.exp().sum(-1)  # [C]
-    if divergence is sampled_kl:  # ids repeat: the mean over draws of q / (count / k) sums q once per token
+    if divergence is sampled_kl:  # a token drawn c times is there c times, as q k / c: in the mean, q once
         captured = torch.ones_like(kl)  # [C]
         inside = (on_topk - log_p).exp().mean(-1)
-    return losses, {
-        "nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail, "captured": captured, "inside": inside}
+    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail}
+    return losses, stats | {"captured": captured, "inside": inside}
 
 
 def cross_entropy(logits, target):
@@ -199,24 +199,25 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
     Returns means over the counted tokens, {name: float}.
 
     Each token is weighted by 1 / (counted tokens in the batch), so the gradient does not depend on how the batch is
-    split into micro-batches or over ranks. step: seeds the draws of rskd; those of a validation are always the same.
+    split into micro-batches or over ranks. step: seeds the draws of rskd; None in a validation: always the same draws.
     """
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     sums = Counter()  # its update adds
     total = counted_tokens(batch)
-    parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))  # active 0: another rank has it, too
-    for micro, active in tqdm(parts, delay=2, leave=False, disable=train.rank() > 0):
+    parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
+    for micro, active in tqdm(parts, "micro-batches", delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = counted_states(student, packed, dtype)  # [N, H]
-        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], the shared ids
+        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], ids of both
         weights = torch.full((len(hidden),), active / total, device=device, dtype=wide)
-        mean_loss, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
-        if mean_loss.requires_grad:
-            mean_loss.backward()
-        sums.update({"loss": mean_loss.detach()} | {name: active * value / total for name, value in stats.items()})
+        part, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
+        if part.requires_grad:
+            part.backward()
+        sums["loss"] += part.detach()
+        sums.update({name: active * value / total for name, value in stats.items()})
     return train.sum_over_ranks(sums)
 
 
@@ -322,12 +323,12 @@ def run_training(args, student_folder, teacher_folder=None):
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
     if args.valid_answers and valid and not answered:
         train.note("--valid-answers has no effect: no held-out record has a gold answer")
-    answer_valid = None if not answered else partial(
-        answer_held_out, chat, answered, partial(score_response, chat), args.max_response_tokens)
+    score = partial(score_response, chat)
+    answer_valid = partial(answer_held_out, chat, answered, score, args.max_response_tokens) if answered else None
     if not distill(student, teacher, groups, valid, args, start, answer_valid):
         return train.stopped_run(args)
 
-    # 4. Write all results before anything is printed; the summary last, by which a run counts as finished.
+    # 4. Write all results before anything is printed; the summary last: it marks the run as finished.
     shown = valid[:args.samples]
     samples = answer_before_and_after(student, student_folder, chat, shown, args) if shown else []
     if train.rank() == 0:

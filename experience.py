@@ -1,8 +1,8 @@
 """What a step of Sim-RL learns from: groups of sampled and scored responses, in the order of their prompts.
 
-Groups finish in any order. They are used in the order of their prompts, so that short responses are not favoured.
-The group that fills the step ends it, and later ones are dropped. Up to rounding, the number of slots or ranks does
-not change what is trained on.
+Groups are used in the order of their prompts, not as they finish, which would favour short responses. The step ends
+with the group that fills it; later ones are dropped, and their prompts come again in the next step. Up to rounding, the
+number of slots or ranks does not change what is trained on.
 """
 import math
 
@@ -17,7 +17,7 @@ STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished grou
 
 
 def make_sampler(policy, groups, chat, args):
-    """The sampler of a run, with room for the longest prompt; a step draws prompts several times if there are few."""
+    """The sampler of a run, with room for the longest prompt. If prompts are few, a step repeats them."""
     requests = [Request(group.prompt, args.n, 0, args.temperature, args.max_new_tokens) for group in groups]
     repeats = math.ceil(args.max_draws * args.prompts_per_step / len(groups))
     size = cache_size(args.max_concurrent, requests * repeats)
@@ -37,23 +37,19 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
     groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
     started = 0
-    used = []  # finished, in the order of their prompts
-    kept = []
+    used, kept = [], []  # finished, in the order of their prompts; those with a signal
     free = [sampler.num_free] * train.world_size()  # free slots of each rank
-    stopped = False
 
     def full():
         return len(kept) == args.prompts_per_step or len(used) == len(groups)
 
     while not full():
-        if stopped:
-            return None
         with train.timed(seconds, "seconds_sampling"):
-            # 1. Start as many prompts as should fill the step at the present share with a signal. Each goes to
+            # 1. Start as many prompts as are expected to fill the step, at the rate of signals so far. Each goes to
             # the rank with the most free slots, so ranks that are busy with long responses get fewer.
-            share = (1 + len(kept)) / (1 + len(used))
+            signal_rate = (1 + len(kept)) / (1 + len(used))
             missing = args.prompts_per_step - len(kept)
-            while started < len(groups) and max(free) > 0 and (started - len(used)) * share < missing:
+            while started < len(groups) and max(free) > 0 and (started - len(used)) * signal_rate < missing:
                 owner = free.index(max(free))
                 free[owner] -= args.n
                 if owner == train.rank():
@@ -73,11 +69,13 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             for number, responses in done.items():
                 groups[number].responses = responses
         # 4. Take finished groups in the order of their prompts; keep those with a signal.
-        while not full() and groups[len(used)].responses:
+        while not full() and groups[len(used)].responses:  # [] until it is finished
             group = groups[len(used)]
             used.append(group)
             if has_signal(group.rewards, [response.answer_score for response in group.responses]):
                 kept.append(group)
+        if stopped and not full():
+            return None
     sampler.clear()
     return used, kept, seconds
 
@@ -95,11 +93,11 @@ def exchange(sampler, finished, stop):
     """All-gather over ranks: (free slots of each rank, whether any should stop, {number: responses} of all)."""
     state = (sampler.num_free, stop, {request.number: request.responses for request in finished})
     free, stops, done = zip(*train.gather_over_ranks([state]))
-    return list(free), any(stops), {number: responses for part in done for number, responses in part.items()}
+    return list(free), any(stops), dict(pair for part in done for pair in part.items())
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):
-    """`score_answers` with a sampler of its own."""
+    """`score_answers` with a sampler of its own, for `ckd` and `sft`, which have none."""
     slots = min(64, len(groups))
     sampler = Sampler(model, chat, slots, slots, max(len(group.prompt) for group in groups), max_new_tokens)
     return score_answers(sampler, groups, score, max_new_tokens)

@@ -1,7 +1,7 @@
-"""The output head in chunks of positions: losses with their gradients, log-probs and top-k. Full logits never exist.
+"""The output head in chunks of positions: losses with their gradients, log-probs and top-k.
 
 A row of logits has 151,936 numbers, so 4,096 positions would take 2.5 GB, and the loss several times that. Departure
-from the released code: no tensor of positions x vocabulary exists, and prompt positions never reach the head.
+from the released code: only one chunk of logits exists at a time, and prompt positions never reach the head.
 
 Shapes: N counted positions, C of them in a chunk, H hidden size, V ids.
 """
@@ -15,7 +15,7 @@ WEIGHT_BLOCK = 8192  # rows of the head in one product of its gradient, which th
 
 
 class WithGradients(torch.autograd.Function):
-    """A total whose gradients with respect to hidden and weight are given: `head_loss` has computed them already."""
+    """Hands autograd the gradients of a total that `head_loss` has computed already."""
 
     @staticmethod
     def forward(ctx, total, hidden, weight, *gradients):
@@ -25,7 +25,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return None, d_hidden * d_total, d_weight * d_total, None, None
+        return None, d_hidden * d_total, d_weight * d_total, None, None  # one for each argument of `forward`
 
 
 def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=None):
@@ -66,15 +66,16 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
         for name, values in stats.items():
             sums[name] = sums.get(name, 0) + values.detach().sum()
         if needs_grad:
-            d_logits, = torch.autograd.grad(losses, logits, token_weights[rows])  # [C, V]
-            del logits, losses, stats
+            [d_logits] = torch.autograd.grad(losses, logits, token_weights[rows])  # [C, V]
+            del logits, losses, stats  # the logits and their log-probs, [C, V] each
             d_logits = d_logits.to(dtype)
             d_hidden[rows] = d_logits @ w
             for i in range(0, len(w), weight_block):
                 block = slice(i, i + weight_block)
                 d_weight[block] += d_logits[:, block].T @ x[rows]
     if needs_grad:
-        total = WithGradients.apply(total, hidden, weight, d_hidden.to(hidden.dtype), d_weight.to(weight.dtype))
+        gradients = d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
+        total = WithGradients.apply(total, hidden, weight, *gradients)
     return total, sums
 
 
@@ -92,8 +93,8 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):  # [N, H], [V, 
     """The k most likely tokens at each position: ids [N, k] int64, log-probs [N, k] float32 of the softmax over all V,
     in descending order.
 
-    uniform: [N, k] random numbers in [0, 1): draw k tokens by these instead, with replacement, and return the log of
-        each one's share of the draws
+    uniform: [N, k] random numbers in [0, 1): draw k tokens by these instead, with replacement; the values are then
+        log(times drawn / k)
     """
     parts = []
     for rows, logits in logits_in_chunks(hidden, weight, chunk):
@@ -111,12 +112,12 @@ def topk_log_probs(hidden, weight, k, uniform=None, chunk=None):  # [N, H], [V, 
 
 
 def inverse_transform(probs, uniform):  # [R, V], [R, n] -> ids [R, n], whole mass [R, 1]
-    """Inverse transform sampling: the first id whose cumulative mass exceeds uniform, in [0, 1), x whole mass."""
+    """Inverse transform sampling: the first id whose cumulative mass exceeds uniform (in [0, 1)) x the whole mass."""
     wide = torch.float32 if probs.device.type == "mps" else torch.float64  # mps has no float64
     mass = probs.cumsum(-1, dtype=wide)  # [R, V]
     total = mass[:, -1:]  # [R, 1]
     ids = torch.searchsorted(mass, uniform.to(wide) * total, right=True)  # [R, n]
-    return ids.clamp(max=probs.shape[-1] - 1), total  # in float32 the product may round up to the whole mass
+    return ids.clamp(max=probs.shape[-1] - 1), total  # in float32, rounding may lead past the last id
 
 
 @torch.no_grad()
@@ -128,7 +129,7 @@ def entropy(log_p):
 def counted_states(model, packed, dtype):
     """The hidden states [N, H] that predict a packed batch's counted tokens; matrix products in `dtype`."""
     device = packed["targets"].device
-    mask = attention_mask(packed, blocks=model.model.compiled)
+    mask = attention_mask(packed, blocks=model.model.compiled)  # compiled layers use flex_attention
     with torch.autocast(device.type, dtype, enabled=dtype.itemsize < 4):  # not for float32, or float64 in tests
         hidden = model.hidden_states(packed["input_ids"], packed["positions"], mask)  # [B, T, H]
     return hidden.flatten(0, 1).index_select(0, packed["logit_positions"])  # [N, H]

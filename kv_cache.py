@@ -15,29 +15,28 @@ from model import attention
 class KVCache:
     """Static buffers: in each layer one [2, rows, Hkv, tokens, D] for prompts and one for responses. A prompt is stored
     and read once, however many responses continue it. Positions beyond a row's sequence are masked, so a row is reused
-    without being cleared. `start_prompts` or `start_step` says what the next forward pass computes.
-    """
+    without being cleared. `start_prompts` or `start_step` says what the next forward pass computes."""
 
     def __init__(self, model, prompt_rows, prompt_tokens, response_rows, response_tokens):
         c = model.model.c
-        new_zeros = model.head_weight.new_zeros  # not empty memory: a masked key has weight 0, but 0 x nan is nan
-        heads = c["num_key_value_heads"]
+        new_zeros = model.head_weight.new_zeros  # not empty: a masked key of nan adds 0 x nan = nan
+        heads, size = c["num_key_value_heads"], c["head_dim"]
         layers = range(c["num_hidden_layers"])
-        self.prompts = [new_zeros(2, prompt_rows, heads, prompt_tokens, c["head_dim"]) for _ in layers]
-        self.responses = [new_zeros(2, response_rows, heads, response_tokens, c["head_dim"]) for _ in layers]
+        self.prompts = [new_zeros(2, prompt_rows, heads, prompt_tokens, size) for _ in layers]
+        self.responses = [new_zeros(2, response_rows, heads, response_tokens, size) for _ in layers]
 
     def start_prompts(self, row, known=0):
-        """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens there."""
+        """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens."""
         self.row = row
         self.known = known
-        self.attend = KVCache.attend_in_prompts  # unbound: a bound one would be a reference cycle
+        self.attend = KVCache.attend_in_prompts  # not self.attend_...: a reference cycle
 
     def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.
 
         grid: int64 [P, G], from `lay_out`
         places: four int64 [B]: the row of each response's prompt, its column in the grid, the stored tokens of the
-            prompt (all but its last), the tokens of the response before this one
+            prompt (all but its last), those of the response
         prompt_keys, response_keys: how many keys of a row to read; those beyond a sequence are masked
         """
         self.grid = grid
@@ -62,7 +61,7 @@ class KVCache:
         rows[:, :, :, self.known:] = kv
         mask = None
         if self.known:  # a query sees what is stored before it, too
-            mask = torch.ones(T, self.known + T, dtype=torch.bool, device=q.device).tril(self.known)  # [T, S]
+            mask = q.new_ones(T, self.known + T, dtype=torch.bool).tril(self.known)  # [T, S]
         return attention(q, *(rows if self.known else kv), mask)
 
     @torch.compiler.disable  # its shapes change at every step
@@ -74,18 +73,19 @@ class KVCache:
         prompt_k, prompt_v = prompts[:, :len(self.grid), :, :self.widths[0]]  # [P, Hkv, S, D] each
         own_k, own_v = responses[:, :B, :, :self.widths[1]]  # [B, Hkv, S, D] each
         # One softmax over the keys of the prompt and of the response. On a CPU the scores are in float32, as in
-        # training: Qwen2.5 has scores above 1,000, where a step of bfloat16 is 8. On a GPU this would copy all keys.
+        # training: Qwen2.5 has scores above 1,000, where bfloat16 numbers are 8 apart. On a GPU it would copy all keys.
         wide = torch.promote_types(q.dtype, torch.float32)
         dtype = wide if q.device.type == "cpu" else q.dtype
         q = q.view(B, k.shape[1], -1, D).to(dtype) * D ** -0.5  # [B, Hkv, R, D]
-        scores = self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)  # [B, Hkv, R, S] each
-        scores = torch.cat(scores, dim=-1).masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
-        on_prompt, on_own = scores.softmax(-1, dtype=wide).to(k.dtype).split(self.widths, dim=-1)
+        on_prompt, on_own = self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)  # [B, Hkv, R, S] each
+        scores = torch.cat((on_prompt, on_own), dim=-1).masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
+        weights = scores.softmax(-1, dtype=wide).to(k.dtype)  # [B, Hkv, R, S]
+        on_prompt, on_own = weights.split(self.widths, dim=-1)
         x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]
         return x.view(B, H, 1, D)
 
     def by_prompt(self, x, y):
-        """x [B, Hkv, R, M] @ y [P, Hkv, M, N] of each one's prompt -> [B, Hkv, R, N].
+        """x [B, Hkv, R, M] @ y [P, Hkv, M, N], the part of each response's prompt -> [B, Hkv, R, N].
 
         The responses to a prompt share one matrix product, so the prompt's keys and values are read once.
         """
@@ -103,7 +103,7 @@ def lay_out(prompt_rows):
     >>> lay_out([1, 0, 1])
     ([[1, 0], [0, 2]], [0, 0, 1])
     """
-    responses = [[] for _ in range(max(prompt_rows) + 1)]  # to each prompt
+    responses = [[] for _ in range(max(prompt_rows) + 1)]  # of each prompt
     columns = []
     for i, row in enumerate(prompt_rows):
         columns.append(len(responses[row]))

@@ -35,8 +35,8 @@ COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.js
 
 
 def read_config(config, where):
-    """The settings that this file computes with, from the content of the config.json at `where`, older (rope_theta at
-    top level) or newer (inside rope_parameters). InputError for a model that is not supported."""
+    """The settings that this file computes with, from a config.json's content, older (rope_theta at top level) or newer
+    (inside rope_parameters). where: its path, for errors. InputError for a model that is not supported."""
     check_fields(config, CONFIG, where)
     rope = check_fields(config.get("rope_scaling") or config.get("rope_parameters") or {}, ROPE, where)
     config, rope = ({name: value for name, value in part.items() if value is not None} for part in (config, rope))
@@ -123,10 +123,10 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attend):  # [B, T, hidden] -> [B, T, hidden]
         B, T, _ = x.shape
-        heads = (B, T, -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).view(heads))  # [B, T, H, D]
-        k = self.k_norm(self.k_proj(x).view(heads))  # [B, T, Hkv, D]
-        v = self.v_proj(x).view(heads).transpose(1, 2)  # [B, Hkv, T, D]
+        shape = (B, T, -1, self.head_dim)
+        q = self.q_norm(self.q_proj(x).view(shape))  # [B, T, H, D]
+        k = self.k_norm(self.k_proj(x).view(shape))  # [B, T, Hkv, D]
+        v = self.v_proj(x).view(shape).transpose(1, 2)  # [B, Hkv, T, D]
         # Under autocast v is bfloat16, but the norms and the rotation return float32.
         q = rotate(q.transpose(1, 2), cos, sin).to(v.dtype)  # [B, H, T, D]
         k = rotate(k.transpose(1, 2), cos, sin).to(v.dtype)  # [B, Hkv, T, D]
@@ -142,9 +142,9 @@ def attention(q, k, v, mask=None):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     grouped = q.device.type == "cpu"  # elsewhere a mask with enable_gqa falls back to a slow kernel
     if not grouped:
-        shared = q.shape[1] // k.shape[1]  # query heads per key/value head
-        k = k.repeat_interleave(shared, dim=1)  # [B, H, S, D]
-        v = v.repeat_interleave(shared, dim=1)  # [B, H, S, D]
+        repeats = q.shape[1] // k.shape[1]  # query heads per key/value head
+        k = k.repeat_interleave(repeats, dim=1)  # [B, H, S, D]
+        v = v.repeat_interleave(repeats, dim=1)  # [B, H, S, D]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=grouped)
 
 
@@ -208,7 +208,7 @@ class Decoder(nn.Module):
         if self.compiled:
             return
         self.compiled = True
-        torch._dynamo.config.recompile_limit = 64  # the layers of all models, with gradients or without, count together
+        torch._dynamo.config.recompile_limit = 64  # one limit for the layers of all models
         for layer in self.layers:
             layer.compile(dynamic=True)
 
@@ -243,7 +243,7 @@ class Transformer(nn.Module):
         input_ids: int64 [B, T]
         positions: int64 [B, T]; by default 0 ... T - 1
         mask: bool [B, 1, T, T], True where a query may see a key, or a BlockMask; by default causal
-        cache: a `KVCache` (kv_cache.py), which then decides what is seen
+        cache: a `KVCache` (kv_cache.py), which then does the masking; `mask` is ignored
         """
         return self.model(input_ids, positions, mask, cache)
 

@@ -120,8 +120,8 @@ def check(calls, tools):
     """Raise FormatError if a call names an unknown tool or argument. Only responses are checked, never labels.
 
     Add further rules here, for example that required arguments are present or that types are right: an `if`
-    and a `raise` at the end of the loop, which must survive any schema. Then add the message to FORMAT_FAILURES
-    and correct the docstring of this file. Count the labels that break the new rule: an exact copy scores -1.
+    and a `raise` at the end of the loop, which must not fail on any schema. Then add the message to FORMAT_FAILURES and
+    correct the docstring of this file. Count the labels that break the new rule: a copy of such a label scores -1.
     """
     by_name = tools_by_name(tools)
     for call in calls:
@@ -243,7 +243,7 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
     label: the gold response; its reasoning, up to the last </think>, is ignored
     tools: list of the tools in the prompt
     think: "none" requires no think block (for models without think tags)
-    strip_eos: cut text replies at the end token; otherwise an empty reply scores about 0.5 for that token alone
+    strip_eos: cut text replies at the end token; otherwise an empty reply with an end token may score about 0.5
     binary: 1 for exactly the gold calls, or for any text where the label is text; else 0; -1 for a format failure
 
     Returns a dictionary:
@@ -284,7 +284,6 @@ def score(text, label, tools, think="on", strip_eos=False, binary=False):
 
 
 # ---- The Porter stemmer: ROUGE-L counts "flights" and "flight" as the same word ----------------------------
-#
 # M. F. Porter, "An algorithm for suffix stripping", 1980, with the extensions (+) that NLTK and therefore
 # `rouge_score` use by default. tests/test_reward.py compares 20,000 words with NLTK.
 # A word is a string of consonants (c) and vowels (v); y is a vowel after a consonant. The measure m of a word

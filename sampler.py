@@ -2,10 +2,10 @@
 
 A slot is a row of the key/value cache in which one response grows. A prompt is computed and stored once; its responses
 read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A response that ends
-frees its slot at once: the last slot in use moves into the hole, and the next response starts.
+frees its slot at once: the last slot in use takes its place, and the next response starts.
 
 All random numbers of a request come from its own seed, so in exact arithmetic its responses do not depend on others.
-Others do change the rounding of logits: in float32 few texts differ then, in bfloat16 about half of long ones.
+Others do change the rounding of logits, which changes few texts in float32 and about half of long ones in bfloat16.
 
 Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
 
@@ -97,7 +97,7 @@ class Sampler:
         self.prefixes = prefixes
         self.cache = KVCache(model, num_prompts, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
-        self.waiting = deque()  # slots of the request started last that have no row yet
+        self.waiting = deque()  # responses of the newest request, still without a row
         self.slots = []  # slots[i] is row i of the cache's responses
         self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
         self.graphs = {} if model.head_weight.is_cuda else None  # see `replay`
@@ -108,7 +108,7 @@ class Sampler:
         self.requests.append(request)
 
     def cancel(self, request):
-        """Drop a request's waiting responses; those that have a row end at the next step. Returns whether none has."""
+        """Drop a request's waiting responses; those with a row end at the next step. Returns True if none has a row."""
         self.requests = deque(other for other in self.requests if other is not request)
         self.waiting = deque(slot for slot in self.waiting if slot.request is not request)
         for response in request.responses:
@@ -172,7 +172,7 @@ class Sampler:
             self.prompts.append(request.prompt)
 
     def prefill(self, row):
-        """Prefill the prompts from `row` on, except their last token: each response feeds that itself."""
+        """Prefill the prompts from `row` on, except their last token, which each response feeds itself."""
         new = self.prompts[row:]
         size = 1 if self.prefixes else max(1, PREFILL_TOKENS // max(map(len, new), default=1))
         for i in range(0, len(new), size):
@@ -191,15 +191,14 @@ class Sampler:
         row_of = {id(prompt): row for row, prompt in enumerate(self.prompts)}
         prompt_rows = [row_of[id(slot.request.prompt)] for slot in self.slots]
         grid, columns = lay_out(prompt_rows)
-        places = []  # of each slot
-        draws = []
+        places, draws = [], []  # of each slot; see `compute`
         for slot, prompt_row, column in zip(self.slots, prompt_rows, columns):
             request, ids = slot.request, slot.response.ids
             known = len(request.prompt) - 1  # stored: each response feeds the last prompt token itself
             last = (ids or request.prompt)[-1]
             places.append((last, known + len(ids), prompt_row, column, known, len(ids)))
             draws.append((slot.uniforms[len(ids)], request.temperature, request.top_p))
-        places = np.array(places).T  # [6, B], see `compute`
+        places = np.array(places).T  # [6, B]
         stored, lengths = places[4:]
         draws = np.array(draws, dtype=np.float32).T  # [3, B]
         prompt_keys = key_width(int(stored.max()), self.cache.prompts)
@@ -227,12 +226,13 @@ class Sampler:
         size = len(logits) if logits.is_cuda else max(1, LOGITS_AT_ONCE // len(head))
         parts = []
         for rows, (uniform, temperature, top_p) in zip(logits.split(size), draws.split(size, dim=1)):
-            parts.append(next_token(rows, uniform, None if greedy else temperature, top_p if nucleus else None))
+            temperature, top_p = None if greedy else temperature, top_p if nucleus else None
+            parts.append(next_token(rows, uniform, temperature, top_p))
         return tuple(map(torch.cat, zip(*parts)))  # ids, log-probs
 
     def replay(self, grid, places, draws, shape):
         """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are
-        recorded once, as a CUDA graph, and then started together. Sizes are rounded up, to keep shapes few."""
+        recorded once, as a CUDA graph, and replayed. Sizes are rounded up, so that few graphs suffice."""
         B = round_up(len(self.slots), self.num_slots)
         order = [i if i < len(self.slots) else 0 for i in range(B)]  # padding rows repeat slot 0
         P, G = grid.shape
@@ -264,7 +264,7 @@ class Sampler:
         stop = token in self.chat.stop_ids
         strings = slot.request.stop_strings
         if strings and not stop:
-            longest = max(len(string.encode()) for string in strings)  # a token has a byte or more
+            longest = max(len(string.encode()) for string in strings)  # in tokens at most: one has a byte or more
             text = self.chat.decode(response.ids[-longest:])
             stop = any(string in text for string in strings)
         if stop:
@@ -285,13 +285,13 @@ def compact(items, keep, buffers):
 
 
 def key_width(length, buffers):
-    """`length` keys, rounded up to a multiple of 32 as far as there is room."""
-    return min(-(-max(length, 1) // 32) * 32, buffers[0].shape[3])
+    """`length` keys, rounded up to a multiple of 32, but at most the tokens of a row."""
+    return min(math.ceil(max(length, 1) / 32) * 32, buffers[0].shape[3])
 
 
-def round_up(number, most):
-    """The next power of two, but at most `most`."""
-    return min(1 << (number - 1).bit_length(), most)
+def round_up(number, limit):
+    """The next power of two, but at most `limit`."""
+    return min(1 << (number - 1).bit_length(), limit)
 
 
 def next_token(logits, uniform, temperature=None, top_p=None):
@@ -316,13 +316,13 @@ def next_token(logits, uniform, temperature=None, top_p=None):
         log_probs = logits.log_softmax(-1)  # [R, V]
         return most_likely.squeeze(-1), log_probs.gather(-1, most_likely).squeeze(-1)
     temperature = temperature[:, None]  # [R, 1]
-    greedy = temperature < 1e-6  # [R, 1]; a quotient could be infinite
+    greedy = temperature < 1e-6  # [R, 1]; dividing by it could overflow
     probs = (logits / temperature.masked_fill(greedy, 1.0)).softmax(-1)  # [R, V]
     if top_p is not None:
         top_p = top_p[:, None].masked_fill(greedy, 1.0)  # [R, 1]
         ordered, order = probs.sort(-1, descending=True)  # [R, V]
         mass_before = ordered.cumsum(-1) - ordered  # [R, V], of the more likely tokens
-        excluded = (mass_before >= top_p) & (top_p < 1)  # [R, V], in that order
+        excluded = (mass_before >= top_p) & (top_p < 1)  # [R, V], sorted
         excluded = excluded.scatter(-1, order, excluded)  # [R, V]
         probs = probs.masked_fill(excluded, 0.0)
     ids, total = inverse_transform(probs, uniform[:, None])  # [R, 1] each
@@ -334,8 +334,8 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 def cache_size(num_slots, requests):
     """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
 
-    A prompt keeps its row until its longest response ends, when most of its slots are free again. So there is room for
-    three times the prompts that would fill the slots.
+    A prompt keeps its row until its longest response ends; by then most of its slots are free and hold responses to
+    others. So there is room for three times the prompts that would fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
     num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))

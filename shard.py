@@ -1,8 +1,8 @@
 """A model sharded over several ranks by torch's FSDP2 (`fully_shard`). With one process, nothing here changes anything.
 
-A rank keeps some rows of every weight, of its gradient and of its moments. The weights of a layer are gathered while it
-computes; gradients are summed over the ranks, and each rank keeps its rows of the sum. Forward and backward passes and
-`whole` are collective: every rank must make the same ones, or the others wait forever.
+A rank keeps some rows of every weight, of its gradient and of its moments (the optimiser's). The weights of a layer are
+gathered while it computes; gradients are summed over the ranks, and each rank keeps its rows of the sum. Forward and
+backward passes and `whole` are collective: all ranks must call them in the same order, or the others wait forever.
 """
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ def wait_for_ranks():
 
 
 def shard_model(model, mesh, dtype):
-    """Shard a Transformer in place. On the meta device it has no weights yet, so no rank ever holds them all.
+    """Shard a Transformer in place. If it is on the meta device, without weights, no rank ever holds them all.
 
     mesh: the DeviceMesh of all ranks, [ranks of a copy], or [copies, ranks of a copy]
     dtype: of gathered weights, so of all products; gradients are summed in float32 (in float64 in tests)
@@ -36,7 +36,7 @@ def shard_model(model, mesh, dtype):
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
         # By default FSDP averages gradients, but the loss is already divided by the tokens of all ranks. Each setting
-        # applies to this module, not to its submodules. Without the second, FSDP asks for a scaled sum; gloo has none.
+        # applies to this module, not to its submodules. The second avoids a scaled sum, which gloo does not have.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     # The loops call this, not forward. The root (embedding, norm and head) stays gathered after it: `head_weight` is
@@ -49,7 +49,7 @@ def part_of(tensor, p):
     if not hasattr(p, "placements"):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # slow to import, so not for one process
-    # None: every rank has read the tensor, so nothing is sent. The part is a copy: the whole tensor can be freed.
+    # src_data_rank None: each rank has the tensor, so nothing is sent. The part is a copy: the tensor can be freed.
     return distribute_tensor(tensor, p.device_mesh, p.placements, src_data_rank=None)
 
 
@@ -59,7 +59,7 @@ def whole(tensor):
 
 
 def parameters(model):
-    """{name: parameter} of the model that trains, which must be sharded if there are several ranks."""
+    """{name: parameter} of the model being trained, which must be sharded if there are several ranks."""
     if hasattr(model, "reshard"):
         model.reshard()  # a forward pass without gradients leaves the root gathered, in --dtype
     named = dict(model.named_parameters())

@@ -12,17 +12,17 @@ Shapes: N tokens of a micro-batch that the loss counts, C of them in a chunk, V 
 
 Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
 1. pi_old: the trainer's own log-probs, as released, not the sampler's (`mismatch` logs the difference, which is
-   rounding). Here the first batch of a step needs no extra pass: pi is still pi_old, so its loss takes its own
-   log-probs. Ids beyond the tokenizer are cut off, as in the sampler.
+   rounding). Here the first batch of a step needs no extra pass: pi is still pi_old, so the loss uses its own
+   log-probs, detached. Ids beyond the tokenizer are cut off, as in the sampler.
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
-   so that the weight of a token depends on its micro-batch; here, over all tokens of the optimiser batch (`token`).
+   so a token weighs more if its micro-batch has few; here, over all tokens of the optimiser batch (`token`).
 3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
-4. Filter: the paper drops groups whose mean score is 0 or 1. Released and here, a group is kept if its answer scores
-   (the rewards, with format failures at 0) differ and their mean is between 0.01 and 0.99; this also drops groups of
-   rewards -1 and 0 (`--filter rewards` keeps them).
-5. Steps: the released run samples whole batches of prompts, and ends with its prompts. Here the number of steps is
+4. Filter: the paper drops groups whose mean score is 0 or 1. The answer score of a response is its reward, but 0 for a
+   format failure. Released and here, a group is kept if its answer scores differ and their mean is between 0.01 and
+   0.99; so groups with rewards -1 and 0 only are dropped (`--filter rewards` keeps them).
+5. Steps: the released run samples whole batches of prompts, and ends when they run out. Here the number of steps is
    fixed, and a step samples prompts until --prompts-per-step groups pass the filter, or until it has sampled
-   --max-draws times as many prompts; then it makes fewer updates.
+   --max-draws times as many prompts; in that case it makes fewer updates.
 """
 import math
 import statistics
@@ -59,7 +59,7 @@ def advantages(rewards, kind="group_norm"):
 
 
 def has_signal(rewards, scores, rule="scores"):
-    """Whether to train on a group: difference 4 above.
+    """Whether to train on a group: difference 4 in the list at the top.
 
     >>> has_signal([-1, 0], [0, 0]), has_signal([-1, 0], [0, 0], "rewards")
     (False, True)
@@ -79,14 +79,14 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     logits: [C, V]
     target: [C], the sampled token
     advantage: [C], the A of its response
-    old_log_p: [C], its log-prob under pi_old; None if there was no update since sampling, so that pi_old is pi
+    old_log_p: [C], its log-prob under pi_old; None before the first update, when pi_old is pi
     ref_log_p: [C], its log-prob under pi_ref; None for no KL
     sampler_log_p: [C], its log-prob as the sampler computed it, for `mismatch` only; or None
     kl_weight: beta
     clip: (low, high)
 
     Returns losses [C] and {name: [C]}: policy, entropy, clipped; with ref_log_p also kl, with sampler_log_p also
-    mismatch, the absolute difference between log-probs under pi_old of the trainer and of the sampler.
+    mismatch, |the trainer's log-prob under pi_old - the sampler's|.
     """
     log_probs = (logits / temperature).log_softmax(-1)  # [C, V]
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
@@ -107,12 +107,12 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
 
 
 def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32):
-    """The factor of each token's loss [N], such that the sum over an optimiser batch is the mean that `kind` names.
+    """Weights [N] of the tokens' losses that make their sum over an optimiser batch the mean that `kind` names.
 
     kind: "token", "sequence" or "micro-batch"
-    response: [N], the index of the response that each token belongs to
+    response: [N], the number, in the micro-batch, of the response that each token belongs to
     batch: the groups of the optimiser batch
-    num_micro_batches: of the optimiser batch, over all ranks
+    num_micro_batches: of the optimiser batch, on all ranks together
     """
     if kind == "sequence":  # Eq. 11
         lengths = response.bincount()[response].to(dtype)  # [N]
@@ -144,8 +144,9 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     if start:
         progress = checkpoints.load_checkpoint(args.out, start, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # draws the samples; in float32 it is the model itself
-    for compiled in filter(None, (model, reference, policy) if args.compile else ()):
-        compiled.model.compile_layers()
+    for network in (model, reference, policy):
+        if args.compile and network:
+            network.model.compile_layers()
     with train.fail_together():
         sampler = make_sampler(policy, [*prompts, *valid], chat, args)
     validate = partial(score_answers, sampler, valid, score, args.max_new_tokens)
@@ -157,7 +158,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
         sampled = sample_step(sampler, prompts, progress["prompts"], score, signal, args, lambda: steps.requested)
-        if sampled is None:  # Ctrl-C: the model is as it was after the step before
+        if sampled is None:  # Ctrl-C: nothing was updated since the step before
             steps.stopped = True
             if step - 1 > start and (step - 1) % args.save_every:
                 checkpoints.save_checkpoint(args.out, step - 1, model, optimisers, progress)
@@ -167,12 +168,12 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         for group in groups:
             for response, advantage in zip(group.responses, advantages(group.rewards, args.advantage)):
                 response.advantage = advantage
-        log_probs = sum(sum(r.log_probs) for g in groups for r in g.responses)
-        checkpoints.check_finite(args.out, step, "a sampled log-prob", log_probs)
+        total = sum(sum(r.log_probs) for g in groups for r in g.responses)
+        checkpoints.check_finite(args.out, step, "a sampled log-prob", total)
         row = runs.describe_responses(groups, kept)
 
         with train.timed(seconds, "seconds_training"):
-            # 2. Freeze the log-probs of pi_old and pi_ref: the updates change the model.
+            # 2. Store the log-probs of pi_old and pi_ref now: the updates change the model.
             batches = prepare_batches(model, reference, kept, chat.vocab_size, args, step)
 
             # 3. Update: gradients (summed over ranks, clipped) and an optimiser step for each batch.
@@ -182,8 +183,9 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
                 progress["updates"] += 1
                 rate = train.learning_rate(progress["updates"], num_updates, args.lr)
                 row |= train.update(model, optimisers, rate, args.out, step)
-            means = {name: value / (len(batches) if name == "loss" else row["tokens"]) for name, value in sums.items()}
-            row |= train.sum_over_ranks(means)
+            shares = {name: value / row["tokens"] for name, value in sums.items()}  # this rank's share of each mean
+            shares["loss"] = sums["loss"] / len(batches)
+            row |= train.sum_over_ranks(shares)
             policy.copy_weights(model)
 
         # 4. Validate.
@@ -212,7 +214,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
     Adds to each packed dict what stays fixed during the updates, [N] each: advantage, sampler_log_p, old_log_p (None in
-    the first batch), ref_log_p (None without a reference), token_weights. Also active, see `share_of_rank`.
+    the first batch), ref_log_p (None without a reference), token_weights. Also active: 0 for a filler, else 1.
     """
     device = model.head_weight.device
     wide = torch.promote_types(getattr(torch, args.dtype), torch.float32)
@@ -236,11 +238,11 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
 
 
 @torch.no_grad()
-def log_probs_of(policy, packed, vocab_size, args):
-    """Log-probs [N] of a packed micro-batch's targets, in the chunks of the loss, so that both round equally."""
+def log_probs_of(model, packed, vocab_size, args):
+    """Log-probs [N] of a packed micro-batch's targets, in the same chunks as the loss, so that both round equally."""
     dtype = getattr(torch, args.dtype)
-    hidden = counted_states(policy, packed, dtype).to(dtype)  # [N, H]
-    head = policy.head_weight[:vocab_size].to(dtype)  # [V, H]
+    hidden = counted_states(model, packed, dtype).to(dtype)  # [N, H]
+    head = model.head_weight[:vocab_size].to(dtype)  # [V, H]
     log_probs = []
     for rows, logits in logits_in_chunks(hidden, head):
         log_p = (logits / args.temperature).log_softmax(-1)  # [C, V]
@@ -257,10 +259,11 @@ def accumulate_gradients(model, packed_batch, vocab_size, args):
     for packed in packed_batch:
         hidden = counted_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
-        value, stats = head_loss(hidden, head, packed["token_weights"], loss, packed["targets"], packed["advantage"],
-                                 packed["old_log_p"], packed["ref_log_p"], packed["sampler_log_p"], dtype=dtype)
-        value.backward()
-        sums.update({"loss": value.detach()} | {name: packed["active"] * part for name, part in stats.items()})
+        tensors = map(packed.get, ("targets", "advantage", "old_log_p", "ref_log_p", "sampler_log_p"))  # [N] each
+        part, stats = head_loss(hidden, head, packed["token_weights"], loss, *tensors, dtype=dtype)
+        part.backward()
+        sums["loss"] += part.detach()
+        sums.update({name: packed["active"] * value for name, value in stats.items()})
     return sums
 
 
@@ -295,7 +298,7 @@ def simrl_flags(parser):
 
 
 def run_simrl(args):
-    """Refine a model by GRPO, scoring its samples against gold answers. Never run from start to end on a GPU."""
+    """Refine a model by GRPO, scoring its samples against gold answers. No whole run on a GPU has been made yet."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
     with train.fail_together():

@@ -37,7 +37,7 @@ class Teacher:
             rows = packed["rows"].cpu().numpy()
             ids, log_p = (torch.from_numpy(array[rows]) for array in self.cache)  # [N, k] each
             return ids.to(device, torch.int64), log_p.to(device, torch.float32)
-        hidden = counted_states(self.model, packed, torch.float32)  # [N, H], in the precision of its weights
+        hidden = counted_states(self.model, packed, torch.float32)  # [N, H]; no autocast: products as its weights are
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
         uniform = None if self.seed is None else self.uniform(groups, step).to(device)
         return topk_log_probs(hidden, head, self.k, uniform)
@@ -59,17 +59,17 @@ class Teacher:
 def check_pair(teacher_folder, student_folder):
     """Refuse two different tokenizers, as CKD compares probabilities id by id, and a teacher with fewer rows than ids.
 
-    Returns the number of ids to use: the rows of both embeddings, or of the tokenizer if these differ.
+    Returns the number of ids to use: the rows of both embeddings if they are equal, else the tokenizer's ids.
     """
     teacher, student = vocabulary(teacher_folder), vocabulary(student_folder)
     if teacher != student:
         raise InputError(f"{teacher_folder} ({len(teacher[0]):,} tokens) and {student_folder} "
                          f"({len(student[0]):,}) have different tokenizers; CKD needs two models that share one")
-    ids = teacher[0][-1][1] + 1
-    check_rows(teacher_folder, ids)  # of the student, `Chat` does it
+    ids = teacher[0][-1][1] + 1  # the largest, and one more
+    check_rows(teacher_folder, ids)  # `Chat` checks the student's
     paths = [Path(folder) / "config.json" for folder in (teacher_folder, student_folder)]
-    widths = {read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths}
-    return ids if len(widths) == 2 else widths.pop()
+    rows = {read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths}
+    return ids if len(rows) == 2 else rows.pop()
 
 
 def clamp_to_vocab(name, value, vocab_size):

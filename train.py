@@ -26,14 +26,14 @@ from data.runs import add_output_flags, check_folder, prepare_folder
 from model import Transformer
 from shard import parameters, rank, shard_model, wait_for_ranks, whole, world_size
 
-MEETING = timedelta(minutes=10)  # in which all ranks appear
-LIMIT = timedelta(days=1)  # of any later wait for another rank
+MEETING = timedelta(minutes=10)  # for all ranks to join
+LIMIT = timedelta(days=1)  # for every later wait
 
 # ---- Flags of several commands
 def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="device to compute on; not run on mps")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; not yet run on mps")
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
     if seed:
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
@@ -51,9 +51,9 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         "changes memory and speed, and the gradient by rounding only (except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
     add("--compile", action="store_true", help="on a GPU: compile the layers, with flex_attention; halves a step of "
-        "16,000 tokens, after up to a minute of compiling; not run with several ranks")
+        "16,000 tokens, after up to a minute of compiling; not yet run with several ranks")
     add("--shard-ranks", type=positive, metavar="N",
-        help="under torchrun: processes that share one copy of the weights; default: all; not run on several GPUs yet")
+        help="under torchrun: processes that share one copy of the weights; default: all; not yet run on several GPUs")
     add_output_flags(parser, "folder of the run")
     add = parser.add_argument_group("checkpoints").add_argument
     add("--save-every", type=positive, default=save_every, metavar="N", help="steps between checkpoints; two are kept")
@@ -76,7 +76,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            updates = defaultdict(list)  # of each shape
+            updates = defaultdict(list)  # {shape: [(parameter, update)]}
             for p in group["params"]:
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -92,12 +92,12 @@ class Muon(torch.optim.Muon):
 
 def orthogonalise(x):
     """Matrices [N, rows, columns] with their singular values pushed towards 1, by five Newton-Schulz iterations."""
-    wide = x if x.shape[1] <= x.shape[2] else x.mT  # its products are smaller
-    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    flat = x if x.shape[1] <= x.shape[2] else x.mT  # no more rows than columns, so that gram is small
+    flat = flat / flat.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
-        gram = wide @ wide.mT
-        wide = 3.4445 * wide + (-4.775 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if wide.shape == x.shape else wide.mT
+        gram = flat @ flat.mT
+        flat = 3.4445 * flat + (-4.775 * gram + 2.0315 * gram @ gram) @ flat
+    return flat if flat.shape == x.shape else flat.mT
 
 
 def make_optimisers(model, args):
@@ -105,8 +105,8 @@ def make_optimisers(model, args):
     biases. With muon, for very small models, Muon takes the matrices of the layers, at 5 times the rate."""
     layers, matrices, vectors = [], [], []
     for name, p in parameters(model).items():
-        in_layers = args.optimiser == "muon" and ".layers." in name
-        (vectors if p.dim() < 2 else layers if in_layers else matrices).append(p)
+        for_muon = args.optimiser == "muon" and ".layers." in name
+        (vectors if p.dim() < 2 else layers if for_muon else matrices).append(p)
     groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if not layers:
@@ -116,7 +116,7 @@ def make_optimisers(model, args):
 
 
 def learning_rate(step, steps, peak):
-    """The rate of step 1 ... steps: linear warm-up over ceil(3 %), then a cosine down to a tenth of `peak`.
+    """The rate of step 1 ... steps: linear warm-up over 3 %, rounded up, then a cosine down to a tenth of `peak`.
 
     >>> [round(learning_rate(s, 100, 1.0), 3) for s in (1, 3, 50, 100)]
     [0.333, 1.0, 0.572, 0.1]
@@ -130,8 +130,8 @@ def learning_rate(step, steps, peak):
 
 def update(model, optimisers, lr, out, step):
     """Clip the norm of the gradients to 1, over all ranks; update the weights at this learning rate; clear the
-    gradients. Returns {"lr", "grad_norm"}, the norm before clipping. If it is not finite, nothing is updated:
-    InputError, which names out and step."""
+    gradients. Returns {"lr", "grad_norm"}, the norm before clipping. InputError before any update if it is not finite;
+    it names out and step."""
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     check_finite(out, step, "the gradient norm", norm)
     for optimiser in optimisers:
@@ -159,7 +159,7 @@ def pick_device(args):
             if number >= count:
                 refuse_on_all(f"--device cuda: no GPU for rank {number}; use --nproc-per-node {count}", number == count)
             torch.cuda.set_device(number)
-        # A rank may end its share of a rollout hours before another, but all appear within minutes, or never.
+        # A rank may end its share of a rollout hours before another, but all join within minutes, or never will.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=MEETING)
         dist.distributed_c10d._set_pg_timeout(LIMIT)
         same_on_all("flags", vars(args))
@@ -170,8 +170,8 @@ def pick_device(args):
 
 
 def keep_pages():
-    """Let glibc keep freed memory, up to 2 GB. Otherwise it goes back to the system, and half of the output head's time
-    on a CPU is page faults. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
+    """Let glibc keep freed memory, up to 2 GB. Otherwise it goes back to the system, and page faults take half of the
+    output head's time. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
     if sys.platform == "linux" and os.environ.get("STAR_KEEP_PAGES") != "0":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another C library may lack it
         mallopt(-1, 2_000_000_000), mallopt(-3, 400_000_000)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
@@ -193,7 +193,7 @@ def sharding(args, device):
 
 def share_of_rank(micro_batches):
     """This rank's [(micro-batch, active)] of a batch, active being 1. All ranks must make the same number of passes: a
-    rank that is one short also runs the shortest micro-batch, with active 0, so that it adds nothing."""
+    rank that is one short runs the shortest micro-batch as a filler: with active 0, so that it adds nothing."""
     share = [(micro, 1) for micro in micro_batches[rank()::world_size()]]
     if len(share) * world_size() < len(micro_batches):
         share.append((micro_batches[-1], 0))
@@ -214,23 +214,22 @@ def sum_over_ranks(sums):
 
 def gather_over_ranks(rows):
     """The lists of all ranks as one list, in rank order."""
-    parts = [rows]
+    parts = [rows] * world_size()
     if dist.is_initialized():
-        parts = [None] * world_size()
         dist.all_gather_object(parts, rows)
     return [row for part in parts for row in part]
 
 
 def same_on_all(what, value):
-    """Refuse to go on if the ranks have different values of something: each machine has its own command and disk."""
+    """Refuse to go on if the ranks have different values of something: machines may differ in commands and disks."""
     if len(set(gather_over_ranks([str(value)]))) > 1:
         refuse_on_all(f"the ranks have different {what}; start all with the same command, on the same files")
 
 
 @contextmanager
 def fail_together():
-    """Wait for all ranks at the end. If any of them has failed, by bad input, a full disk or too little memory, all
-    exit and one reports why."""
+    """At the end of the block, wait for all ranks. If any of them has failed, by bad input, a full disk or too little
+    memory, all exit and one reports why."""
     error = None
     try:
         yield
@@ -256,7 +255,7 @@ def open_run(args, models=(), files=()):
     same_on_all("models or data", hash_files([*models, *files]))
     with fail_together():
         step = prepare_folder(args, [*models, *files]) if rank() == 0 else 0
-    step = int(sum_over_ranks({"step": step})["step"])
+    step = int(sum_over_ranks({"step": step})["step"])  # rank 0's, for all
     same_on_all("checkpoints in --out", hash_files([f"{args.out}/checkpoints/step-{step:06d}/progress.json"]))
     if step < 0:
         note(f"{args.out}: is already finished")
@@ -282,15 +281,14 @@ def stopped_run(args):
 
 class Steps:
     """The steps of a training run, `for step in steps`, with a progress bar. Ctrl-C ends the loop after the current
-    step, or before its updates if it still samples; a second Ctrl-C stops at once. start: the step to resume after
-    """
+    step, or before its updates while it samples; a second Ctrl-C stops at once. start: the step to resume after"""
 
     def __init__(self, start, last, name):
         self.start = start
         self.last = last
         self.bar = tqdm(total=last, initial=start, desc=name, unit="step", disable=rank() > 0)
         self.requested = False  # Ctrl-C on this rank
-        self.stopped = False  # on any rank, as agreed in `ends_at`
+        self.stopped = False  # on any rank; set by `ends_at`, and by the loop
 
     def __iter__(self):
         previous = signal.signal(signal.SIGINT, self.request_stop)
