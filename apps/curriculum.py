@@ -6,12 +6,11 @@ import os
 import re
 import shlex
 import sys
-from functools import cache
 from pathlib import Path
 
 from apps.evaluate import identity
 from data import InputError, hash_files, one_line, print_table
-from data import read_json, read_optional, refuse_changes, refuse_existing, same, seconds_in
+from data import read_json, refuse_changes, refuse_existing, same, seconds_in
 from data.chat import Chat
 from data.fields import EVALUATION, check_fields
 from data.records import stream_records
@@ -44,6 +43,7 @@ FULL = {"rollout": 3200, "ckd": 45, "simrl": 60, "valid": 320, "limit": 1280}
 QUICK = {"rollout": 400, "ckd": 6, "simrl": 2, "valid": 20, "limit": 40}
 
 PAGES = ("lens", "plot")  # commands that replace what is at --out
+MODELS = ("model", "teacher", "student")  # flags that name model folders
 OUTPUTS = ("compare", "evals", "runs", "story")  # flags that name folders which earlier commands have written
 
 RESUME = "skip finished lines, continue the stopped one"
@@ -53,23 +53,16 @@ COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct r
 
 
 def split_lines(text):
-    """The command lines of a text: an indented line continues the one before; comments and blank lines are dropped.
+    """The command lines of a text. An indented line continues the one before; comments are dropped.
 
     >>> split_lines("python star.py sft --model m   # comment\\n    --data d\\n\\nplot run")
     ['sft --model m --data d', 'plot run']
     """
-    lines = []
-    # Drop comments; a # in quotes begins none.
+    # Drop comments; a # in quotes begins none. Then join a line that ends in a backslash or is indented.
     text = re.sub(r"""("(?:\\.|[^"\\\n])*"|'[^'\n]*')|(?<!\S)#.*""", r"\1", text.replace("\r\n", "\n"))
-    for line in text.replace("\\\n", " ").split("\n"):
-        words = shlex.split(line)
-        if words[:2] == ["python", "star.py"]:
-            del words[:2]
-        if words and line[0].isspace() and lines:
-            lines[-1] += " " + shlex.join(words)
-        elif words:
-            lines.append(shlex.join(words))
-    return lines
+    text = re.sub(r"\n\s*[ \t]", " ", text.replace("\\\n", " "))
+    lines = [shlex.join(shlex.split(line)) for line in text.split("\n")]
+    return [line.removeprefix("python star.py ") for line in lines if line]
 
 
 def curriculum_flags(parser):
@@ -88,133 +81,128 @@ def run_curriculum(args):
         raise InputError(f"{args.file}: cannot be read ({e}); give a text file of star.py command lines") from e
     if not lines:
         raise InputError(f"{args.file}: has no command; write one star.py command per line")
-    for line in lines:
-        if "--resume" in shlex.split(line):
-            raise InputError(f"{args.file}: {line!r}: give --resume to `curriculum` instead")
+    if resumed := [line for line in lines if "--resume" in shlex.split(line)]:
+        raise InputError(f"{args.file}: {resumed[0]!r}: give --resume to `curriculum` instead")
     return lines
 
 
 def run_all(lines, args, parse, main):
-    """Run command lines in order, until one fails; with --resume, skip the finished ones. Returns the exit code."""
-    stages = []
+    """Run command lines until one fails; with --resume, skip the finished ones. Returns the exit code."""
+    stages = []  # the flags of each line, and the line itself
     for line in lines:  # a wrong flag in the last line ends it here
         try:
-            stages.append(parse(shlex.split(line))[0])
+            stage, _ = parse(shlex.split(line))
         except SystemExit:
             print(f"(in the line: {line})", file=sys.stderr)
             raise SystemExit(2) from None
-    outs = [Path(getattr(stage, "out", None) or os.devnull) for stage in stages]
-    check_outs(lines, stages, outs, args.resume)
-    # What an evaluation was compared with is not recorded, so it is compared again, which is quick.
-    finished = [args.resume and not getattr(stage, "compare", None) and is_finished(out, stage)
-                for out, stage in zip(outs, stages)]
-    check_inputs(lines, stages, outs, finished)
+        stage.line = line
+        stage.out = Path(getattr(stage, "out", None) or os.devnull)
+        stages.append(stage)
+    for i, stage in enumerate(stages):
+        try:
+            check_out(stage, stages[:i], args.resume)
+            # What an evaluation was compared with is not recorded, so it is compared again, which is quick.
+            stage.finished = args.resume and not getattr(stage, "compare", None) and is_finished(stage)
+            if not stage.finished:
+                check_inputs(stage, stages[:i])
+        except InputError as e:
+            raise InputError(f"{e} (in the line: {stage.line})") from e
     ran = False
-    for line, stage, out, done in zip(lines, stages, outs, finished):
-        words = shlex.split(line)
+    for stage in stages:
         # An earlier line may have rewritten its input; what a picture or a page was made of is not recorded.
-        if done and (not ran or stage.command not in PAGES and is_finished(out, stage)):
-            print(f"\n$ python star.py {line}   # finished", flush=True)
+        if stage.finished and (not ran or stage.command not in PAGES and is_finished(stage)):
+            print(f"\n$ python star.py {stage.line}   # finished", flush=True)
             continue
-        if args.resume and hasattr(stage, "resume"):
-            if stage.command == "curriculum" or out.exists() or Path(f"{out}.part").exists():
-                words.append("--resume")
         ran = True
-        print(f"\n$ python star.py {shlex.join(words)}\n", flush=True)
-        if code := main(words):
+        begun = stage.command == "curriculum" or exists(stage.out)
+        resume = " --resume" if args.resume and begun and "resume" in stage else ""
+        print(f"\n$ python star.py {stage.line}{resume}\n", flush=True)
+        if code := main(shlex.split(stage.line + resume)):
             return code
     return 0
 
 
-def check_outs(lines, stages, outs, resume):
-    """InputError if two lines write to one place, or, unless a list is resumed, one to a place that exists already."""
-    for number, (line, stage, out) in enumerate(zip(lines, stages, outs)):
-        others = [other for before, other in zip(stages[:number], outs)
-                  if stage.command not in PAGES or before.command not in PAGES]
-        if out != Path(os.devnull) and any(same(out, other) for other in others):
-            raise InputError(f"{out}: another line writes there, too; use another --out (in the line: {line})")
-        exists = out.is_file() or Path(f"{out}.part").exists() or out.is_dir() and any(out.iterdir())
-        if stage.command not in PAGES and exists and not resume:
-            raise InputError(f"{out}: exists already; give --resume or another --out (in the line: {line})")
+def exists(out):
+    """Whether a command has begun to write its --out."""
+    return out.is_file() or Path(f"{out}.part").exists() or out.is_dir() and any(out.iterdir())
 
 
-def check_inputs(lines, stages, outs, finished):
-    """InputError if a model or file that a stage reads is missing or broken, unless an earlier stage writes it."""
-    check = cache(check_input)  # once for the same flags of several lines
-    for number, (line, stage) in enumerate(zip(lines, stages)):
-        if stage.command == "curriculum":  # what its lines write is not known here
-            return
-        if finished[number]:
-            continue
-        for name in ("model", "teacher", "student", "data", "valid", *OUTPUTS):
-            values = getattr(stage, name, None) or []
-            limit = getattr(stage, "valid_limit" if name == "valid" else "limit", None)
-            for path in map(Path, values if isinstance(values, list) else [values]):
-                is_model = name in ("model", "teacher", "student")
-                writer = next((before for before, out in zip(stages[:number], outs)
-                               if writes(before, out, path, is_model)), None)
-                try:
-                    if writer is None:
-                        check(path, name, stage.command, getattr(stage, "think", None), limit)
-                    elif writer.command == "rollout" and stage.command in ("ckd", "sft"):
-                        check_prompts(path, writer, stage)
-                except InputError as e:
-                    raise InputError(f"{e} (in the line: {line})") from e
+def check_out(stage, before, resume):
+    """InputError if a stage before writes to the same place, or if it exists and the list is not resumed."""
+    is_page = stage.command in PAGES
+    others = [other.out for other in before if not (is_page and other.command in PAGES)]
+    if stage.out != Path(os.devnull) and any(same(stage.out, other) for other in others):
+        raise InputError(f"{stage.out}: another line writes there, too; use another --out")
+    if exists(stage.out) and not is_page and not resume:
+        raise InputError(f"{stage.out}: exists already; give --resume or another --out")
 
 
-def writes(stage, out, path, is_model):
-    """Whether a stage with this --out writes a model, or a file, at a path."""
-    path, out = path.resolve(), out.resolve()
-    if not is_model or stage.command == "demo":
-        return path.is_relative_to(out)
-    return stage.command in ("ckd", "sft", "simrl") and path == out / "model"
+def check_inputs(stage, before):
+    """InputError if what a stage reads is missing or broken, unless a stage before writes it."""
+    for flag in (*MODELS, "data", "valid", *OUTPUTS):
+        values = getattr(stage, flag, None) or []
+        for path in map(Path, values if isinstance(values, list) else [values]):
+            writer = next((other for other in before if writes(other, path, flag)), None)
+            if writer is None:
+                check_input(path, flag, stage)
+            elif writer.command == "rollout" and stage.command in ("ckd", "sft"):
+                check_prompts(path, writer, stage)
 
 
-def check_input(path, name, command, think, limit):
-    """InputError if the model folder or file that the flag `name` of a command gives is missing, or is broken."""
+def writes(stage, path, flag):
+    """Whether a stage may write what `flag` names at a path. What a nested list writes is not known."""
+    inside = path.resolve().is_relative_to(stage.out.resolve())
+    return stage.command == "curriculum" or inside and (flag not in MODELS or path.name == "model")
+
+
+def check_input(path, flag, stage):
+    """InputError if the model folder or file that a flag gives is missing or broken."""
     if not path.exists():
         raise InputError(f"{path}: no such file, and no line before writes it")
-    if command in ("prepare", "reward", "estimate") or name in OUTPUTS:
+    if stage.command in ("prepare", "reward", "estimate") or flag in OUTPUTS:
         return
     if path.is_dir():
-        if name != "teacher":  # of which only the tokenizer is used
-            Chat.from_pretrained(path, think)
+        if flag != "teacher":  # of which only the tokenizer is used
+            Chat.from_pretrained(path, getattr(stage, "think", None))
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
-        need = {"rollout": None, "simrl": "a gold answer", "eval": "a gold answer"}.get(command, "an answer")
-        for _ in stream_records(path, need=need, limit=limit):
+        need = {"rollout": None, "simrl": "a gold answer", "eval": "a gold answer"}
+        limit = stage.valid_limit if flag == "valid" else getattr(stage, "limit", None)
+        for _ in stream_records(path, need=need.get(stage.command, "an answer"), limit=limit):
             pass
 
 
-def check_prompts(path, rollout, stage):
-    """InputError if a stage trains behind other prompts than those that a rollout, which writes the file, answers."""
-    for flag, sampled, read in zip(("--think", "--tools"), rendering(rollout), rendering(stage)):
-        if None not in (sampled, read) and sampled != read:
+def check_prompts(path, rollout, training):
+    """InputError if a rollout writes a file with other prompts than those that training reads it with."""
+    think = ("--think", think_of(rollout), think_of(training))
+    for flag, sampled, read in (think, ("--tools", rollout.tools, training.tools)):
+        if sampled and read and sampled != read:
             raise InputError(f"{path}: is sampled with {flag} {sampled}, but read with {flag} {read}; "
                              "give both lines the same")
 
 
-def rendering(stage):
-    """(think, tools) that a stage renders prompts with; think is None if it is the default of a model to be made."""
+def think_of(stage):
+    """--think of a stage's prompts; None if it is the default of a model that is still to be made."""
     folder = Path(getattr(stage, "student", None) or stage.model)
-    think = stage.think
-    if think is None and folder.exists():
-        think = Chat.from_pretrained(folder).think
-    return think, stage.tools
+    return stage.think or (Chat.from_pretrained(folder).think if folder.exists() else None)
 
 
-def is_finished(out, stage):
+def is_finished(stage):
     """Whether a command has written its result; InputError if it did so with other flags."""
-    if Path(f"{out}.part").exists() or not (out.is_file() or (out / "summary.json").exists()):
-        return False
-    saved = out / "arguments.json" if out.is_dir() else Path(f"{out}.arguments.json")
-    if stage.command not in PAGES and not saved.exists():
+    out = stage.out
+    if stage.command in PAGES:
+        return out.is_file()
+    is_folder = out.is_dir()
+    saved = out / "arguments.json" if is_folder else Path(f"{out}.arguments.json")
+    result = out / "summary.json" if is_folder else out
+    if Path(f"{out}.part").exists() or not (result.exists() and saved.exists()):
         return False  # the command itself says what is there
-    before = read_optional(saved)
+    before = read_json(saved)
     now = {name: value for name, value in vars(stage).items() if name in before}
     if isinstance(inputs := before.get("inputs"), dict):
         now["inputs"] = inputs | hash_files(inputs)  # a file that was deleted since counts as unchanged
-    refuse_changes(f"{out}: was made with", before, now, f"use its flags, or remove {out} to run that line again")
+    remedy = f"use its flags, or remove {out} to run that line again"
+    refuse_changes(f"{out}: was made with", before, now, remedy)
     return True
 
 
@@ -230,8 +218,8 @@ def run_demo(args):
     """STAR on the bundled models: score teacher and student, distil (CKD), refine (Sim-RL), score again."""
     refuse_existing(Path(args.out), args.resume)
     machine = f"--device cpu --dtype float32 --seed {args.seed}"
-    lengths = QUICK if args.quick else FULL
     tiny = shlex.quote(os.path.relpath(Path(__file__).parents[1] / "data/tiny"))
+    lengths = QUICK if args.quick else FULL
     text = DEMO.replace("{eval}", EVAL)
     return split_lines(text.format(tiny=tiny, out=shlex.quote(args.out), machine=machine, **lengths))
 

@@ -41,22 +41,20 @@ def run_plot(args):
     if not Path(args.out).suffix:
         raise InputError(f"{args.out}: is not a picture; give an --out that ends in .png")
     # A run's label is its path below the folder that contains all runs.
-    parents = [os.path.dirname(os.path.abspath(folder)) for folder in args.runs]
-    common = os.path.commonpath(parents)
+    common = os.path.commonpath([os.path.dirname(os.path.abspath(folder)) for folder in args.runs])
     runs = {os.path.relpath(folder, common): read_run(folder) for folder in args.runs}
-    names = PANELS
-    spans = {}
-    heights = {}
+    names, spans, heights = PANELS, {}, {}
     if args.story:
         names = STORY
         spans = concatenate_runs(runs)
         lines = read_rows(Path(args.story) / "generations.jsonl", scored=True)
         for name in STORY:
-            heights[PANELS[name]] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
-    panels = {PANELS[name]: curves for name in names if (curves := read_curves(runs, name))}
+            heights[name] = np.mean([line["responses"][0][name.removeprefix("greedy_")] for line in lines])
+    panels = {name: curves for name in names if (curves := read_curves(runs, name))}
     if not panels:
-        remedy = "train it with --valid-answers (ckd, sft) or --valid (simrl)" if args.story else (
-            "plot it after its first step")
+        remedy = "plot it after its first step"
+        if args.story:
+            remedy = "train it with --valid-answers (ckd, sft) or --valid (simrl)"
         raise InputError(f"{args.runs[0]}: nothing is logged yet; {remedy}")
     draw_picture(panels, list(runs), args.out, spans, heights)
     print(f"wrote {args.out}")
@@ -114,7 +112,7 @@ def read_curves(runs, name):
 def draw_picture(panels, labels, out, spans, heights):
     """Draw a panel per quantity, a curve per run. Beside held-out curves, a training curve is dotted.
 
-    spans, heights: of a story, {label: (first, last second) to shade} and {title: height of the teacher's line}
+    spans, heights: of a story, {label: (first, last second) to shade}, {name: height of the teacher's line}
     """
     try:
         from matplotlib import rc_context
@@ -127,26 +125,24 @@ def draw_picture(panels, labels, out, spans, heights):
     colors = {label: COLORS[i % len(COLORS)] for i, label in enumerate(labels)}
     with rc_context(STYLE):
         figure = Figure(figsize=(4.3 * columns, 3.1 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).ravel()
         handles = [Line2D([], [], color=colors[name], label=name) for name in labels]
         if spans:
             handles.append(Line2D([], [], color="gray", ls="--", label="teacher"))
         dotted = Line2D([], [], color="gray", ls=":", label="dotted: in training")
-        for axis, (title, curves) in zip(axes, panels.items()):
+        for number, (name, curves) in enumerate(panels.items(), start=1):
+            axis = figure.add_subplot(rows, columns, number)
             in_training = ":" if any(curve[2] for curve in curves.values()) else "-"
             for label, (steps, values, held_out) in curves.items():
                 style = "o-" if held_out else in_training
                 axis.plot(steps, values, style, color=colors[label])
                 if style == ":" and dotted not in handles:
                     handles.append(dotted)
-            suffix = ", held out" if in_training == ":" else ""
-            axis.set(title=title + suffix, xlabel="seconds of training" if spans else "step")
+            title = PANELS[name] + (", held out" if in_training == ":" else "")
+            axis.set(title=title, xlabel="seconds of training" if spans else "step")
             for label, span in spans.items():
                 axis.axvspan(*span, color=colors[label], alpha=0.1)
-            if title in heights:
-                axis.axhline(heights[title], color="gray", ls="--")
-        for axis in axes[len(panels):]:
-            axis.set_visible(False)
+            if name in heights:
+                axis.axhline(heights[name], color="gray", ls="--")
         figure.legend(handles=handles, ncols=columns + 1, loc="outside upper left")
         try:
             figure.savefig(out, dpi=100)

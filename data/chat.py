@@ -31,6 +31,8 @@ CALLS_INTRO = ("For each function call, return a json object with function name 
                "within <tool_call></tool_call> XML tags:")
 EXAMPLE_CALL = '{"name": <function-name>, "arguments": <args-json-object>}'
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+# Family, default system prompt and example call by `model_type`, for a folder without a chat template.
+FLAVOURS = {"qwen3": ("qwen3", None, EXAMPLE_CALL), "qwen2": ("qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL)}
 
 
 def add_prompt_flags(parser, tools="--tools"):
@@ -57,7 +59,7 @@ class Chat:
         """Read a Hugging Face model folder. InputError for a broken file, or a template of another family.
 
         think: "on" opens a think block at the end of every prompt, "off" writes an empty one, "none" writes none;
-            None takes `default_think` of tokenizer_config.json (--think of a training run), else what the family knows
+            None takes `default_think` of tokenizer_config.json (--think of a training run), else the family's
         tools: "flat" writes a tool as {"name", "description", "parameters"}, as STAR was trained; "wrapped" as
             {"type": "function", "function": {...}}
         """
@@ -70,20 +72,19 @@ class Chat:
         chat.think = think or config.get("default_think") or ("on" if chat.family == "qwen3" else "none")
         if chat.think not in THINK:
             raise InputError(f"{path}: think is {chat.think}, not on, off or none; correct default_think")
-        path = folder / "tokenizer.json"
         chat.tokenizer = read_tokenizer(folder)
-        vocabulary = chat.tokenizer.get_vocab(with_added_tokens=True)
-        chat.vocab_size = max(vocabulary.values(), default=-1) + 1  # ids may have gaps
+        ids = chat.tokenizer.get_vocab(with_added_tokens=True)
+        chat.vocab_size = max(ids.values(), default=-1) + 1  # ids may have gaps
         check_rows(folder, chat.vocab_size)
-        chat.end_id = vocabulary.get("<|im_end|>")
-        chat.think_end_id = vocabulary.get("</think>")
+        chat.end_id, chat.think_end_id = ids.get("<|im_end|>"), ids.get("</think>")
+        path = folder / "tokenizer.json"
         if chat.end_id is None:
             raise InputError(f"{path}: no token <|im_end|>; use the tokenizer of Qwen2.5 or Qwen3")
         if chat.think != "none" and chat.think_end_id is None:
             raise InputError(f"{path}: no token </think>; use --think none")
         stop_ids = {chat.end_id}
-        for name in ("generation_config.json", "config.json"):
-            eos = check_fields(read_optional(folder / name), GENERATION_CONFIG, folder / name).get("eos_token_id")
+        for path in (folder / "generation_config.json", folder / "config.json"):
+            eos = check_fields(read_optional(path), GENERATION_CONFIG, path).get("eos_token_id")
             stop_ids.update(eos if isinstance(eos, list) else [eos])
         chat.stop_ids = sorted(stop_ids - {None})
         return chat
@@ -119,46 +120,36 @@ class Chat:
                 "\nYou are provided with function signatures within <tools></tools> XML tags:",
                 "<tools>", *tools, "</tools>\n", CALLS_INTRO,
                 "<tool_call>", self.example_call, "</tool_call>"]))
-        turns = [turn("system", "\n\n".join(parts))] if parts else []
-
-        last = len(messages) - 1
+        text = turn("system", "\n\n".join(parts)) if parts else ""
         last_query = find_last_query(messages)
-        for i, message in enumerate(messages):
-            role = message["role"]
-            text = text_of(message)
+        roles = [message["role"] for message in messages]
+        for i, (role, message) in enumerate(zip(roles, messages)):
             if role == "assistant":
-                reasoning = None
+                content, reasoning = text_of(message), None
                 if self.family == "qwen3":
-                    text, reasoning = split_reasoning(message)
-                if i <= last_query or (i < last and not reasoning):
+                    content, reasoning = split_reasoning(message)
+                if i <= last_query or (i < len(roles) - 1 and not reasoning):
                     reasoning = None
-                text = self._assistant(text, message.get("tool_calls"), reasoning)
-                turns.append(turn(role, text))
+                text += turn(role, self._assistant(content, message.get("tool_calls"), reasoning))
             elif role == "tool":  # consecutive results share one user turn
-                if i == 0 or messages[i - 1]["role"] != "tool":
-                    turns.append("<|im_start|>user")
-                turns.append(f"\n<tool_response>\n{text}\n</tool_response>")
-                if i == last or messages[i + 1]["role"] != "tool":
-                    turns.append("<|im_end|>\n")
-            elif role == "user" or i > 0:  # message 0 is written already
-                turns.append(turn(role, text))
-        if generation_prompt:
-            turns.append("<|im_start|>assistant\n")
-        return "".join(turns)
+                text += "<|im_start|>user" if roles[i - 1:i] != ["tool"] else ""
+                text += f"\n<tool_response>\n{text_of(message)}\n</tool_response>"
+                text += "<|im_end|>\n" if roles[i + 1:i + 2] != ["tool"] else ""
+            elif role == "user" or i > 0:  # a system prompt at the start is written already
+                text += turn(role, text_of(message))
+        return text + "<|im_start|>assistant\n" if generation_prompt else text
 
     def _assistant(self, content, tool_calls, reasoning):
         """The text of an assistant turn: a think block unless reasoning is None, the content, the calls."""
         opening = ""
-        lines = [content] if content else []
         if reasoning is not None:
             opening = "<think>\n" + reasoning.strip("\n") + "\n</think>\n\n"
-            lines = [line.lstrip("\n") for line in lines]
+        lines = [content.lstrip("\n") if opening else content] if content else []
         for call in tool_calls or []:
             arguments = call["arguments"]
             if not (isinstance(arguments, str) and self.family == "qwen3"):
                 arguments = json.dumps(arguments, ensure_ascii=False)
-            call = f'{{"name": "{call["name"]}", "arguments": {arguments}}}'
-            lines.append(f"<tool_call>\n{call}\n</tool_call>")
+            lines.append(f'<tool_call>\n{{"name": "{call["name"]}", "arguments": {arguments}}}\n</tool_call>')
         return opening + "\n".join(lines)
 
     def encode(self, text):
@@ -239,10 +230,8 @@ def read_flavour(folder, template):
     if template is None:
         path = folder / "config.json"
         model_type = read_json(path, MODEL_FOLDER).get("model_type")
-        if model_type == "qwen3":
-            return "qwen3", None, EXAMPLE_CALL
-        if model_type == "qwen2":
-            return "qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL
+        if str(model_type) in FLAVOURS:
+            return FLAVOURS[model_type]
         raise InputError(f"{path}: no chat template is known for model_type {model_type!r}; "
                          "use a Qwen2.5 or Qwen3 folder")
     if isinstance(template, list):
@@ -250,7 +239,7 @@ def read_flavour(folder, template):
     tools = TOOLS_INTRO in template and CALLS_INTRO in template
     switch = "enable_thinking" in template
     if tools and switch and "last_query_index" in template:
-        return "qwen3", None, EXAMPLE_CALL
+        return FLAVOURS["qwen3"]
     system = re.search(r"'<\|im_start\|>system(?:\\n|\n)([^']+)<\|im_end\|>", template)
     if not tools or switch or "<think>" in template or system is None:
         raise InputError(f"{path}: the chat template is neither Qwen2.5's nor Qwen3's; use a folder with one of these")

@@ -83,11 +83,12 @@ def open_rollouts(out, groups, arguments=None, resume=False):
     if out.exists() and not part.exists():
         return read_rows(out, scored=arguments is None), {}
     out.parent.mkdir(parents=True, exist_ok=True)
-    part.touch(exist_ok=resume)
-    for path in (part, *others):  # a rank may live on after rank 0 was killed
+    for path in others:  # a rank may live on after rank 0 was killed
         lock(path)
     while others and not begun:  # of an earlier run
         others.pop().unlink()
+    part.touch(exist_ok=resume)
+    lock(part)
     if arguments is not None and not begun:
         write_json(f"{out}.arguments.json", arguments)
     rows = {}

@@ -1,6 +1,7 @@
 """What a run deletes, trusts and refuses in its folder, and what a call is told before it starts."""
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -222,8 +223,9 @@ def test_ctrl_c_in_a_rollout_says_what_was_kept(here):
     wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") > 3)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
-    kept = part.read_bytes().count(b"\n")
-    assert process.returncode == 130 and f"{kept} of these 24 records are done, and kept in out.jsonl.part" in error
+    said = re.search(r"(\d+) of these 24 records are done, and kept in out.jsonl.part", error)
+    assert process.returncode == 130 and said, error
+    assert part.read_bytes().count(b"\n") - int(said[1]) in (0, 1)  # 1: stopped between the file and the bar
     assert error.endswith("star.py rollout: interrupted; continue with the same command and --resume\n")
 
 
@@ -328,12 +330,14 @@ def test_a_chain_checks_all_inputs_first(here, capsys):
 def test_a_chain_may_use_a_model_of_the_demo_and_draw_a_picture_twice():
     lines = ["demo --out d", "lens --teacher t --student d/ckd/model --data x --out page.html",
              "plot d/ckd --out p.png", "plot d/star --out p.png"]
-    stages = [star.parse(line.split())[0] for line in lines]
-    outs = [Path(stage.out) for stage in stages]
-    curriculum.check_outs(lines, stages, outs, False)
-    assert curriculum.writes(stages[0], outs[0], Path("d/ckd/model"), True)
+    demo, lens, *plots = stages = [star.parse(line.split())[0] for line in lines]
+    for stage in stages:
+        stage.out = Path(stage.out)
+    for stage, before in ((lens, [demo]), (plots[0], [demo, lens]), (plots[1], [demo, lens, plots[0]])):
+        curriculum.check_out(stage, before, False)
+    assert curriculum.writes(demo, Path("d/ckd/model"), "model")
     with pytest.raises(InputError, match="another line writes there"):
-        curriculum.check_outs(lines, [*stages[:2], stages[0], stages[0]], [outs[0], *outs[1:3], outs[2]], False)
+        curriculum.check_out(demo, [lens, demo], False)
 
 
 def test_a_chain_goes_on_after_a_stage_was_mended(here, capsys):
