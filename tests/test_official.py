@@ -407,6 +407,9 @@ def stub_server(answer):
         def log_message(self, *_):
             pass
 
+        def do_GET(self):  # BFCL asks for /v1/models until it gets an answer
+            self.reply({})
+
         def do_POST(self):
             text = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
             choice = {"index": 0, "finish_reason": "stop", "text": text, "message": {"content": text}}
