@@ -350,8 +350,8 @@ def describe_cache(model, num_slots, num_prompts, prompt_tokens, max_new_tokens)
     size = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * model.head_weight.itemsize
     positions = c.get("max_position_embeddings", math.inf)
     beyond = f", beyond the model's {positions:,} positions" if prompt_tokens + max_new_tokens > positions else ""
-    return (f"keys and values of {num_prompts} prompts x {prompt_tokens:,} and {num_slots} responses x "
-            f"{max_new_tokens:,} tokens{beyond}: at most {tokens * size / 1e9:.2f} GB")
+    return (f"at most {tokens * size / 1e9:.2f} GB for keys and values: {num_prompts} prompts of {prompt_tokens:,} "
+            f"tokens, {num_slots} responses of {max_new_tokens:,}{beyond}")
 
 
 def generate(model, requests, num_slots, chat):

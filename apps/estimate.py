@@ -186,5 +186,5 @@ def run_estimate(args):
             rows.append([stage, *(f"{figure:.1f}" for figure in figures)])
         print_table(rows)
     print("\nrefine is simrl of the teacher. frozen: the teacher of ckd, the reference of simrl. "
-          "peak: what the head, a layer or a draw needs for a moment. "
+          "peak: what the head, a layer or a step of sampling needs for a moment. "
           "hours of rollout and ckd: one pass over the prompts")

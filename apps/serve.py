@@ -62,8 +62,8 @@ def serve_flags(parser):
 
 
 def run_serve(args):
-    """Serve a model to OpenAI clients on this machine, until Ctrl-C. Under `torchrun` each rank holds the whole model,
-    and all share the port. Not run on a GPU."""
+    """Serve a model to OpenAI clients on this machine, until Ctrl-C. A request without a temperature has 1. Under
+    `torchrun` each rank holds the whole model, and all share the port. Not yet run on a GPU."""
     server = make_server(args)
     chat = server.engine.sampler.chat
     url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -263,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
             except (InputError, RecursionError) as error:
                 raise HTTPError(400, str(error)) from error
             engine.submit(job)
-            head = {"id": f"star-{number}", "created": int(time.time()), "model": str(body.get("model")),
+            head = {"id": f"star-{number}", "created": int(time.time()), "model": str(body.get("model") or ""),
                     "object": "chat.completion" + ".chunk" * job.stream if chatting else "text_completion"}
             if job.stream:
                 self.stream(job, head, chatting, body.get("stream_options"))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-MODEL_FOLDER = "give a whole model folder: config.json, tokenizer.json and *.safetensors"
+MODEL_FOLDER = "give a whole model folder (of a run, OUT/model): config.json, tokenizer.json and *.safetensors"
 
 
 class InputError(Exception):
@@ -48,7 +48,8 @@ def parse_json(data, where, remedy, kind=dict):
         if re.search(rb"\\u[dD][89a-fA-F]", data) or data.count(b"[") + data.count(b"{") > 500:
             json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as e:  # a UnicodeError is a ValueError
-        raise InputError(f"{where}: is not JSON in UTF-8 ({e}); {remedy}") from e
+        why = str(e).replace("line 1 column", "column")  # `where` may have a line number
+        raise InputError(f"{where}: is not JSON in UTF-8 ({why}); {remedy}") from e
     if not isinstance(value, kind):
         raise InputError(f"{where}: holds a JSON {type(value).__name__}, not what belongs here; {remedy}")
     return value
@@ -133,7 +134,9 @@ def refuse_changes(where, before, now, remedy):
         raise InputError(f"{where} the command {before.get('command')}, not {now.get('command')}; {remedy}")
     if unknown := [name for name in now if name not in before]:
         raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
-    if changed := [name for name in now if name != "inputs" and before[name] != now[name]]:
+    changed = [f"{name} ({one_line(str(before[name]), 40)}, now {one_line(str(now[name]), 40)})"
+               for name in now if name != "inputs" and before[name] != now[name]]
+    if changed:
         raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
     inputs, old_inputs = now.get("inputs", {}), before.get("inputs")
     old_inputs = old_inputs if isinstance(old_inputs, dict) else {}

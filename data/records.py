@@ -237,7 +237,8 @@ def check_record(record, need, vocab_size, check_answer):
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise InputError("no message to answer; before the answer there must be a user's or a tool's message")
     if need == "an answer" and not (has_answer(record) or responses):
-        raise InputError('no answer; give a last assistant turn or an "answer", or run rollout first')
+        raise InputError('no answer; give a last assistant turn or an "answer" with "tool_calls" or "content", '
+                         "or run rollout first")
     if need == "a gold answer" and not has_answer(record):
         raise InputError(f"record {record['id']} has no gold answer to score against; add one, or remove the record")
     if check_answer and record.get("answer"):

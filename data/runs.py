@@ -191,7 +191,7 @@ def finish_run(args, model, show_examples):
                 summary[label] = f"{value:.4f} -> {last[name]:.4f}"
         print()
         print_table(summary.items())
-        print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model")
+        print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model --tools FILE")
 
 
 def describe_batch(batch, seconds):

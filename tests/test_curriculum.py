@@ -251,7 +251,7 @@ def test_a_finished_line_with_other_flags_is_refused(here, capsys):
     Path("plan.txt").write_text(text.replace("--lr 1e-3", "--lr 1e-2"))
     assert run("--resume") == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("star.py curriculum: run: was made with another lr; use its flags")
+    assert error.startswith("star.py curriculum: run: was made with another lr (0.001, now 0.01); use its flags")
     Path("plan.txt").write_text(text)
     assert run("--resume") == 0
 

@@ -264,7 +264,7 @@ def test_a_flag_without_effect_is_said(here, capsys, number):
 
 
 def test_no_flag_of_these_calls_is_idle(here, capsys):
-    for command in (f"{CKD} --tail-weight 2 --kd-ratio 0.5",
+    for command in (f"{CKD} --tail-weight 2 --kd-ratio 0.5", f"{SFT} --hold-out 0 --samples 0 --out sft",
                     f"{SIMRL} --valid train.jsonl --valid-every 2 --out other"):
         assert run(command) == 0
         assert "no effect" not in capsys.readouterr().err
