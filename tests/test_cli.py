@@ -549,7 +549,7 @@ def test_rollout(here, capsys):
 def test_chat(here, monkeypatch, capsys):
     Path("tools.json").write_text(json.dumps(rows("train.jsonl")[0]["tools"][:2]))
     talk = "chat --model student --dtype float32 --device cpu --max-new-tokens 5"
-    for command, tools in ((talk, 0), (f"{talk} --tools tools.json --temperature 1 --system Hello.", 2)):
+    for command, tools in ((talk, "no"), (f"{talk} --tools tools.json --temperature 1 --system Hello.", 2)):
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\nWhat is the weather in Lima?\n"))
         assert run(command) == 0
         turns = capsys.readouterr().out.split("you> ")
