@@ -17,7 +17,7 @@ head, H hidden size, V ids in the vocabulary, k and m as above.
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
 2. The loss is the mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a
-   mean of micro-batch means, in which a token weighs more if its micro-batch has few).
+   mean of micro-batch means, in which a token weighs more if its micro-batch has few tokens).
 3. Random-sample KD (rskd) sums over the drawn ids only (released: over a target that has all V ids).
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
@@ -56,7 +56,7 @@ def reverse_kl(teacher_log_p, student_log_p):
 
 def adaptive_kl(teacher_log_p, student_log_p):
     """A weighted mean of forward and reverse KL, both on all of V_k. The weight of the forward KL is the sum of |p - q|
-    over the head of V_k: its first token, and all tokens while the cumulative p is below 0.5. That of the reverse KL is
+    over the top of V_k: its first token, and all tokens while the cumulative p is below 0.5. That of the reverse KL is
     the sum over the rest. teacher_log_p is in descending order. The weights have gradients, as released."""
     p = teacher_log_p.exp()  # [C, k]
     q = student_log_p.exp()  # [C, k]
@@ -95,7 +95,7 @@ DIVERGENCES = {
 
 
 def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, divergence=forward_kl, kd_ratio=1.0):
-    """kd_ratio (divergence + lambda S') + (1 - kd_ratio) cross-entropy at each position. With kd_ratio 1 this is Eq. 3.
+    """kd_ratio (divergence + lambda S') + (1 - kd_ratio) cross-entropy at each position. By default this is Eq. 3.
 
     logits: [C, V], the student's
     target: [C], the next token of the response
@@ -211,7 +211,7 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
         packed = pack(micro, device)
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = counted_states(student, packed, dtype)  # [N, H]
-        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], ids of both
+        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], the shared ids
         weights = torch.full((len(hidden),), active / total, device=device, dtype=wide)
         part, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
         if part.requires_grad:

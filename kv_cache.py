@@ -19,7 +19,7 @@ class KVCache:
 
     def __init__(self, model, prompt_rows, prompt_tokens, response_rows, response_tokens):
         c = model.model.c
-        new_zeros = model.head_weight.new_zeros  # not empty: a masked key of nan adds 0 x nan = nan
+        new_zeros = model.head_weight.new_zeros  # not empty: weight 0 x a masked value of nan is nan
         heads, size = c["num_key_value_heads"], c["head_dim"]
         layers = range(c["num_hidden_layers"])
         self.prompts = [new_zeros(2, prompt_rows, heads, prompt_tokens, size) for _ in layers]
@@ -77,8 +77,8 @@ class KVCache:
         wide = torch.promote_types(q.dtype, torch.float32)
         dtype = wide if q.device.type == "cpu" else q.dtype
         q = q.view(B, k.shape[1], -1, D).to(dtype) * D ** -0.5  # [B, Hkv, R, D]
-        on_prompt, on_own = self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)  # [B, Hkv, R, S] each
-        scores = torch.cat((on_prompt, on_own), dim=-1).masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
+        scores = torch.cat((self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)), dim=-1)
+        scores = scores.masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
         weights = scores.softmax(-1, dtype=wide).to(k.dtype)  # [B, Hkv, R, S]
         on_prompt, on_own = weights.split(self.widths, dim=-1)
         x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]

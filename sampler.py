@@ -334,8 +334,8 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 def cache_size(num_slots, requests):
     """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
 
-    A prompt keeps its row until its longest response ends; by then most of its slots are free and hold responses to
-    others. So there is room for three times the prompts that would fill the slots.
+    A prompt keeps its row until its longest response ends; by then most of its slots hold responses to others. So there
+    is room for three times the prompts that would fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
     num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))

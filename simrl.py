@@ -15,7 +15,7 @@ Where paper, released code and this file differ (sampler.py and data/groups.py l
    rounding). Here the first batch of a step needs no extra pass: pi is still pi_old, so the loss uses its own
    log-probs, detached. Ids beyond the tokenizer are cut off, as in the sampler.
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
-   so a token weighs more if its micro-batch has few; here, over all tokens of the optimiser batch (`token`).
+   so a token weighs more in a micro-batch of few; here, over all tokens of the optimiser batch (`token`).
 3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
 4. Filter: the paper drops groups whose mean score is 0 or 1. The answer score of a response is its reward, but 0 for a
    format failure. Released and here, a group is kept if its answer scores differ and their mean is between 0.01 and
@@ -79,7 +79,7 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     logits: [C, V]
     target: [C], the sampled token
     advantage: [C], the A of its response
-    old_log_p: [C], its log-prob under pi_old; None before the first update, when pi_old is pi
+    old_log_p: [C], its log-prob under pi_old; None before a step's first update, when pi_old is pi
     ref_log_p: [C], its log-prob under pi_ref; None for no KL
     sampler_log_p: [C], its log-prob as the sampler computed it, for `mismatch` only; or None
     kl_weight: beta
@@ -182,9 +182,9 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
                 sums.update(accumulate_gradients(model, packed_batch, chat.vocab_size, args))
                 progress["updates"] += 1
                 rate = train.learning_rate(progress["updates"], num_updates, args.lr)
-                row |= train.update(model, optimisers, rate, args.out, step)
-            shares = {name: value / row["tokens"] for name, value in sums.items()}  # this rank's share of each mean
-            shares["loss"] = sums["loss"] / len(batches)
+                row |= train.update(model, optimisers, rate, args.out, step)  # lr and norm of the last batch
+            counts = {"loss": len(batches)}  # of the other sums: tokens
+            shares = {name: value / counts.get(name, row["tokens"]) for name, value in sums.items()}  # of this rank
             row |= train.sum_over_ranks(shares)
             policy.copy_weights(model)
 

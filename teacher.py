@@ -37,7 +37,7 @@ class Teacher:
             rows = packed["rows"].cpu().numpy()
             ids, log_p = (torch.from_numpy(array[rows]) for array in self.cache)  # [N, k] each
             return ids.to(device, torch.int64), log_p.to(device, torch.float32)
-        hidden = counted_states(self.model, packed, torch.float32)  # [N, H]; no autocast: products as its weights are
+        hidden = counted_states(self.model, packed, torch.float32)  # [N, H]; no autocast: its weights' precision
         head = self.model.head_weight[:self.vocab_size]  # [V, H]
         uniform = None if self.seed is None else self.uniform(groups, step).to(device)
         return topk_log_probs(hidden, head, self.k, uniform)

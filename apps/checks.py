@@ -45,6 +45,6 @@ def check_call(argv, args):
     given = {word.partition("=")[0] for word in argv}
     for commands, flags, when, idle in IDLE if is_first_rank() else ():
         for flag in flags.split():
-            is_off = not getattr(args, flag.lstrip("-").replace("-", "_"), True)  # --samples 0
-            if args.command in commands.split() and flag in given and not is_off and idle(args):
+            off = flag == "--samples" and not args.samples
+            if args.command in commands.split() and flag in given and idle(args) and not off:
                 print(f"note: {flag} has no effect {when}", file=sys.stderr)

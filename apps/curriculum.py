@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 
 from apps.evaluate import identity
@@ -53,16 +54,24 @@ COLUMNS = ("exact calls", "reward", "reward at T = 1", "valid calls", "correct r
 
 
 def split_lines(text):
-    """The command lines of a text. An indented line continues the one before; comments are dropped.
+    """The command lines of a text: an indented line continues the one before; comments and blank lines are dropped, and
+    `python star.py`.
 
     >>> split_lines("python star.py sft --model m   # comment\\n    --data d\\n\\nplot run")
     ['sft --model m --data d', 'plot run']
     """
-    # Drop comments; a # in quotes begins none. Then join a line that ends in a backslash or is indented.
+    lines = []
+    # Drop comments; a # in quotes begins none.
     text = re.sub(r"""("(?:\\.|[^"\\\n])*"|'[^'\n]*')|(?<!\S)#.*""", r"\1", text.replace("\r\n", "\n"))
-    text = re.sub(r"\n\s*[ \t]", " ", text.replace("\\\n", " "))
-    lines = [shlex.join(shlex.split(line)) for line in text.split("\n")]
-    return [line.removeprefix("python star.py ") for line in lines if line]
+    for line in text.replace("\\\n", " ").split("\n"):
+        words = shlex.split(line)
+        if words[:2] == ["python", "star.py"]:
+            del words[:2]
+        if words and line[0].isspace() and lines:
+            lines[-1] += " " + shlex.join(words)
+        elif words:
+            lines.append(shlex.join(words))
+    return lines
 
 
 def curriculum_flags(parser):
@@ -98,13 +107,14 @@ def run_all(lines, args, parse, main):
         stage.line = line
         stage.out = Path(getattr(stage, "out", None) or os.devnull)
         stages.append(stage)
+    check = cache(check_input)  # once for the same flags of several lines
     for i, stage in enumerate(stages):
         try:
             check_out(stage, stages[:i], args.resume)
             # What an evaluation was compared with is not recorded, so it is compared again, which is quick.
             stage.finished = args.resume and not getattr(stage, "compare", None) and is_finished(stage)
             if not stage.finished:
-                check_inputs(stage, stages[:i])
+                check_inputs(stage, stages[:i], check)
         except InputError as e:
             raise InputError(f"{e} (in the line: {stage.line})") from e
     ran = False
@@ -114,7 +124,7 @@ def run_all(lines, args, parse, main):
             print(f"\n$ python star.py {stage.line}   # finished", flush=True)
             continue
         ran = True
-        begun = stage.command == "curriculum" or exists(stage.out)
+        begun = stage.command == "curriculum" or exists(stage.out) or stage.out.is_dir()
         resume = " --resume" if args.resume and begun and "resume" in stage else ""
         print(f"\n$ python star.py {stage.line}{resume}\n", flush=True)
         if code := main(shlex.split(stage.line + resume)):
@@ -137,38 +147,40 @@ def check_out(stage, before, resume):
         raise InputError(f"{stage.out}: exists already; give --resume or another --out")
 
 
-def check_inputs(stage, before):
-    """InputError if what a stage reads is missing or broken, unless a stage before writes it."""
+def check_inputs(stage, before, check):
+    """InputError if what a stage reads is missing or broken (see `check_input`), unless a stage before writes it."""
     for flag in (*MODELS, "data", "valid", *OUTPUTS):
         values = getattr(stage, flag, None) or []
+        limit = getattr(stage, "valid_limit" if flag == "valid" else "limit", None)
         for path in map(Path, values if isinstance(values, list) else [values]):
             writer = next((other for other in before if writes(other, path, flag)), None)
             if writer is None:
-                check_input(path, flag, stage)
+                check(path, flag, stage.command, getattr(stage, "think", None), limit)
             elif writer.command == "rollout" and stage.command in ("ckd", "sft"):
                 check_prompts(path, writer, stage)
 
 
 def writes(stage, path, flag):
     """Whether a stage may write what `flag` names at a path. What a nested list writes is not known."""
-    inside = path.resolve().is_relative_to(stage.out.resolve())
-    return stage.command == "curriculum" or inside and (flag not in MODELS or path.name == "model")
+    path, out = path.resolve(), stage.out.resolve()
+    if flag in MODELS and stage.command in ("ckd", "sft", "simrl"):
+        return path == out / "model"
+    return stage.command == "curriculum" or path.is_relative_to(out) and (flag not in MODELS or stage.command == "demo")
 
 
-def check_input(path, flag, stage):
+def check_input(path, flag, command, think, limit):
     """InputError if the model folder or file that a flag gives is missing or broken."""
     if not path.exists():
         raise InputError(f"{path}: no such file, and no line before writes it")
-    if stage.command in ("prepare", "reward", "estimate") or flag in OUTPUTS:
+    if command in ("prepare", "reward", "estimate") or flag in OUTPUTS:
         return
     if path.is_dir():
         if flag != "teacher":  # of which only the tokenizer is used
-            Chat.from_pretrained(path, getattr(stage, "think", None))
+            Chat.from_pretrained(path, think)
         Transformer.from_pretrained(path, device="meta")
     elif path.is_file():  # a pipe can be read only once
-        need = {"rollout": None, "simrl": "a gold answer", "eval": "a gold answer"}
-        limit = stage.valid_limit if flag == "valid" else getattr(stage, "limit", None)
-        for _ in stream_records(path, need=need.get(stage.command, "an answer"), limit=limit):
+        need = {"rollout": None, "simrl": "a gold answer", "eval": "a gold answer"}.get(command, "an answer")
+        for _ in stream_records(path, need=need, limit=limit):
             pass
 
 

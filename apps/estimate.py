@@ -19,7 +19,7 @@ WIDTH = {"bfloat16": 2, "float32": 4}  # bytes of a number in --dtype
 
 
 def read_sizes(folder):
-    """The sizes of a model folder; numbers of weights: all, the head's, the embeddings', the layers'."""
+    """Sizes of a model folder, and its numbers of weights: all, the head's, the embeddings', the layers'."""
     folder = Path(folder)
     with torch.device("meta"):
         model = Transformer(read_json(folder / "config.json", MODEL_FOLDER), folder)

@@ -26,7 +26,8 @@ def run_chat(args):
     chat = Chat.from_pretrained(args.model, args.think, args.tools_form)
     tools = read_tools(args.tools) if args.tools else []
     model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), pick_device(args))
-    print(f"{args.model} with {len(tools) or 'no'} tools (--tools). An empty line or Ctrl-D ends.")
+    what = f"{len(tools)} tools" if tools else "no tools (give --tools FILE)"
+    print(f"{args.model} with {what}. An empty line or Ctrl-D ends.")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     role = "user"
     while text := read_input("tool result> " if role == "tool" else "you> "):

@@ -134,8 +134,12 @@ def refuse_changes(where, before, now, remedy):
         raise InputError(f"{where} the command {before.get('command')}, not {now.get('command')}; {remedy}")
     if unknown := [name for name in now if name not in before]:
         raise InputError(f"{where} another version of this program, without {', '.join(unknown)}; {remedy}")
-    changed = [f"{name} ({one_line(str(before[name]), 40)}, now {one_line(str(now[name]), 40)})"
-               for name in now if name != "inputs" and before[name] != now[name]]
+    changed = []
+    for name in now:
+        if name != "inputs" and before[name] != now[name]:
+            values = str(before[name]), str(now[name])
+            short = max(map(len, values)) <= 60
+            changed.append(f"{name} ({values[0]}, now {values[1]})" if short else name)
     if changed:
         raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
     inputs, old_inputs = now.get("inputs", {}), before.get("inputs")

@@ -31,7 +31,7 @@ CALLS_INTRO = ("For each function call, return a json object with function name 
                "within <tool_call></tool_call> XML tags:")
 EXAMPLE_CALL = '{"name": <function-name>, "arguments": <args-json-object>}'
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
-# Family, default system prompt and example call by `model_type`, for a folder without a chat template.
+# Family, default system prompt and example call by `model_type`, of a folder without a template; Qwen3's always.
 FLAVOURS = {"qwen3": ("qwen3", None, EXAMPLE_CALL), "qwen2": ("qwen2.5", QWEN25_SYSTEM, EXAMPLE_CALL)}
 
 

@@ -69,9 +69,9 @@ def open_rollouts(out, groups, arguments=None, resume=False):
 
     Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
     OUT.part, which stays locked, and of other ranks. InputError if they were made with other settings or from other
-    records, and if the file exists and resume is not set.
+    records, if another process writes there, and if the file exists and resume is not set.
     """
-    part = Path(f"{out}.part")
+    part = part_file(out, 0)
     others = [path for path in out.parent.glob("*.part.*") if path.stem == part.name and path.suffix[1:].isdecimal()]
     for path in (out, part):
         refuse_existing(path, resume)
@@ -124,7 +124,7 @@ def check_responses(row, where, table):
 
 
 def part_file(out, rank):
-    """The file that a rank appends its records to; it locks it while it does."""
+    """The file that a rank appends its records to, and keeps locked meanwhile."""
     return Path(f"{out}.part.{rank}" if rank else f"{out}.part")
 
 
@@ -142,7 +142,7 @@ def finish_rollouts(out, rows, arguments=None):
     if arguments is not None:
         write_json(f"{out}.arguments.json", arguments)
     write_lines(out, map(json_line, rows))
-    Path(f"{out}.part").unlink()
+    part_file(out, 0).unlink()
 
 
 def part_line(i, row):
