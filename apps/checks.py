@@ -45,6 +45,6 @@ def check_call(argv, args):
     given = {word.partition("=")[0] for word in argv}
     for commands, flags, when, idle in IDLE if is_first_rank() else ():
         for flag in flags.split():
-            off = flag == "--samples" and not args.samples
+            off = flag == "--samples" and not getattr(args, "samples", True)
             if args.command in commands.split() and flag in given and idle(args) and not off:
                 print(f"note: {flag} has no effect {when}", file=sys.stderr)
