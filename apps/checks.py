@@ -12,8 +12,10 @@ IDLE = (
     ("sft ckd simrl", "--valid-limit", "without --valid", lambda args: not args.valid),
     ("simrl", "--valid-every", "without --valid", lambda args: not args.valid),
     ("sft ckd", "--hold-out", "with --valid", lambda args: args.valid),
-    ("sft ckd", "--valid-every --valid-answers --samples", "without held-out records",
+    ("sft ckd", "--valid-every --valid-answers", "without held-out records",
      lambda args: not args.valid and not args.hold_out),
+    ("sft ckd", "--samples", "without held-out records",
+     lambda args: args.samples and not args.valid and not args.hold_out),
     ("sft ckd simrl", "--epochs --episodes", "with --steps", lambda args: args.steps),
     ("ckd", "--tail-weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
     ("ckd", "--kd-ratio", "with --objective ce", lambda args: args.objective == "ce"),
@@ -45,6 +47,5 @@ def check_call(argv, args):
     given = {word.partition("=")[0] for word in argv}
     for commands, flags, when, idle in IDLE if is_first_rank() else ():
         for flag in flags.split():
-            off = flag == "--samples" and not getattr(args, "samples", True)
-            if args.command in commands.split() and flag in given and idle(args) and not off:
+            if args.command in commands.split() and flag in given and idle(args):
                 print(f"note: {flag} has no effect {when}", file=sys.stderr)

@@ -145,7 +145,8 @@ def sample_share(args, out, chat, groups, draws, device, share, total):
                         other.responses = []  # the queue keeps the request
                     bar.update(min(world_size(), total - bar.n))  # as if the other ranks were as far
         except KeyboardInterrupt:
-            count = f"{bar.n} of these {total}" if world_size() == 1 else "finished"
+            new = part.read_bytes().count(b"\n") - (len(groups) - total)  # the bar may be one behind
+            count = f"{new} of these {total}" if world_size() == 1 else "finished"
             note(f"\n{count} records are done, and kept in {out}.part")
             raise
     if rank() > 0:  # for rank 0, which reads and removes the part file

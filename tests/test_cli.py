@@ -702,12 +702,12 @@ def test_interrupted_and_resumed(here):
     assert run(f"{command} whole") == 0
     process = start(f"{command} run")
     log = Path("run/metrics.jsonl")
-    wait_for(process, lambda: log.exists() and '"step": 3,' in log.read_text())
+    wait_for(process, lambda: log.exists() and '"step": 4,' in log.read_text())
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130 and "Stopping as soon as" in error and "Traceback" not in error
     last = rows("run/metrics.jsonl")[-1]["step"]
-    assert 3 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/weights.safetensors").exists()
+    assert 4 <= last < 12 and Path(f"run/checkpoints/step-{last:06d}/weights.safetensors").exists()
     assert run(f"{command} run --resume") == 0
     assert_equals_the_uninterrupted("run")
 
