@@ -1,5 +1,4 @@
 """The computed memory of a stage against what a step of it takes on a CPU; the GPU's figures are in tests/README.md."""
-import itertools
 import json
 import shlex
 import sys
@@ -60,9 +59,23 @@ def measured_memory():
     peak = []
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         yield peak
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    events.sort(key=lambda event: event.start_ns())
-    peak.append(max(itertools.accumulate(event.nbytes() for event in events)))
+    held, total, largest = {}, 0, 0
+    for _, address, size in sorted(allocations(profile.profiler.kineto_results.experimental_event_tree())):
+        total -= held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+            total += size
+        largest = max(largest, total)
+    peak.append(largest)
+
+
+def allocations(events, of_gloo=False):
+    """Yield (time, address, bytes) of what is allocated (bytes > 0) and freed, without the copies that gloo takes of
+    gradients: NCCL takes none, and one that gloo's own thread frees would seem to stay, as only this one is watched."""
+    for event in events:
+        if event.name == "[memory]" and (event.extra_fields.alloc_size < 0 or not of_gloo):
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from allocations(event.children, of_gloo or event.name.startswith("c10d::"))
 
 
 def ckd_step(folder, dtype, checkpointing):
@@ -145,14 +158,14 @@ def test_memory_of_a_step_that_samples(request, stage, step, folder, dtype):
     assert_as_computed(step(folder, dtype), folder, 1, dtype, stage=stage)
 
 
-@pytest.mark.parametrize("folder,dtype,checkpointing,rel", [
-    ("pair", "float32", False, 0.02), ("wide_pair", "bfloat16", True, 0.07)])  # whole: 0.03, 0.17
-def test_memory_of_a_ckd_step_on_two_ranks(request, tmp_path, folder, dtype, checkpointing, rel):
+@pytest.mark.parametrize("folder,dtype,checkpointing", [
+    ("pair", "float32", False), ("wide_pair", "bfloat16", True)])  # for a whole model: 0.03, 0.17 more
+def test_memory_of_a_ckd_step_on_two_ranks(request, tmp_path, folder, dtype, checkpointing):
     folder = request.getfixturevalue(folder)
     codes, errors = finish_ranks(start_ranks(2, __file__, folder, tmp_path, dtype, "1" * checkpointing))
     assert codes == [0, 0], errors
     for rank in range(2):
-        assert_as_computed(json.loads((tmp_path / f"{rank}").read_text()), folder, 2, dtype, checkpointing, rel)
+        assert_as_computed(json.loads((tmp_path / f"{rank}").read_text()), folder, 2, dtype, checkpointing, 0.02)
 
 
 def test_the_table(pair, capsys):
