@@ -49,7 +49,7 @@ def forward_kl(teacher_log_p, student_log_p):
 
 
 def reverse_kl(teacher_log_p, student_log_p):
-    """Reverse KL on V_k. For k < V it is least at q = p/e on V_k (e = 2.718...); the mass 1 - P/e is then outside."""
+    """Reverse KL on V_k. For k < V it is least at q = p/e on V_k (e = 2.718...), which leaves 1 - P/e to other ids."""
     q = student_log_p.exp()  # [C, k]
     return (q * (student_log_p - teacher_log_p)).sum(-1)
 
@@ -123,7 +123,7 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     losses = kd_ratio * distillation + (1 - kd_ratio) * nll  # [C]
     captured = log_p.exp().sum(-1)  # [C]
     inside = on_topk.exp().sum(-1)  # [C]
-    if divergence is sampled_kl:  # a token drawn c times is there c times, as q k / c: in the mean, q once
+    if divergence is sampled_kl:  # a token drawn c times is listed c times, as q k / c; their mean has q once
         captured = torch.ones_like(kl)  # [C]
         inside = (on_topk - log_p).exp().mean(-1)
     stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail}
@@ -249,7 +249,7 @@ def ckd_flags(parser):
     add("--tail-weight", type=non_negative, help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
         help="weight of distillation; the rest is cross-entropy")
-    add("--cache", metavar="DIR", help="store the teacher's log-probs: written once, then read")
+    add("--cache", metavar="DIR", help="store the teacher's log-probs (rskd: its draws): written once, then read")
     add_supervised_flags(parser, lr=3e-6, weight_decay=1e-4)
 
 
@@ -349,12 +349,11 @@ def answer_before_and_after(student, folder, chat, groups, args):
 def describe_run(args, student, groups, valid, start):
     """Print the size of a run before it starts."""
     responses = sum(len(group.responses) for group in groups)
-    steps = responses * args.epochs / args.batch_size
+    steps = len(plan_batches(groups, args))
     resumed = f"; resuming after step {start}" if start else ""
     train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
                f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     if args.valid and not valid:
-        train.note(f"no validation: every record of {args.valid} exceeds a length limit")
+        train.note(f"no validation: every record of {args.valid} was skipped")
     if not args.steps and steps < 10:
-        train.note(f"That is only {steps:.1f} steps of {args.batch_size} responses. To train "
-                   "longer, use --steps, or --epochs and a smaller --batch-size")
+        train.note(f"That is only {steps} steps. To train longer, use --steps, or --epochs and a smaller --batch-size")

@@ -37,7 +37,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
     groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
     started = 0
-    used, kept = [], []  # finished, in the order of their prompts; those with a signal
+    used, kept = [], []  # finished groups, in the order of their prompts; those of them with a signal
     free = [sampler.num_free] * train.world_size()  # free slots of each rank
 
     def full():

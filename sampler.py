@@ -127,7 +127,7 @@ class Sampler:
 
     @property
     def num_free(self):
-        """Number of slots that stay free once every queued response has one."""
+        """Free slots minus queued responses: below 0 if more responses are queued than slots are free."""
         queued = len(self.waiting) + sum(request.n for request in self.requests)
         return self.num_slots - len(self.slots) - queued
 

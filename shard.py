@@ -1,6 +1,6 @@
 """A model sharded over several ranks by torch's FSDP2 (`fully_shard`). With one process, nothing here changes anything.
 
-A rank keeps some rows of every weight, of its gradient and of its moments (the optimiser's). The weights of a layer are
+A rank keeps some rows of every weight, of its gradient and of the optimiser's moments. The weights of a layer are
 gathered while it computes; gradients are summed over the ranks, and each rank keeps its rows of the sum. Forward and
 backward passes and `whole` are collective: all ranks must call them in the same order, or the others wait forever.
 """
@@ -35,10 +35,9 @@ def shard_model(model, mesh, dtype):
     policy = MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), cast_forward_inputs=False)
     for module in (*model.model.layers, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
-        # By default FSDP averages gradients, but the loss is already divided by the tokens of all ranks. Each setting
-        # applies to this module, not to its submodules. The second avoids a scaled sum, which gloo does not have.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+        # By default FSDP averages gradients, but the loss is already divided by the tokens of all ranks.
+        module.set_gradient_divide_factor(1.0)  # of this module, not of its submodules
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
     # The loops call this, not forward. The root (embedding, norm and head) stays gathered after it: `head_weight` is
     # then a whole tensor, as the chunked head needs it, and its gradient is summed with the embedding's.
     register_fsdp_forward_method(model, "hidden_states")

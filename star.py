@@ -83,7 +83,7 @@ def main(argv=None):
         name = type(e).__name__
         if name in ("OutOfMemoryError", "MemoryError") or "can't allocate" in str(e) or "size calculation" in str(e):
             message = "out of memory; README.md, *Out of memory?*, says which flags reduce it"
-            time.sleep(0 if is_first_rank() else 3)  # if the first one is, too, torchrun ends this rank meanwhile
+            time.sleep(0 if is_first_rank() or hasattr(e, "agreed") else 3)  # if rank 0 reports it, torchrun ends this
         elif name == "RecursionError":
             message = "something is nested too deeply: JSON in an input, or a list of commands that runs itself"
         elif not name.startswith("Dist") and "gloo" not in str(e):

@@ -159,7 +159,7 @@ def pick_device(args):
             if number >= count:
                 refuse_on_all(f"--device cuda: no GPU for rank {number}; use --nproc-per-node {count}", number == count)
             torch.cuda.set_device(number)
-        # A rank may end its share of a rollout hours before another, but all join within minutes, or never will.
+        # Ranks that have not joined after minutes never will. Later, one may wait hours for another's rollout.
         dist.init_process_group("nccl" if name == "cuda" else "gloo", timeout=MEETING)
         dist.distributed_c10d._set_pg_timeout(LIMIT)
         same_on_all("flags", vars(args))
@@ -174,7 +174,8 @@ def keep_pages():
     output head's time. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
     if sys.platform == "linux" and os.environ.get("STAR_KEEP_PAGES") != "0":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another C library may lack it
-        mallopt(-1, 2_000_000_000), mallopt(-3, 400_000_000)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(-3, 400_000_000) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; an older glibc takes 32 MB at most
+        mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
 
 
 def sharding(args, device):
@@ -192,8 +193,8 @@ def sharding(args, device):
 
 
 def share_of_rank(micro_batches):
-    """This rank's [(micro-batch, active)] of a batch, active being 1. All ranks must make the same number of passes: a
-    rank that is one short runs the shortest micro-batch as a filler: with active 0, so that it adds nothing."""
+    """This rank's [(micro-batch, active)] of a batch, active being 1. All ranks must make the same number of passes, so
+    a rank with one fewer also runs the last, shortest one as a filler: with active 0, so that it adds nothing."""
     share = [(micro, 1) for micro in micro_batches[rank()::world_size()]]
     if len(share) * world_size() < len(micro_batches):
         share.append((micro_batches[-1], 0))
@@ -235,6 +236,7 @@ def fail_together():
         yield
     except (InputError, OSError, RuntimeError, MemoryError) as e:
         error = e
+        error.agreed = True  # `main` need not wait for another rank's report
     if failed := gather_over_ranks([rank()] if error else []):
         raise error if rank() == failed[0] else SystemExit(2)
 

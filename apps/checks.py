@@ -18,6 +18,7 @@ IDLE = (
      lambda args: args.samples and not args.valid and not args.hold_out),
     ("sft ckd simrl", "--epochs --episodes", "with --steps", lambda args: args.steps),
     ("ckd", "--tail-weight", "with --objective rskd or ce", lambda args: args.objective in ("rskd", "ce")),
+    ("ckd", "--tail-weight", "with --kd-ratio 0", lambda args: not args.kd_ratio),
     ("ckd", "--kd-ratio", "with --objective ce", lambda args: args.objective == "ce"),
     ("simrl", "--max-draws", "with --filter none", lambda args: args.filter == "none"),
     # A batch takes whole groups until it has --batch-size responses.

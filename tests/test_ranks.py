@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pytest
 
+import ckd
 import star
 import train
 from apps import evaluate, rollout
 from data import leave
+from data.groups import read_groups
 
 FLAGS = "--data train.jsonl --dtype float32 --device cpu --max-new-tokens 8"
 ROLLOUT = f"rollout --model teacher {FLAGS} --n 2 --keep-all"
@@ -220,9 +222,17 @@ def test_ranks_without_memory_say_so_once(here, capfd, monkeypatch):
         if seconds:
             os._exit(143)
 
-    monkeypatch.setattr(train, "update", fail)
+    def fail_on_one(args, chat):
+        return fail() if train.rank() else read_groups(args, chat)
+
+    command = "sft --model student --data train.jsonl --dtype float32 --device cpu --out new"
     monkeypatch.setattr(time, "sleep", end_as_torchrun_does)
-    assert run("sft --model student --data train.jsonl --dtype float32 --device cpu --out new", 2) == [2, 143]
+    with monkeypatch.context() as patch:
+        patch.setattr(ckd, "read_groups", fail_on_one)
+        assert run(command, 2) == [2, 2]
+        assert capfd.readouterr().err.count("out of memory") == 1
+    monkeypatch.setattr(train, "update", fail)
+    assert run(command, 2) == [2, 143]
     assert capfd.readouterr().err.count("out of memory") == 1
 
 
