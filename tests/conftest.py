@@ -1,6 +1,7 @@
 """Shared by all tests: two tiny random models with one tokenizer, records for them, and the parsed flags of a command."""
 import json
 import random
+import socket
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,15 @@ TOOLS = [
      ["A train from {origin} to {target}, please.", "Get me from {origin} to {target} by train."]),
 ]
 REFUSAL = "None of my tools can do that."
+PORTS = []  # sockets, open until the tests end
+
+
+def free_port():
+    """A port that nobody else gets from the system, because a socket that does not listen keeps it."""
+    PORTS.append(socket.socket())
+    PORTS[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    PORTS[-1].bind(("127.0.0.1", 0))
+    return PORTS[-1].getsockname()[1]
 
 
 def stub_record(answer):

@@ -56,6 +56,23 @@ def run(command):
         return e.code
 
 
+# Runs star.py, which then sleeps after each line of a log or a rollout: a run that is to be killed must not end first.
+SLOWLY = f"""
+import runpy, sys, time
+del sys.argv[0]
+sys.path.insert(0, {str(Path(PROGRAM).parent)!r})
+from data import rollouts, runs
+def slow(write):
+    return lambda *words: (write(*words), time.sleep(0.05))
+runs.log_metrics, rollouts.append_rollout = slow(runs.log_metrics), slow(rollouts.append_rollout)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_slowly(command):
+    return start(command, ("-c", SLOWLY))
+
+
 def start(command, launcher=(), stdout=subprocess.DEVNULL, **environment):
     """Start a command as a process of its own, with stderr as a pipe."""
     words = [sys.executable, *launcher, PROGRAM, *command.split()]
@@ -489,7 +506,7 @@ def test_the_files_of_sim_rl(here, capsys, command):
 def test_sim_rl_killed_and_resumed(here):
     command = SIMRL.replace("--steps 3", "--steps 6")
     assert run(command.replace("--out run", "--out whole")) == 0
-    process = start(command)
+    process = start_slowly(command)
     wait_for(process, lambda: Path("run/checkpoints/step-000002").exists())
     process.kill()
     process.communicate()
@@ -687,7 +704,7 @@ def test_killed_and_resumed(here):
                lambda: '"step": 5,' in Path("run/metrics.jsonl").read_text(),  # between two checkpoints
                lambda: (checkpoints / "step-000008").exists())  # right after one
     for moment in moments:
-        process = start(f"{LONG} run --resume")
+        process = start_slowly(f"{LONG} run --resume")
         wait_for(process, moment)
         process.kill()
         process.communicate()
@@ -700,7 +717,7 @@ def test_interrupted_and_resumed(here):
     flags = "--objective rskd --cache cache --optimiser muon --share-prefix 4"
     command = LONG.replace("--out", f"{flags} --out")
     assert run(f"{command} whole") == 0
-    process = start(f"{command} run")
+    process = start_slowly(f"{command} run")
     log = Path("run/metrics.jsonl")
     wait_for(process, lambda: log.exists() and '"step": 4,' in log.read_text())
     process.send_signal(signal.SIGINT)
@@ -715,7 +732,7 @@ def test_interrupted_and_resumed(here):
 def test_rollout_killed_and_resumed(here):
     command = f"{ROLLOUT} --max-concurrent 4 --max-new-tokens 24"
     assert run(f"{command} --out whole.jsonl") == 0
-    process = start(command)
+    process = start_slowly(command)
     part = Path("out.jsonl.part")
     wait_for(process, lambda: part.exists() and part.read_bytes().count(b"\n") >= 5)
     process.kill()

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,11 +86,12 @@ def complete(server, prompt, **options):
 
 def test_greedy_text_is_that_of_generate(server, records, greedy):
     """40 requests at once, twice: prompts of the second round are known as a whole."""
+    before = server.engine.describe()
     for _ in range(2):
         with ThreadPoolExecutor(20) as pool:
             texts = list(pool.map(lambda record: complete(server, greedy[record["id"]][0]), records))
         assert texts == [greedy[record["id"]][1] for record in records]
-    stats = server.engine.describe()
+    stats = {name: value - before[name] for name, value in server.engine.describe().items()}
     assert stats["prompt_tokens_loaded"] > stats["prompt_tokens_computed"] > 0
     assert stats["failures"] == 0 and stats["cut"] == 0
 
@@ -144,7 +146,14 @@ def test_prompts_with_a_common_beginning_compute_the_rest_only():
     assert texts["0"] == texts["100000"] == texts["300"]
 
 
-def test_the_openai_client(server, records):
+def step_and_wait(engine, step):
+    """A step of the engine. Waits until the streams have taken its tokens, so that none sends several at once."""
+    step()
+    while any(job.stream and job.news.is_set() and not job.disconnected for job in list(engine.jobs.values())):
+        time.sleep(0.001)
+
+
+def test_the_openai_client(server, records, monkeypatch):
     openai = pytest.importorskip("openai", reason="the client is optional: pip install openai")
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key="none", max_retries=0)
     assert client.models.list().data[0].id == "teacher"
@@ -167,6 +176,7 @@ def test_the_openai_client(server, records):
     assert client.chat.completions.create(**ask | {"messages": messages}).usage.prompt_tokens > 80
     hello = {"model": "any", "messages": [{"role": "user", "content": "Hello!"}], "tools": tools, "temperature": 0}
     whole = client.chat.completions.create(**hello).choices[0].message
+    monkeypatch.setattr(server.engine, "step", partial(step_and_wait, server.engine, server.engine.step))
     parts = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**hello, stream=True)]
     assert "".join(parts).strip("\n") == whole.content and len(parts) > 3 and not whole.tool_calls
     two = client.completions.create(model="any", prompt="a", n=2, seed=5, max_tokens=8)
@@ -312,7 +322,7 @@ def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
     monkeypatch.setattr(server.engine.sampler, "compute", lambda *inputs: torch.zeros(-1))
     status, reply = post(server, "/v1/completions", {"prompt": "a"})
     assert status == 500 and "the sampler failed" in reply["error"]["message"]
-    for _ in range(50):  # `run` ends, in `star.py serve` the whole command
+    for _ in range(600):  # `run` ends, in `star.py serve` the whole command
         if any(isinstance(error, InputError) and "the sampler failed" in str(error) for error in errors):
             break
         time.sleep(0.1)
@@ -374,7 +384,13 @@ def test_a_connection_serves_many_requests_and_an_error_says_that_it_ends_it(ser
 
 
 def test_a_body_that_never_ends_is_an_error(server, monkeypatch):
-    monkeypatch.setattr(serve.Handler, "timeout", 0.5)
+    read_body = serve.Handler.read_body
+
+    def read_impatiently(handler):
+        handler.connection.settimeout(0.5)
+        return read_body(handler)
+
+    monkeypatch.setattr(serve.Handler, "read_body", read_impatiently)
     with socket.create_connection(("127.0.0.1", server.server_port), timeout=60) as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: 500\r\n\r\n{")
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import settings, stub_record
+from conftest import free_port, settings, stub_record
 from safetensors.torch import load_file
 from test_cli import CKD, PROGRAM, SIMRL, cut, here, rows, run  # noqa: F401
 from test_grpo import StubChat
@@ -157,10 +156,7 @@ def make_models(folder):
 
 def start_ranks(ranks, *words, **environment):
     """Start a Python program on several ranks, without torchrun, which takes seconds. Returns the processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     env |= {"WORLD_SIZE": str(ranks)} | environment
     return [subprocess.Popen([sys.executable, *map(str, words)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                              text=True, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -463,6 +459,7 @@ def test_flags_that_do_not_fit_the_ranks(monkeypatch, flags, message):
 
 
 def test_more_ranks_than_gpus(monkeypatch):
+    args = settings("sft", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -471,7 +468,7 @@ def test_more_ranks_than_gpus(monkeypatch):
                                    ("3", SystemExit, "2")):  # one line for all
         monkeypatch.setenv("LOCAL_RANK", number)
         with pytest.raises(error, match=message):
-            train.pick_device(settings("sft", device="cuda"))
+            train.pick_device(args)
 
 
 # ---- Memory
