@@ -1,5 +1,5 @@
 # The released runs: distil Teacher-8B into 0.6B, 1.7B and 4B, then Sim-RL, on one node of 8 GPUs of 80 GB. Not run.
-# Settings are the commands' defaults, which are the released ones: CKD at 3e-6, k = m = 100, lambda = 10;
+# Settings are the commands' defaults, as released but for the mean of the loss: CKD at 3e-6, k = m = 100, lambda = 10;
 # Sim-RL at 3e-7, 128 prompts x 8 samples a step, 3 episodes. Memory and hours are those of
 #   python star.py estimate --student models/Qwen3-0.6B --teacher models/Teacher-8B --gpus 8 --gradient-checkpointing \
 #       --micro-batch-tokens 8192 --max-concurrent 64
