@@ -38,6 +38,7 @@ from train import add_machine_flags, fail_together, pick_device, rank
 RESAMPLES = 5_000
 INTERVAL = "{mean:.3f} [{low:.3f}, {high:.3f}]"
 identity = itemgetter("id", "messages", "tools", "answer")  # of a record
+NONE_IN_COMMON = "--compare: the two evaluations have no record in common; run both on the same --data"
 LINE_KEYS = dict.fromkeys(("prompt", "generation", "label"), "text")  # of a line that `reward` scores
 
 
@@ -69,8 +70,15 @@ def run_eval(args):
             remedy = "--compare takes a model folder or the --out of an eval"
             path = Path(args.compare) / "arguments.json"
             flags = check_fields(read_json(path, remedy), {"model": "text"}, path, remedy, needed=True)
-            results.append((flags["model"], read_rows(path.with_name("generations.jsonl"), scored=True)))
+            answers = path.with_name("generations.jsonl")
+            if not answers.exists():
+                raise InputError(f"{args.compare}: is no finished eval; {remedy}")
+            results.append((flags["model"], read_rows(answers, scored=True)))
         inputs = [read_inputs(run) for run in runs]
+        if results:
+            others = by_identity(results[0][1])
+            if others.keys().isdisjoint(by_identity(group.record for group in inputs[0][1])):
+                raise InputError(NONE_IN_COMMON)
         for run in runs if rank() == 0 else ():  # refuse both before anything is written
             check_folder(run)
         for run in runs if rank() == 0 else ():
@@ -159,9 +167,13 @@ def summarise(rows):
     return {"items": len(rows), "metrics": metrics}
 
 
+def by_identity(rows):
+    return {json.dumps(identity(row)): row for row in rows}
+
+
 def compare(rows, others):
     """{metric: {"mean", "low", "high", "p", "items"}} of the paired differences rows - others."""
-    others = {json.dumps(identity(row)): record_metrics(row) for row in others}
+    others = {key: record_metrics(row) for key, row in by_identity(others).items()}
     differences = {}
     for row in rows:
         other = others.get(json.dumps(identity(row)), {})
@@ -169,7 +181,7 @@ def compare(rows, others):
             if name in other:
                 differences.setdefault(name, []).append(value - other[name])
     if not differences:
-        raise InputError("--compare: the two evaluations have no record in common; run both on the same --data")
+        raise InputError(NONE_IN_COMMON)
     return {name: bootstrap_ci(values) | {"p": sign_flip_p(values), "items": len(values)}
             for name, values in differences.items()}
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from data import InputError, hash_files, lock, one_line, print_table, refuse_overlap, unlock_all
 from data.chat import Chat, add_prompt_flags
+from data.fields import KINDS
 from data.records import add_data_flags
 from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, part_file, prompt_groups
 from data.runs import add_output_flags, settings
@@ -75,7 +76,7 @@ def print_examples(rows):
     for row in rows[:2]:
         print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
         for r in row["responses"][:2]:
-            label = f"{r['reward']:.3f}" if "reward" in r else "response"
+            label = f"{r['reward']:.3f}" if KINDS["a number"](r.get("reward")) else "response"
             print(f"{label:8s} {one_line(r['text'])}")
 
 
@@ -147,7 +148,7 @@ def sample_share(args, out, chat, groups, draws, device, share, total):
         except KeyboardInterrupt:
             new = part.read_bytes().count(b"\n") - (len(groups) - total)  # the bar may be one behind
             count = f"{new} of these {total}" if world_size() == 1 else "finished"
-            note(f"\n{count} records are done, and kept in {out}.part")
+            note(f"\n{count} records are done, and kept in {out}.part" + "*" * (world_size() > 1))
             raise
     if rank() > 0:  # for rank 0, which reads and removes the part file
         unlock_all()

@@ -62,7 +62,7 @@ def write_json(path, value):
 
 def write_lines(path, lines):
     """Write text lines atomically; compressed, always to the same bytes, if the path ends in .gz. Makes its folder."""
-    new = Path(f"{path}.tmp")
+    new = Path(f"{path}.star-tmp")
     new.parent.mkdir(parents=True, exist_ok=True)
     zipped = str(path).endswith(".gz")
     try:
@@ -79,7 +79,7 @@ def write_lines(path, lines):
 def atomic_folder(folder):
     """Yield a temporary folder, which replaces `folder` at the end, or is removed after an error."""
     folder = Path(folder).resolve()  # of a link, what it points to
-    new = Path(f"{folder}.tmp")
+    new = Path(f"{folder}.star-tmp")
     shutil.rmtree(new, ignore_errors=True)  # left by a killed run
     new.mkdir(parents=True)
     try:
@@ -187,7 +187,7 @@ def same(path, other):
 
 def refuse_overlap(out, inputs):
     """InputError if a file that a command reads is its --out, or would be replaced while that is written."""
-    temporary = re.compile(re.escape(Path(out).name) + r"(\.part|\.part\.\d+|\.arguments\.json)?(\.tmp)?")
+    temporary = re.compile(re.escape(Path(out).name) + r"(\.part|\.part\.\d+|\.arguments\.json)?(\.star-tmp)?")
     for path in map(Path, inputs):
         if same(Path(out), path) or temporary.fullmatch(path.name) and same(Path(out).parent, path.parent):
             raise InputError(f"{out}: would be written over {path}, which is read; name another --out")
@@ -198,7 +198,7 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf or kind is int and value >= 2 ** 63:
-            limit = f" and at most {high}" if high < math.inf else ""
+            limit = f" and at most {high}" if high < math.inf else " and below 2^63" * (kind is int and value > 0)
             raise argparse.ArgumentTypeError(f"{text} is not a number of at least {low}{limit}")
         return value
 

@@ -38,8 +38,8 @@ def latest_checkpoint(out):
 def delete_checkpoints(out):
     """Delete all checkpoints but the last two, and what killed runs have left of others."""
     for _, old in list_checkpoints(out)[:-2]:
-        os.replace(old, f"{old}.tmp")  # first: a kill half-way must not leave a broken checkpoint
-    for _, old in list_checkpoints(out, r"\.tmp"):
+        os.replace(old, f"{old}.star-tmp")  # first: a kill half-way must not leave a broken checkpoint
+    for _, old in list_checkpoints(out, r"\.star-tmp"):
         old.unlink() if old.is_symlink() else shutil.rmtree(old)
 
 

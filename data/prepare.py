@@ -20,6 +20,7 @@ Departures from the released code:
 """
 import hashlib
 import json
+import math
 import random
 from collections import Counter
 from pathlib import Path
@@ -149,7 +150,7 @@ def choose(records, size, generator):
 def labels(record):
     """The keys of QUOTAS that describe a record."""
     answer = record["answer"]
-    calls = len(answer.get("tool_calls") or [])
+    calls = len(answer["tool_calls"])
     names = {"multi-turn" if turns(record) > 1 else "single-turn"}
     if answer.get("content"):
         names.add("response")
@@ -177,7 +178,8 @@ def report(records, chosen, dropped, size):
     table = [("records", len(records))]
     table += [(f"- {reason}", count) for reason, count in dropped.items()]
     table += [("kept", len(chosen)), (), ("label", "quota", "kept")]
-    table += [(label, f"{share * size:,.0f}" if size else "-", labels_kept[label]) for label, share in QUOTAS.items()]
+    for label, share in QUOTAS.items():
+        table.append((label, f"{math.ceil(share * size):,}" if size else "-", labels_kept[label]))
     table += [(), ("source", "read", "kept")]
     table += [(name, count, sources_kept[name]) for name, count in sources.most_common()]
     print_table(table)

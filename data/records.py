@@ -13,8 +13,8 @@ the target is the last assistant turn); OpenAI fine-tuning (`tool_calls[].functi
 wrapped tools, the older `functions` and `function_call`). Parameters are kept as they are, as in the released code.
 
 Departures from the released code:
-1. Nothing is repaired. A gold call to a tool that is not offered is an error; the authors match similar tool names
-   by substring. `star.py prepare` drops such records.
+1. Nothing is repaired but a missing last `</tool_call>`. A gold call to a tool that is not offered is an error; the
+   authors match similar tool names by substring. `star.py prepare` drops such records.
 2. Think blocks and <tool_call> blocks in an assistant's text are split into reasoning, content and calls.
 """
 import gzip
@@ -53,7 +53,7 @@ def stream_records(path, *, need="an answer", vocab_size=None, check_answer=True
 
     need: what each record must have: "a gold answer", "an answer" (gold or sampled), or None
     vocab_size: ids of responses must be smaller
-    check_answer: False also accepts calls of unknown tools, and keeps calls that cannot be parsed as text
+    check_answer: False also accepts calls of unknown tools, and keeps, as text, calls that cannot be parsed
     limit: read at most this many records
     """
     path = Path(path)
@@ -117,31 +117,34 @@ def read_record(item, default_id, check, as_text=False):
     record = {"id": default_id, "source": default_id.rpartition(":")[0]}
     our_format = "answer" in item or "responses" in item
     check_fields(item if our_format else {}, RECORD, "the record", "give it as README.md says")
-    if not our_format:
-        item = {key: str(item[key]) for key in record if item.get(key) is not None}
-    item = {key: value for key, value in item.items() if value is not None or key not in record}
-    record |= item | {"tools": [read_tool(tool) for tool in tools], "messages": messages}
+    record |= {key: str(item[key]) for key in record if item.get(key) is not None}
     answer = item.get("answer")
-    if not our_format and messages[-1]["role"] == "assistant":
+    last = None
+    if our_format:
+        record = item | record
+        if isinstance(answer, dict):
+            check_fields(answer, ANSWER, "answer", "give it as README.md says")
+            last = read_message(answer | {"role": "assistant"}, check)
+        elif answer is not None:
+            raise InputError(f'answer is {type(answer).__name__}; write {{"tool_calls": [...], "content": text}}')
+    elif messages[-1]["role"] == "assistant":
         last = messages.pop()
+    record |= {"tools": [read_tool(tool) for tool in tools], "messages": messages}
+    if last:
         calls = last.get("tool_calls", [])
-        record["answer"] = {"tool_calls": calls, "content": last["content"] or None}
+        record["answer"] = (answer or {}) | {"tool_calls": calls, "content": last["content"] or None}
         if "reasoning_content" in last:
-            record["answer"]["reasoning"] = last["reasoning_content"]
-    elif isinstance(answer, dict):
-        check_fields(answer, ANSWER, "answer", "give it as README.md says")
-        calls = read_calls(answer.get("tool_calls") or [], check)
-        record["answer"] = answer | {"tool_calls": calls, "content": read_text(answer.get("content"))}
-    elif answer is not None:
-        raise InputError(f'answer is {type(answer).__name__}; write {{"tool_calls": [...], "content": text}}')
+            record["answer"]["reasoning"] = record["answer"].get("reasoning") or last["reasoning_content"]
     return record
 
 
 def read_message(message, check=True, as_text=False):
     """A message of any shape in the record format, without ids and other keys. check: as in `read_calls`; as_text: keep
     as text a call in the content that cannot be parsed."""
-    role = str(message.get("role") if isinstance(message, dict) else message)
-    if role not in ROLES or not isinstance(message, dict):
+    if not isinstance(message, dict):
+        raise InputError(f'a message is {type(message).__name__}; write {{"role", "content"}}')
+    role = str(message.get("role"))
+    if role not in ROLES:
         raise InputError(f"unknown role {role!r}; roles are system, user, assistant, tool")
     content = read_text(message.get("content"))
     if role != "assistant":
@@ -172,8 +175,10 @@ def read_message(message, check=True, as_text=False):
 
 def read_text(content):
     """The content of a message as a string or None. OpenAI's list of text parts is joined."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text")) for part in content)
+    parts = content if isinstance(content, list) else [None]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
+        content = "".join(texts)
     if isinstance(content, str | None):
         return content
     raise InputError(f"content is {type(content).__name__}; write it as a string")

@@ -18,6 +18,7 @@ Departures from the released code, as far as it is described:
 3. Each response gets its `reward` if there is a gold answer. Filters run at the end: a resumed run may change them.
 """
 import json
+import math
 import re
 from array import array
 from collections import Counter
@@ -67,8 +68,8 @@ def open_rollouts(out, groups, arguments=None, resume=False):
 
     arguments: the settings of a rollout; None for an evaluation, whose folder has them
 
-    Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} of
-    OUT.part, which stays locked, and of other ranks. InputError if they were made with other settings or from other
+    Returns (finished, rows): the records of a finished file or None, and {index: record with `responses`} from the
+    part files of all ranks. OUT.part stays locked. InputError if they were made with other settings or from other
     records, if another process writes there, and if the file exists and resume is not set.
     """
     part = part_file(out, 0)
@@ -85,7 +86,7 @@ def open_rollouts(out, groups, arguments=None, resume=False):
     out.parent.mkdir(parents=True, exist_ok=True)
     for path in others:  # a rank may live on after rank 0 was killed
         lock(path)
-    while others and not begun:  # of an earlier run
+    while others and not begun:  # empty, or of a run whose OUT.part was removed
         others.pop().unlink()
     part.touch(exist_ok=resume)
     lock(part)
@@ -132,6 +133,9 @@ def append_rollout(out, i, record, responses, chat, rank):
     """Append record number i, with these sampled responses, to the part file of a rank."""
     rows = [{"text": chat.decode(r.ids), "ids": r.ids, "finish_reason": r.finish_reason,
              "logprob": round(sum(r.log_probs), 4)} for r in responses]
+    if not all(math.isfinite(row["logprob"]) for row in rows):
+        raise InputError(f"{out}: record {record['id']}: the model computes probabilities that are not numbers; "
+                         "its weights are damaged, or too large for --dtype")
     with open(part_file(out, rank), "a", encoding="utf-8") as file:
         file.write(part_line(i, record | {"responses": rows}))
 

@@ -50,7 +50,7 @@ def check_folder(args):
     out = Path(args.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"{out}: is a file; --out names a folder")
-    if out.exists() and any(path.name != "arguments.json.tmp" for path in out.iterdir()):
+    if out.exists() and any(path.name != "arguments.json.star-tmp" for path in out.iterdir()):
         refuse_existing(out, args.resume)
         if not (out / "arguments.json").exists():
             raise InputError(f"{out}: has no arguments.json, so it is not a run; remove it or use another --out")

@@ -578,7 +578,7 @@ def test_lens(here, capsys):
     output, notes = capsys.readouterr()
     assert "--k 5000 is more than the vocabulary" in notes and "wrote page.html; means: loss " in output
     assert "captured 1.0000" in output and Path("page.html").read_text().endswith("</html>\n")
-    assert not list(here.glob("*.tmp"))
+    assert not list(here.glob("*.star-tmp"))
     assert run(f"{ROLLOUT} --limit 2") == 0 and run(f"{LENS} --data out.jsonl --response 2 --out pages/2.html") == 0
     assert "response 2 of 2 of record 1 in out.jsonl" in Path("pages/2.html").read_text()
 
@@ -821,7 +821,7 @@ def test_a_cache_at_a_mount_point_behind_a_link_is_refused_first(here, capsys, m
     disk = Path("disk").resolve()
     monkeypatch.setattr(os.path, "ismount", lambda path: not Path(path).is_symlink() and Path(path) == disk)
     assert run(f"{CKD} --cache cache") == 2
-    assert "is a mount point, which cannot be replaced" in capsys.readouterr().err and not Path("disk.tmp").exists()
+    assert "is a mount point, which cannot be replaced" in capsys.readouterr().err and not Path("disk.star-tmp").exists()
 
 
 def test_prompts_of_a_rollout_file_keep_no_responses(here):

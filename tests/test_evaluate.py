@@ -3,6 +3,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -152,6 +153,17 @@ def test_eval_refusals(world, tmp_path, capsys):
     (tmp_path / "old/arguments.json").write_text('{"model": "m"}')
     assert "generations.jsonl:1: no messages" in refused(capsys, "eval", "--model", world / "student", "--data", data, "--out",
                                              tmp_path / "z", "--compare", tmp_path / "old")
+    (tmp_path / "other.jsonl").write_text(json.dumps(json.loads(data.read_text().splitlines()[0]) | {"id": "new"}))
+    assert evaluate(world, tmp_path / "other", "--data", str(tmp_path / "other.jsonl")) == 0
+    line = refused(capsys, "eval", "--model", world / "student", "--data", data, "--out", tmp_path / "z", "--compare",
+                   tmp_path / "other")
+    assert "no record in common; run both on the same --data" in line
+    (tmp_path / "other/generations.jsonl").unlink()
+    assert f"{tmp_path}/other: is no finished eval; --compare takes" in refused(
+        capsys, "eval", "--model", world / "student", "--data", data, "--out", tmp_path / "z", "--compare",
+        tmp_path / "other")
+    shutil.rmtree(tmp_path / "other")
+    (tmp_path / "other.jsonl").unlink()
     os.mkfifo(tmp_path / "pipe")
     assert "is a pipe, and two models read it; give a file" in refused(
         capsys, "eval", "--model", world / "student", "--data", tmp_path / "pipe", "--out", tmp_path / "z", "--compare",

@@ -174,7 +174,7 @@ def test_several_shards_and_a_folder_round_trip(tmp_path, ids):
     assert Transformer.from_pretrained(tmp_path / "two", dtype=torch.bfloat16).head_weight.dtype == torch.bfloat16
     assert len({path.stat().st_mode for path in (tmp_path / "two").iterdir()}) == 1  # the same permissions
     reloaded.save_pretrained(tmp_path / "two")  # replaces an existing folder
-    assert not (tmp_path / "two.tmp").exists()
+    assert not (tmp_path / "two.star-tmp").exists()
     (tmp_path / "one").rename(tmp_path / "moved")
     with pytest.raises(InputError, match="one: is gone, and with it the tokenizer"):
         reloaded.save_pretrained(tmp_path / "two")

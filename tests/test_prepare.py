@@ -261,7 +261,7 @@ def test_a_failed_write_leaves_no_file(write, tmp_path, monkeypatch):
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError):
         run(path, out=out)
-    assert not out.exists() and not Path(f"{out}.tmp").exists()
+    assert not out.exists() and not Path(f"{out}.star-tmp").exists()
 
 
 # ---- rollout filters ---------------------------------------------------------------------------------------------

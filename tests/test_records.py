@@ -134,6 +134,12 @@ def test_byte_order_mark(write):
 
 # ---- errors ------------------------------------------------------------------------------------------------------
 
+def test_an_answer_in_text_is_split_as_a_message(write):
+    content = "<think>\nRain?\n</think>\n<tool_call>\n" + json.dumps(CALL) + "\n</tool_call>"
+    record, = read_records(write(OURS | {"id": 7, "answer": {"content": content}}))
+    assert record["answer"] == {"tool_calls": [CALL], "content": None, "reasoning": "Rain?"} and record["id"] == "7"
+
+
 CASES = {
     "not JSON": ('{"messages": [', "is not JSON .*; each line must be one whole JSON object"),
     "a list": ("[1]", "holds a JSON list, .*; each line must be one whole JSON object"),
@@ -142,7 +148,8 @@ CASES = {
     "no messages": ({"tools": []}, "no messages; add"),
     "empty messages": (given(), "no messages; add"),
     "role": (given({"role": "bot", "content": "x"}), "unknown role 'bot'; roles are"),
-    "message": (given("hello"), "unknown role 'hello'; roles are"),
+    "message": (given("user"), 'a message is str; write {"role", "content"}'),
+    "a part without text": (given({"role": "user", "content": [{"type": "text"}]}), "content is list; write it as a string"),
     "content": (given({"role": "user", "content": {"a": 1}}), "content is dict; write it as a string"),
     "only an answer": (given({"role": "assistant", "content": "x"}), "no message to answer; before the answer"),
     "no answer": (given(ASK), "no answer; give a last assistant turn"),

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import star
 from apps import curriculum
@@ -18,7 +19,9 @@ from data.chat import Chat
 from data.checkpoints import latest_checkpoint, list_checkpoints
 from data.records import read_records
 from data.runs import cut_log, log_metrics, read_metrics
-from test_cli import CKD, EVAL, PROGRAM, ROLLOUT, SFT, SIMRL, files, here, run, start, start_slowly, wait_for  # noqa: F401
+from model import Transformer
+from test_cli import (  # noqa: F401
+    CKD, EVAL, PROGRAM, ROLLOUT, SFT, SIMRL, files, here, rows, run, start, start_slowly, wait_for)
 
 STEPS = f"{SFT} --save-every 1"
 
@@ -40,7 +43,7 @@ def test_only_own_checkpoints_are_looked_at(here):
     (folder / "step-best").mkdir()
     (folder / "step-000009x").mkdir()
     shutil.copytree(folder / "step-000002", folder / "best")
-    (folder / "step-000007.tmp").mkdir()
+    (folder / "step-000007.star-tmp").mkdir()
     before = files("run")
     assert latest_checkpoint("run") == 2
     (folder / "step-1000000").mkdir()
@@ -49,7 +52,7 @@ def test_only_own_checkpoints_are_looked_at(here):
     shutil.rmtree(folder / "step-000002")
     Path("run/summary.json").unlink()
     assert run(f"{STEPS} --resume") == 0
-    assert before.keys() == files("run").keys() and not (folder / "step-000007.tmp").exists()
+    assert before.keys() == files("run").keys() and not (folder / "step-000007.star-tmp").exists()
     assert (folder / "step-best").is_dir() and (folder / "step-000009x").is_dir()
 
 
@@ -85,7 +88,7 @@ def test_eval_leaves_logs_and_checkpoints_alone(here):
     assert run(f"{EVAL} --resume") == 0 and files("scores") == before
 
 
-@pytest.mark.parametrize("ending", [".tmp", ".part", ".part.1", ".arguments.json"])
+@pytest.mark.parametrize("ending", [".star-tmp", ".part", ".part.1", ".arguments.json"])
 @pytest.mark.parametrize("command", [
     "prepare --data {0} --out new", f"{ROLLOUT} --data {{0}} --out new --resume"])
 def test_an_input_may_not_have_the_name_of_a_temporary_file(here, capsys, command, ending):
@@ -149,8 +152,8 @@ def test_the_think_opening_of_training_is_the_models_own(here):
 
 def test_a_start_that_was_killed_can_be_repeated(here):
     Path("run").mkdir()
-    Path("run/arguments.json.tmp").write_text('{"comm')
-    assert run(STEPS) == 0 and not Path("run/arguments.json.tmp").exists()
+    Path("run/arguments.json.star-tmp").write_text('{"comm')
+    assert run(STEPS) == 0 and not Path("run/arguments.json.star-tmp").exists()
 
 
 # ---- What must not change
@@ -268,6 +271,22 @@ def test_no_flag_of_these_calls_is_idle(here, capsys):
                     f"{SIMRL} --valid train.jsonl --valid-every 2 --out other"):
         assert run(command) == 0
         assert "no effect" not in capsys.readouterr().err
+
+
+def test_a_model_without_numbers_is_said(here, capsys):
+    model = Transformer.from_pretrained("student")
+    model.state_dict()["model.norm.weight"].fill_(torch.nan)
+    model.save_pretrained("broken")
+    line = refused(capsys, ROLLOUT.replace("teacher", "broken"))
+    assert "the model computes probabilities that are not numbers; its weights are damaged" in line
+
+
+def test_a_finished_rollout_with_an_edited_reward(here):
+    assert run(ROLLOUT) == 0
+    lines = rows("out.jsonl")
+    lines[0]["responses"][0]["reward"] = None
+    Path("out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(f"{ROLLOUT} --resume") == 0
 
 
 def test_filters_on_a_finished_rollout(here, capsys):

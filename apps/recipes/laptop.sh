@@ -4,7 +4,7 @@
 # tests/README.md, *Official BFCL and ACEBench scores*, has the scores of runs/teacher/model and runs/ckd/model, made by
 #     python star.py bfcl --model runs/ckd/model --items 35 --max-new-tokens 128 --dtype float32 --out runs/bfcl
 # It also says why `simrl` refines the teacher, and only on requests that want calls: the CKD model, after 16 steps, makes
-# too few calls that pay, and learned to refuse everything. Sim-RL took 45 minutes on busy cores, and 16 GB.
+# too few calls that pay, and learned to refuse everything. Sim-RL took 20 minutes (45 on busy cores) and 16 GB.
 python star.py prepare --data train.jsonl.gz --model models/Qwen2.5-Coder-0.5B-Instruct \
     --max-prompt-tokens 384 --size 4000 --seed 1 --out runs/sft.jsonl.gz
 python star.py prepare --data train.jsonl.gz --model models/Qwen2.5-Coder-0.5B-Instruct \

@@ -29,7 +29,7 @@ SPLITS = ("train", "values", "phrasings", "tools")
 SETTINGS = {
     "offered": (1, 2),    # numbers of tools in a list, all equally likely
     "two": 0.06,          # share of requests for two calls
-    "none": 0.15,         # share of requests that no offered tool fits; a quarter needs no tool at all
+    "none": 0.15,         # share of requests that no offered tool fits; a quarter of them, no tool of this world
     "random_names": 0.5,  # share of tools with a made-up name
     "optional": 0.4,      # chance of an optional argument for which the phrasing has words
     "casual": 0.2,        # share of requests without capital and full stop
