@@ -12,7 +12,7 @@ its own. v4 can score a subset. It changed half of the multi-turn items and a do
 and the value of an answer with one unparsable call: in v3 it is void, in v4 the other calls remain.
 
 A multi-turn conversation that outgrows the model or LONGEST is a recorded failure: wrong, and counted. So is one with
-an unparsable call before its last turn, in v4 only if the call is JSON, but has no name and arguments.
+a bad call before its last turn: in v3, one that cannot be parsed; in v4, JSON without name and arguments.
 
 Multi-turn items make the tool evaluate calls that the model wrote, in its own process: run them in a sandbox.
 """
@@ -84,6 +84,9 @@ def run_bfcl(args):
     if v3 and too_long:
         raise InputError(f"{args.model}: {sum(too_long.values())} prompts do not fit its context, and v3 scores whole "
                          "categories only; use --release v4, or other --categories")
+    total = sum(map(len, chosen.values()))
+    if total == 1 and chosen.keys().isdisjoint(MULTI_TURN):
+        raise InputError("the tool cannot evaluate a single answer; give more --items or --categories")
     open_run(args, [args.model])
 
     # 2. Let the tool generate and score. It skips items that have an answer.
@@ -92,7 +95,6 @@ def run_bfcl(args):
                {files[name].stem.removeprefix(f"BFCL_{args.release}_"): ids for name, ids in chosen.items()})
     variables = {"BFCL_PROJECT_ROOT": str(out), "LOCAL_SERVER_ENDPOINT": "127.0.0.1", "VLLM_ENDPOINT": "127.0.0.1"}
     flags = ["--model", HANDLER, "--result-dir", "result_star"]
-    total = sum(map(len, chosen.values()))
     threads = 100 if v3 else min(2 * args.max_concurrent, 500)  # v3 takes no other; the server, 1,000 connections
     if keep_answers(out, is_failure) < total:
         conversations = min(threads, sum(len(chosen.get(name, ())) for name in MULTI_TURN))  # that run at a time

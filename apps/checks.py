@@ -7,7 +7,7 @@ from data import is_first_rank, refuse_on_all, several_processes
 SEVERAL_PROCESSES = ("ckd", "sft", "simrl", "rollout", "eval", "serve")
 TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")  # numbers, which it sets for each process
 
-# (commands, flags, when they have no effect, the test of that): printed if one of the flags is given.
+# (commands, flags, a condition in words, the condition): if it holds, a note on each of the flags that is given.
 IDLE = (
     ("sft ckd simrl", "--valid-limit", "without --valid", lambda args: not args.valid),
     ("simrl", "--valid-every", "without --valid", lambda args: not args.valid),
@@ -28,6 +28,8 @@ IDLE = (
     ("prepare", "--max-prompt-tokens", "without --model", lambda args: not args.model),
     ("prepare", "--seed", "without --size", lambda args: not args.size),
     ("rollout chat", "--top-p --seed", "with --temperature 0", lambda args: not args.temperature),
+    ("bfcl acebench", "--tools", "because the tool writes the prompts", lambda args: True),
+    ("chat", "--tools-form", "without --tools", lambda args: not args.tools),
     ("eval", "--seed", "without --n", lambda args: not args.n),
 )
 

@@ -143,8 +143,14 @@ def check_out(stage, before, resume):
     others = [other.out for other in before if not (is_page and other.command in PAGES)]
     if stage.out != Path(os.devnull) and any(same(stage.out, other) for other in others):
         raise InputError(f"{stage.out}: another line writes there, too; use another --out")
-    if exists(stage.out) and not is_page and not resume:
-        raise InputError(f"{stage.out}: exists already; give --resume or another --out")
+    places = [stage.out]
+    if stage.command == "eval" and stage.compare:
+        folder = Path(stage.compare)
+        if (folder / "config.json").exists() or folder in [other.out / "model" for other in before]:
+            places.append(Path(f"{stage.out}-compared"))  # the answers of that model
+    for place in places:
+        if exists(place) and not is_page and not resume:
+            raise InputError(f"{place}: exists already; give --resume or another --out")
 
 
 def check_inputs(stage, before, check):

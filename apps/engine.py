@@ -47,8 +47,8 @@ class PrefixCache:
         return length
 
     def save(self, cache, row, ids):
-        """Keep the keys of a prompt in a row of the cache. Entries that are prefixes of it are dropped, but for their
-        last few tokens: the next turn of a conversation is without the think opening of this one."""
+        """Keep the keys of a prompt in a row of the cache. Entries that it begins with are dropped, also if
+        their last few tokens differ: the next turn of a conversation is without the think opening of this one."""
         ids = np.array(ids)
         if len(ids) > self.max_tokens or any(common_length(known, ids) == len(ids) for known, _ in self.entries):
             return

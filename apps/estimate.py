@@ -163,7 +163,7 @@ def estimate_flags(parser):
     add("--max-prompt-tokens", type=positive, default=5120, help="longest prompt")
     add("--max-new-tokens", type=positive, default=512, help="longest response")
     add("--dtype", choices=WIDTH, default="bfloat16", help="compute")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="the output head's chunks differ")
+    add("--device", choices=("cuda", "cpu"), default="cuda", help="sets the size of the output head's chunks")
     add = parser.add_argument_group("speed").add_argument
     add("--tflops", type=number(float, 1e-6), default=250.0, help="10^12 operations a second in training")
     add("--bandwidth", type=number(float, 1e-6), default=0.6, help="TB a second that a decoding step reads")

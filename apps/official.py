@@ -84,8 +84,8 @@ def make_environment(env, packages, then=None):
 
 
 def choose_items(args, groups, read, tokens, most, other):
-    """Returns ({category: ids}, {category: items that it has in all}, {category: how many are left out, as their prompt
-    has more than `most` tokens}, tokens of the longest prompt).
+    """Returns ({category: ids}, {category: items that it has in all}, {category: number of items left out, as their
+    prompt has more than `most` tokens}, tokens of the longest prompt).
 
     read: category -> {id: item}
     tokens: category, item -> tokens of its longest prompt
@@ -197,7 +197,7 @@ def run_tool(command, out, log, variables, total=None, server=None):
 def read_score(out, pattern, ids, doubtful=frozenset()):
     """{item: 1 or 0} from a score file of a tool: its counts, and a line for each wrong item.
 
-    doubtful: items that are right if the file lists more wrong ones than it counts
+    doubtful: items that the tool may list as wrong although it counted them as right
     """
     path = next(out.glob(pattern), None)
     if path is None:
@@ -217,7 +217,7 @@ def read_score(out, pattern, ids, doubtful=frozenset()):
 def make_columns(items, sizes, table):
     """{column: [(weight, values)]}: a column is a weighted sum of means. The categories of items come first, then the
     columns of a table, {column: ("mean" or "pool", names)}, unless one of their names is missing. "pool" is the mean
-    over all items: a category weighs as many as it has (`sizes`), also if only some of them were drawn."""
+    over all items: the weight of a category is its number of items (`sizes`), also if only some of them were drawn."""
     columns = {name: [(1.0, list(values.values()))] for name, values in items.items()}
     for name, (kind, names) in table.items():
         if columns.keys() >= set(names):
@@ -238,10 +238,13 @@ def interval(part):
 
 
 def paired_interval(part):
-    """The same for differences between two models on the same items."""
+    """The same for differences between two models on the same items, by the normal approximation, with `items`. A part
+    whose differences are all equal adds nothing to the width; in small parts, the interval is too narrow."""
     mean = sum(weight * np.mean(values) for weight, values in part)
     half = 1.96 * sum(weight ** 2 * np.var(values) / len(values) for weight, values in part) ** 0.5
-    return {"mean": 100 * mean, "low": 100 * (mean - half), "high": 100 * (mean + half)}
+    items = sum(len(values) for _, values in part)
+    low, high = max(-1.0, mean - half), min(1.0, mean + half)
+    return {"mean": 100 * mean, "low": 100 * low, "high": 100 * high, "items": items}
 
 
 def report(args, items, other, sizes, table, details):
@@ -249,7 +252,7 @@ def report(args, items, other, sizes, table, details):
     out = Path(args.out)
     scores = {}
     percent = "{mean:.1f} [{low:.1f}, {high:.1f}]"
-    rows = [["", "items", "right, %", *(["difference"] if other else [])]]
+    rows = [["", "items", "right, %", *(["difference (items)"] if other else [])]]
     differences = {name: {item: value - other[name][item] for item, value in values.items() if item in other[name]}
                    for name, values in items.items() if name in other}
     differences = make_columns({name: values for name, values in differences.items() if values}, sizes, table)
@@ -257,7 +260,8 @@ def report(args, items, other, sizes, table, details):
         scores[name] = interval(part)
         rows.append([name, sum(len(values) for _, values in part), percent.format(**scores[name])])
         if name in differences:
-            rows[-1].append(percent.replace(":", ":+").format(**paired_interval(differences[name])))
+            scores[name]["difference"] = paired_interval(differences[name])
+            rows[-1].append((percent.replace(":", ":+") + " ({items})").format(**scores[name]["difference"]))
     details |= {"max_new_tokens": args.max_new_tokens, "items_per_category": args.items or "all", "dtype": args.dtype,
                 **read_optional(out / "stats.json")}
     write_json(out / "items.json", items)

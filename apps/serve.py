@@ -44,7 +44,7 @@ UNSUPPORTED = {
     "logprobs": (False,), "logit_bias": ({},), "echo": (False,), "suffix": ("",), "best_of": (1,),
     "frequency_penalty": (0, 0.0), "presence_penalty": (0, 0.0), "parallel_tool_calls": (True,), "top_k": (-1, 0),
     "min_p": (0, 0.0), "repetition_penalty": (1, 1.0), "top_logprobs": (0,), "chat_template_kwargs": ({},),
-    "reasoning_effort": ()}
+    "reasoning_effort": (), "stop_token_ids": ([],), "min_tokens": (0,), "ignore_eos": (False,), "guided_json": ()}
 
 
 def serve_flags(parser):
@@ -157,7 +157,8 @@ def read_request(engine, body, chatting, number):
 
 
 def text_so_far(chat, request, response):
-    """A response's text without the end token, cut before a stop string, also a partial one, and half a character."""
+    """A response's text without the end token, cut before a stop string; until the response has ended, also before what
+    may become one, and before half a character."""
     finished = response.finish_reason  # read first: the last token may come meanwhile
     text = chat.decode([i for i in response.ids if i not in chat.stop_ids])
     for string in request.stop_strings:
@@ -213,10 +214,8 @@ def make_choices(chat, request, chatting):
 class Server(ThreadingHTTPServer):
     request_queue_size = 128
 
-    def process_request(self, request, client_address):
-        if threading.active_count() > MAX_CONNECTIONS:
-            return self.shutdown_request(request)
-        super().process_request(request, client_address)
+    def verify_request(self, request, client_address):
+        return threading.active_count() <= MAX_CONNECTIONS
 
     def handle_error(self, request, client_address):
         """Ignore a client that disconnected; print anything else."""

@@ -132,6 +132,15 @@ def test_a_failing_line_stops_the_rest(here, capsys):
     assert commands(output) == ORDER[:4]
 
 
+def test_the_answers_of_a_compared_model_exist_already(here, capsys):
+    line = "eval --model student --compare teacher --data train.jsonl --out scores\n"
+    Path("plan.txt").write_text(PLAN + line)
+    Path("scores-compared").mkdir()
+    Path("scores-compared/summary.json").touch()
+    assert run() == 2
+    assert "scores-compared: exists already; give --resume" in capsys.readouterr().err and not Path("run").exists()
+
+
 @pytest.mark.parametrize("content, message", [
     (None, "plan.txt: .*; give a text file of star.py command lines"),
     (b"eval \xff", "plan.txt: .*; give a text file of star.py command lines"),

@@ -101,7 +101,12 @@ def test_a_whole_run(env, tmp_path, capsys):
     assert run(env, tmp_path / "out") == 2 and "--resume" in capsys.readouterr().err
     assert run(env, tmp_path / "two", "--items", "3", "--compare", str(tmp_path / "out")) == 0
     table = capsys.readouterr().out
-    assert "a subset of v4's items" in table and "difference" in table
+    assert "a subset of v4's items" in table and "difference (items)" in table
+    assert "-50.0 [-100.0, +19.3] (2)" in table  # of the three, one has a long prompt
+    scores = json.loads((tmp_path / "two/summary.json").read_text())["scores"]
+    assert scores["multiple"]["difference"] == {"mean": -50, "low": -100, "high": pytest.approx(19.3, abs=0.1), "items": 2}
+    assert run(env, tmp_path / "one", "--items", "1", "--categories", "multiple") == 2  # its evaluation would fail
+    assert "cannot evaluate a single answer" in capsys.readouterr().err and not (tmp_path / "one").exists()
     chosen = json.loads((tmp_path / "two/items.json").read_text())
     assert run(env, tmp_path / "three", "--items", "3") == 0  # the same subset again
     assert json.loads((tmp_path / "three/items.json").read_text()) == chosen

@@ -255,9 +255,12 @@ IDLE_CALLS = [f"{SFT} --valid-limit 3", f"{SIMRL} --valid-every 3", f"{SFT} --va
               f"{SIMRL} --reward binary --strip-eos", "reward --data train.jsonl --binary --strip-eos",
               "prepare --data train.jsonl --out new.jsonl --max-prompt-tokens 9",
               "prepare --data train.jsonl --out new.jsonl --seed 9",
-              f"{ROLLOUT} --temperature 0 --top-p 0.5", f"{EVAL} --seed 3"]
+              f"{ROLLOUT} --temperature 0 --top-p 0.5",
+              "bfcl --model student --out new --compare missing --tools wrapped",
+              "chat --model student --device cpu --tools-form wrapped", f"{EVAL} --seed 3"]
 IDLE_FLAGS = ["valid-limit", "valid-every", "hold-out", "valid-answers", "samples", "epochs", "tail-weight",
-              "tail-weight", "kd-ratio", "max-draws", "clip", "strip-eos", "strip-eos", "max-prompt-tokens", "seed", "top-p", "seed"]
+              "tail-weight", "kd-ratio", "max-draws", "clip", "strip-eos", "strip-eos", "max-prompt-tokens", "seed", "top-p",
+              "tools", "tools-form", "seed"]
 
 
 @pytest.mark.parametrize("number", range(len(IDLE)))

@@ -33,4 +33,5 @@ torchrun --nproc-per-node 8 --shutdown-timeout 3600 -- star.py simrl --model run
     --think on --gradient-checkpointing --micro-batch-tokens 8192 --max-concurrent 64 --out runs/star-4b
 
 # Official scores: a process each, on one GPU.
-python star.py bfcl --model runs/star-0.6b/model --think on --categories non_live live multi_turn --out bfcl/star-0.6b
+python star.py bfcl --model runs/star-0.6b/model --think on --max-concurrent 8 \
+    --categories non_live live multi_turn --out bfcl/star-0.6b
