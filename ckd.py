@@ -349,11 +349,10 @@ def answer_before_and_after(student, folder, chat, groups, args):
 def describe_run(args, student, groups, valid, start):
     """Print the size of a run before it starts."""
     responses = sum(len(group.responses) for group in groups)
-    steps = len(plan_batches(groups, args))
     resumed = f"; resuming after step {start}" if start else ""
     train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
                f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     if args.valid and not valid:
         train.note(f"no validation: every record of {args.valid} was skipped")
-    if not args.steps and steps < 10:
+    if not args.steps and (steps := len(plan_batches(groups, args))) < 10:
         train.note(f"That is only {steps} steps. To train longer, use --steps, or --epochs and a smaller --batch-size")

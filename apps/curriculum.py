@@ -146,7 +146,7 @@ def check_out(stage, before, resume):
     places = [stage.out]
     if stage.command == "eval" and stage.compare:
         folder = Path(stage.compare)
-        if (folder / "config.json").exists() or folder in [other.out / "model" for other in before]:
+        if (folder / "config.json").exists() or any(writes(other, folder, "model") for other in before):
             places.append(Path(f"{stage.out}-compared"))  # the answers of that model
     for place in places:
         if exists(place) and not is_page and not resume:

@@ -18,7 +18,6 @@ equal, such as 0 of 200, has no width: read it as "about 3 in 200 at most".
 import json
 import sys
 from argparse import Namespace
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,6 @@ from train import add_machine_flags, fail_together, pick_device, rank
 
 RESAMPLES = 5_000
 INTERVAL = "{mean:.3f} [{low:.3f}, {high:.3f}]"
-identity = itemgetter("id", "messages", "tools", "answer")  # of a record
 NONE_IN_COMMON = "--compare: the two evaluations have no record in common; run both on the same --data"
 LINE_KEYS = dict.fromkeys(("prompt", "generation", "label"), "text")  # of a line that `reward` scores
 
@@ -76,8 +74,8 @@ def run_eval(args):
             results.append((flags["model"], read_rows(answers, scored=True)))
         inputs = [read_inputs(run) for run in runs]
         if results:
-            others = by_identity(results[0][1])
-            if others.keys().isdisjoint(by_identity(group.record for group in inputs[0][1])):
+            others = set(map(identity, results[0][1]))
+            if others.isdisjoint(identity(group.record) for group in inputs[0][1]):
                 raise InputError(NONE_IN_COMMON)
         for run in runs if rank() == 0 else ():  # refuse both before anything is written
             check_folder(run)
@@ -167,16 +165,17 @@ def summarise(rows):
     return {"items": len(rows), "metrics": metrics}
 
 
-def by_identity(rows):
-    return {json.dumps(identity(row)): row for row in rows}
+def identity(record):
+    """What makes two records the same, as text."""
+    return json.dumps([record[key] for key in ("id", "messages", "tools", "answer")])
 
 
 def compare(rows, others):
     """{metric: {"mean", "low", "high", "p", "items"}} of the paired differences rows - others."""
-    others = {key: record_metrics(row) for key, row in by_identity(others).items()}
+    others = {identity(row): record_metrics(row) for row in others}
     differences = {}
     for row in rows:
-        other = others.get(json.dumps(identity(row)), {})
+        other = others.get(identity(row), {})
         for name, value in record_metrics(row).items():
             if name in other:
                 differences.setdefault(name, []).append(value - other[name])

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 from data import InputError, hash_files, lock, one_line, print_table, refuse_overlap, unlock_all
 from data.chat import Chat, add_prompt_flags
-from data.fields import KINDS
 from data.records import add_data_flags
 from data.rollouts import append_rollout, filter_responses, finish_rollouts, open_rollouts, part_file, prompt_groups
 from data.runs import add_output_flags, settings
@@ -76,7 +75,7 @@ def print_examples(rows):
     for row in rows[:2]:
         print(f"\nrequest  {one_line(row['messages'][-1]['content'])}")
         for r in row["responses"][:2]:
-            label = f"{r['reward']:.3f}" if KINDS["a number"](r.get("reward")) else "response"
+            label = "response" if r.get("reward") is None else f"{r['reward']:.3f}"
             print(f"{label:8s} {one_line(r['text'])}")
 
 

@@ -121,7 +121,7 @@ def read_record(item, default_id, check, as_text=False):
     answer = item.get("answer")
     last = None
     if our_format:
-        record = item | record
+        record |= item | record
         if isinstance(answer, dict):
             check_fields(answer, ANSWER, "answer", "give it as README.md says")
             last = read_message(answer | {"role": "assistant"}, check)
@@ -175,10 +175,10 @@ def read_message(message, check=True, as_text=False):
 
 def read_text(content):
     """The content of a message as a string or None. OpenAI's list of text parts is joined."""
-    parts = content if isinstance(content, list) else [None]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) == len(parts) and all(isinstance(text, str) for text in texts):
-        content = "".join(texts)
+    if isinstance(content, list) and all(
+            isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+            for part in content):
+        content = "".join(part["text"] for part in content)
     if isinstance(content, str | None):
         return content
     raise InputError(f"content is {type(content).__name__}; write it as a string")

@@ -121,7 +121,9 @@ def check_responses(row, where, table):
     responses = row.get("responses")
     for response in responses if isinstance(responses, list) and responses else [None]:
         response = response if isinstance(response, dict) else {}
-        check_fields(response, table, f"{where}: a response", "remove the line, or start again", needed=True)
+        remedy = "remove the line, or start again"
+        check_fields(response, table, f"{where}: a response", remedy, needed=True)
+        check_fields(response, {"reward": "a number"}, f"{where}: a response", remedy)
 
 
 def part_file(out, rank):

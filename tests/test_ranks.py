@@ -56,7 +56,7 @@ def run(command, ranks):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(600)
+        process.join(60)
         process.kill()  # if it hangs
     return [process.exitcode for process in processes]
 
@@ -279,5 +279,5 @@ def test_a_rank_leaves_also_if_its_output_cannot_be_written():
 
     process = multiprocessing.get_context("fork").Process(target=print_and_leave)
     process.start()
-    process.join(600)
+    process.join(60)
     assert process.exitcode == 2

@@ -284,11 +284,14 @@ def test_a_model_without_numbers_is_said(here, capsys):
     assert "the model computes probabilities that are not numbers; its weights are damaged" in line
 
 
-def test_a_finished_rollout_with_an_edited_reward(here):
+def test_a_finished_rollout_with_an_edited_reward(here, capsys):
     assert run(ROLLOUT) == 0
     lines = rows("out.jsonl")
-    lines[0]["responses"][0]["reward"] = None
-    Path("out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for reward in ("x", None):
+        lines[0]["responses"][0]["reward"] = reward
+        Path("out.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        if reward:
+            assert 'a response: reward is "x", not a number; remove the line' in refused(capsys, f"{ROLLOUT} --resume")
     assert run(f"{ROLLOUT} --resume") == 0
 
 

@@ -322,7 +322,7 @@ def test_a_broken_sampler_answers_with_errors(monkeypatch, capsys):
     monkeypatch.setattr(server.engine.sampler, "compute", lambda *inputs: torch.zeros(-1))
     status, reply = post(server, "/v1/completions", {"prompt": "a"})
     assert status == 500 and "the sampler failed" in reply["error"]["message"]
-    for _ in range(600):  # `run` ends, in `star.py serve` the whole command
+    for _ in range(50):  # `run` ends, in `star.py serve` the whole command
         if any(isinstance(error, InputError) and "the sampler failed" in str(error) for error in errors):
             break
         time.sleep(0.1)
