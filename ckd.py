@@ -1,7 +1,7 @@
 """Constrained knowledge distillation (CKD, paper section 3.1): the losses and the loop.
 
-At a position, p is the teacher's distribution and q the student's, softmaxes over the whole vocabulary at temperature
-1; V_k holds the teacher's k most likely tokens, V_m the student's own m most likely tokens. The student minimises
+At a position, p is the teacher's distribution and q the student's: softmaxes at temperature 1 over all ids that both
+have. V_k holds the teacher's k most likely tokens, V_m the student's own m most likely tokens. The student minimises
 
     L_CKD = sum_{v in V_k} p_v log(p_v / q_v)  +  lambda * sum_{v in V_m, not in V_k} q_v            Eqs. 3-5
 
@@ -11,14 +11,14 @@ P = sum_{V_k} p and S' = the second sum, the gradient with respect to the studen
 
     dL/dz_j = q_j (P - lambda S') - p_j [j in V_k] + lambda q_j [j in V_m, not in V_k]               Eqs. 14, 26, 27
 
-Shapes: N positions of a micro-batch whose next token is in the loss ("counted"), C of them in a chunk of the output
-head, H hidden size, V ids in the vocabulary, k and m as above.
+Shapes: N "counted" positions of a micro-batch, those whose next token is in the loss; C of them pass through the output
+head at a time; H hidden size, V ids in the vocabulary, k and m as above.
 
 Departures from the released code:
 1. A plain offline loop. The released run goes through the PPO trainer and samples rollouts that its loss ignores.
-2. The loss is the mean over all counted tokens of the optimiser batch, for any micro-batches and ranks (released: a
-   mean of micro-batch means, in which a token weighs more if its micro-batch has few tokens).
-3. Random-sample KD (rskd) sums over the drawn ids only (released: over a target that has all V ids).
+2. The loss is the mean over all counted tokens of the optimiser batch, however that is split (released: a mean of
+   micro-batch means, in which a token weighs more if its micro-batch has few tokens).
+3. Random-sample KD (rskd) sums over the drawn ids only (released: over all V ids).
 4. Teacher log-probs can be read from a cache on disk, so that the teacher need not be in memory while training.
 """
 import time
@@ -38,7 +38,7 @@ from data.rollouts import score_response
 from experience import answer_held_out
 from head import counted_states, entropy, head_loss
 from model import Transformer
-from sampler import greedy_answers
+from sampler import Request, generate
 from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
 
 # ---- The losses. A divergence takes log-probs on V_k, teacher [C, k] and student [C, k], and returns [C].
@@ -56,8 +56,8 @@ def reverse_kl(teacher_log_p, student_log_p):
 
 def adaptive_kl(teacher_log_p, student_log_p):
     """A weighted mean of forward and reverse KL, both on all of V_k. The weight of the forward KL is the sum of |p - q|
-    over the top of V_k: its first token, and all tokens while the cumulative p is below 0.5. That of the reverse KL is
-    the sum over the rest. teacher_log_p is in descending order. The weights have gradients, as released."""
+    over the top of V_k: its first token, and any whose cumulative p is still below 0.5. That of the reverse KL is
+    the sum over the rest. teacher_log_p is in descending order. As released, the weights are not detached."""
     p = teacher_log_p.exp()  # [C, k]
     q = student_log_p.exp()  # [C, k]
     likely = p.cumsum(-1) < 0.5  # [C, k]
@@ -89,7 +89,7 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
     return (student_topm_log_p.exp() * outside).sum(-1)
 
 
-# For ce, `objective_loss` sets kd_ratio to 0: its forward KL is only logged, for comparison with the others.
+# For ce, `objective_loss` sets kd_ratio to 0: the forward KL is then only logged, for comparison.
 DIVERGENCES = {
     "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
 
@@ -126,8 +126,8 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     if divergence is sampled_kl:  # a token drawn c times is listed c times, as q k / c; their mean has q once
         captured = torch.ones_like(kl)  # [C]
         inside = (on_topk - log_p).exp().mean(-1)
-    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail}
-    return losses, stats | {"captured": captured, "inside": inside}
+    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail, "captured": captured, "inside": inside}
+    return losses, stats
 
 
 def cross_entropy(logits, target):
@@ -175,7 +175,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
         # 1. The teacher's top-k, the student's loss and its gradients, one micro-batch at a time.
         row = forward_backward(student, teacher, batch, loss, args, step)
 
-        # 2. Update.
+        # 2. Clip the gradients, update the weights, clear the gradients.
         rate = train.learning_rate(step, len(batches), args.lr)
         row |= train.update(student, optimisers, rate, args.out, step)
         row |= runs.describe_batch(batch, time.perf_counter() - clock)
@@ -199,12 +199,12 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
     Returns means over the counted tokens, {name: float}.
 
     Each token is weighted by 1 / (counted tokens in the batch), so the gradient does not depend on how the batch is
-    split into micro-batches or over ranks. step: seeds the draws of rskd; None in a validation: always the same draws.
+    split into micro-batches or over ranks. step: seeds the draws of rskd; None, in validation, repeats them.
     """
     device = student.head_weight.device
     dtype = getattr(torch, args.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    sums = Counter()  # its update adds
+    sums = Counter()  # Counter.update adds
     total = counted_tokens(batch)
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
     for micro, active in tqdm(parts, "micro-batches", delay=2, leave=False, disable=train.rank() > 0):
@@ -223,9 +223,9 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
 
 @torch.no_grad()
 def validate(student, teacher, valid, args, answer_valid=None):
-    """Means over the held-out tokens, their names prefixed with valid_; with answer_valid, also its figures.
+    """Means over the counted held-out tokens, as valid_NAME; with answer_valid, also what it returns.
 
-    kl is the forward KL for every objective but rskd, so that the curves of different objectives can be compared.
+    kl is the forward KL whatever the objective, so that runs can be compared; only rskd keeps its own.
     """
     loss = cross_entropy
     if teacher:
@@ -248,8 +248,8 @@ def ckd_flags(parser):
     add("--m", type=positive, default=100, help="size of the student's top-m")
     add("--tail-weight", type=non_negative, help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
-        help="weight of distillation; the rest is cross-entropy")
-    add("--cache", metavar="DIR", help="store the teacher's log-probs (rskd: its draws): written once, then read")
+        help="weight of distillation; cross-entropy has the rest; not used by ce")
+    add("--cache", metavar="DIR", help="folder for the teacher's log-probs (rskd: draws): written once, then read")
     add_supervised_flags(parser, lr=3e-6, weight_decay=1e-4)
 
 
@@ -270,10 +270,10 @@ def add_supervised_flags(parser, lr, weight_decay):
     add("--steps", type=positive, help="optimiser steps; overrides --epochs")
     add("--share-prefix", type=positive, default=1, metavar="N",
         help="pack up to N consecutive records with the same tools into one shared-prefix row")
-    add("--samples", type=natural, default=3, metavar="N", help="held-out prompts to answer before and after")
+    add("--samples", type=natural, default=3, metavar="N", help="held-out prompts to answer before and after training")
     train.add_valid_flags(parser, "records or rollouts to validate on; default: hold out some of --data", every=100)
     parser.add_argument("--valid-answers", type=natural, default=0, metavar="N",
-        help="also answer the first N held-out prompts at each validation, 64 at a time: exact answers, reward")
+        help="at each validation, also answer N held-out prompts with gold answers: exact answers, reward")
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, save_every=100)
 
@@ -289,7 +289,7 @@ def run_sft(args):
 
 
 def run_training(args, student_folder, teacher_folder=None):
-    """Read and check, load, train, save, show."""
+    """Check the inputs, load, train, save, print."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
     with train.fail_together():
@@ -303,13 +303,13 @@ def run_training(args, student_folder, teacher_folder=None):
         if teacher_folder:
             key = cache_key(args, groups + valid, vocab_size)
     start = train.open_run(args, [student_folder, teacher_folder], [args.data, args.valid])
-    if start < 0:
+    if start < 0:  # finished already
         return
 
     # 2. Load the models; write the teacher's cache if it is missing.
     teacher = None
     if teacher_folder:
-        if args.objective != "rskd":  # draws may be more than there are ids
+        if args.objective != "rskd":  # more draws than ids are possible
             args.k = clamp_to_vocab("k", args.k, vocab_size)
         args.m = clamp_to_vocab("m", args.m, vocab_size)
         teacher = load_teacher(args, groups + valid, vocab_size, key, device, shard)
@@ -337,22 +337,32 @@ def run_training(args, student_folder, teacher_folder=None):
 
 
 def answer_before_and_after(student, folder, chat, groups, args):
-    """Greedy answers to a few groups' prompts before and after training. Collective: the weights are gathered."""
+    """Greedy answers to a few prompts before and after training. All ranks must call it: the weights are gathered."""
     dtype = getattr(torch, args.dtype)
-    after = greedy_answers(student.in_dtype(dtype), chat, groups, "after")
+    after = greedy_texts(student.in_dtype(dtype), chat, groups)
     with train.fail_together():  # the folder may be gone by now
         untrained = Transformer.from_pretrained(folder, dtype, student.head_weight.device)
-    before = greedy_answers(untrained, chat, groups, "before")
-    return [old | new for old, new in zip(before, after)]
+    before = greedy_texts(untrained, chat, groups)
+    samples = []
+    for group, old, new in zip(groups, before, after):
+        record = group.record
+        gold = chat.answer(record) if has_answer(record) else None
+        samples.append({"request": record["messages"][-1]["content"], "gold": gold, "before": old, "after": new})
+    return samples
+
+
+def greedy_texts(model, chat, groups):
+    """Greedy answers of at most 128 tokens to a few groups' prompts."""
+    requests = [Request(group.prompt, n=1, seed=0, temperature=0.0, max_new_tokens=128) for group in groups]
+    list(generate(model, requests, len(requests), chat))
+    return [chat.decode(request.responses[0].ids) for request in requests]
 
 
 def describe_run(args, student, groups, valid, start):
-    """Print the size of a run before it starts."""
+    """Print the size of a run before it starts, and whether it is very short."""
     responses = sum(len(group.responses) for group in groups)
     resumed = f"; resuming after step {start}" if start else ""
     train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
                f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
-    if args.valid and not valid:
-        train.note(f"no validation: every record of {args.valid} was skipped")
     if not args.steps and (steps := len(plan_batches(groups, args))) < 10:
-        train.note(f"That is only {steps} steps. To train longer, use --steps, or --epochs and a smaller --batch-size")
+        train.note(f"only {steps} steps: to train longer, raise --steps or --epochs, or lower --batch-size")

@@ -32,7 +32,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
     has_signal: function (rewards, answer scores) -> whether a group is trained on
     stop: function -> whether to stop; checked after every token (with several ranks: at every exchange, for all)
 
-    Returns the groups that the step has used, those of them with a signal, and {name: seconds}; None if it was stopped.
+    Returns the groups that the step has used, those with a signal, and {name: seconds}; no groups if it was stopped.
     """
     seconds = {"seconds_sampling": 0.0, "seconds_scoring": 0.0, "seconds_training": 0.0}
     groups = next_prompts(prompts, args.seed, first, args.max_draws * args.prompts_per_step)
@@ -47,9 +47,9 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
         with train.timed(seconds, "seconds_sampling"):
             # 1. Start as many prompts as are expected to fill the step, at the rate of signals so far. Each goes to
             # the rank with the most free slots, so ranks that are busy with long responses get fewer.
-            signal_rate = (1 + len(kept)) / (1 + len(used))
-            missing = args.prompts_per_step - len(kept)
-            while started < len(groups) and max(free) > 0 and (started - len(used)) * signal_rate < missing:
+            groups_per_signal = (1 + len(used)) / (1 + len(kept))
+            expected = len(used) + (args.prompts_per_step - len(kept)) * groups_per_signal  # groups that fill the step
+            while started < min(expected, len(groups)) and max(free) > 0:
                 owner = free.index(max(free))
                 free[owner] -= args.n
                 if owner == train.rank():
@@ -75,7 +75,7 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
             if has_signal(group.rewards, [response.answer_score for response in group.responses]):
                 kept.append(group)
         if stopped and not full():
-            return None
+            return [], [], seconds
     sampler.clear()
     return used, kept, seconds
 

@@ -29,7 +29,7 @@ class KVCache:
         """The next pass computes prompts [B, T], to be stored in the rows from `row` on, after `known` tokens."""
         self.row = row
         self.known = known
-        self.attend = KVCache.attend_in_prompts  # not self.attend_...: a reference cycle
+        self.in_step = False
 
     def start_step(self, grid, places, prompt_keys, response_keys):
         """The next pass computes one token of the responses in rows 0 ... B - 1.
@@ -40,17 +40,18 @@ class KVCache:
         prompt_keys, response_keys: how many keys of a row to read; those beyond a sequence are masked
         """
         self.grid = grid
-        self.row_of_prompt, self.column, prompt_lengths, self.lengths = places  # [B] each
+        self.prompt_rows, self.columns, prompt_lengths, self.lengths = places  # [B] each
         self.rows = torch.arange(len(self.lengths), device=grid.device)  # [B]
         after_prompt = torch.arange(prompt_keys, device=grid.device) >= prompt_lengths[:, None]  # [B, S]
         after_own = torch.arange(response_keys, device=grid.device) > self.lengths[:, None]  # [B, S]
         self.unseen = torch.cat((after_prompt, after_own), dim=-1)[:, None, None]  # [B, 1, 1, S]
         self.widths = (prompt_keys, response_keys)
-        self.attend = KVCache.attend_in_step
+        self.in_step = True
 
     def attention(self, layer):
         """The function (q, k, v) -> attention of a layer."""
-        return partial(self.attend, self, self.prompts[layer], self.responses[layer])
+        attend = self.attend_in_step if self.in_step else self.attend_in_prompts
+        return partial(attend, self.prompts[layer], self.responses[layer])
 
     @torch.compiler.disable  # its shapes change at every step
     def attend_in_prompts(self, prompts, responses, q, k, v):
@@ -93,7 +94,7 @@ class KVCache:
         _, heads, R, M = x.shape
         x = x[self.grid].transpose(1, 2).reshape(P, heads, G * R, M)  # [P, Hkv, G * R, M]
         x = (x @ y).view(P, heads, G, R, -1)  # [P, Hkv, G, R, N]
-        return x[self.row_of_prompt, :, self.column]  # [B, Hkv, R, N]
+        return x[self.prompt_rows, :, self.columns]  # [B, Hkv, R, N]
 
 
 def lay_out(prompt_rows):

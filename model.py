@@ -1,8 +1,7 @@
 """The Qwen2 / Qwen2.5 / Qwen3 dense decoder in plain PyTorch, loading and saving.
 
-Read it from top to bottom: settings, normalisation, rotary positions, attention, feed-forward, layer, decoder,
-transformer. Parameters have the names of the published safetensors files, so loading needs no mapping table, and a
-saved folder loads in `transformers` and vLLM.
+Parameters have the names of the published safetensors files, so loading needs no mapping table, and a saved folder
+loads in `transformers` and vLLM.
 
 Shapes: B rows, T tokens, H query heads, Hkv key/value heads, D head size, V vocabulary size. `c` is the dict of
 settings that `read_config` returns.
@@ -205,8 +204,6 @@ class Decoder(nn.Module):
 
     def compile_layers(self):
         """torch.compile the layers, on a GPU. Takes up to a minute at the first batches; rounds differently."""
-        if self.compiled:
-            return
         self.compiled = True
         torch._dynamo.config.recompile_limit = 64  # one limit for the layers of all models
         for layer in self.layers:

@@ -6,13 +6,13 @@
     s          = ROUGE-L for strings, equality for everything else         of two values                Eq. 9
     R_response = ROUGE-L                                                   of two text replies          Eq. 10
 
-R_format is 0 if the response does not contain exactly one think block, or if a call cannot be parsed, names
-an unknown tool or has an unknown argument. Otherwise it is 1, and R is R_fc if response and gold answer are
+R_format is 0 if the response does not contain exactly one think block, or if a call is malformed, names an
+unknown tool or has an unknown argument. Otherwise it is 1, and R is R_fc if response and gold answer are
 both calls, R_response if both are text, and 0 if one is calls and the other text. Model output is never run.
 A response whose only calls are unclosed scores 0.
 
 Where the paper is silent, this follows the function that the authors released (`simrl.py` of their repository);
-tests/test_reward.py compares 3,000 of its values:
+tests/test_reward.py compares 3,000 of its values. So:
 1. Matching is greedy. Calls are matched in the order in which they were written. Each takes the most similar
    unmatched gold call of its name, even if the similarity is 0. The order of the calls matters, and the
    matching is not always the best assignment.
@@ -103,7 +103,7 @@ def tools_by_name(tools):
 
 
 def known_arguments(tool):
-    """Return {argument: its schema}. `parameters` is either that flat dictionary or a JSON schema object.
+    """Return {argument: its schema}. `parameters` is that itself, or a JSON schema with `type` and `properties`.
 
     >>> known_arguments({"parameters": {"type": "object", "properties": {"city": {"type": "string"}}}})
     {'city': {'type': 'string'}}
@@ -117,11 +117,11 @@ def known_arguments(tool):
 
 
 def check(calls, tools):
-    """Raise FormatError if a call names an unknown tool or argument. Only responses are checked, never labels.
+    """Raise FormatError if a call names an unknown tool or argument. `score` checks responses only, not labels.
 
-    Add further rules here, for example that required arguments are present or that types are right: an `if`
-    and a `raise` at the end of the loop, which must not fail on any schema. Then add the message to FORMAT_FAILURES and
-    correct the docstring of this file. Count the labels that break the new rule: a copy of such a label scores -1.
+    Add further rules here, for example that required arguments are present or that types are right: at the end of the
+    loop, an `if` and a `raise` that survive any schema. Then add the message to FORMAT_FAILURES, and correct the list
+    at the top. `eval`, `rollout` and `prepare` apply the rule, too: `prepare` drops records whose label breaks it.
     """
     by_name = tools_by_name(tools)
     for call in calls:

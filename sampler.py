@@ -1,19 +1,19 @@
 """The sampler: prompts in, sampled responses out.
 
-A slot is a row of the key/value cache in which one response grows. A prompt is computed and stored once; its responses
-read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A response that ends
-frees its slot at once: the last slot in use takes its place, and the next response starts.
+A slot is a row of the key/value cache in which one response grows. A prompt is stored once, without its last token; all
+its responses read the same keys. A step feeds the last token of every slot to the model and draws the next ones. A
+response that ends frees its slot: the last slot in use moves there, and in the next step another response can start.
 
-All random numbers of a request come from its own seed, so in exact arithmetic its responses do not depend on others.
-Others do change the rounding of logits, which changes few texts in float32 and about half of long ones in bfloat16.
+All random numbers of a request come from its own seed, so in exact arithmetic its responses do not depend on other
+requests. Those do change the rounding of logits, and by it few texts in float32, about half of long ones in bfloat16.
 
-Shapes: B slots in use, S cached keys, V ids in the vocabulary, H hidden size.
+Shapes: B slots in use, P prompts, G slots of a prompt at most, V ids of the tokenizer, H hidden size.
 
 Departures from the released code:
 1. No vLLM: the released run hands its weights to another engine.
 2. Ids beyond the tokenizer (padding rows of the embedding) are never sampled.
-3. The stop token is the last id of a response. An immediate stop is allowed; the released code forces one other token
-   first. Nothing is appended to a response that reached the length limit (released: an end token).
+3. A stop token is kept, as the last id of a response. An immediate stop is allowed; the released code forces one other
+   token first. Nothing is appended to a response that reached the length limit (released: an end token).
 """
 import math
 from collections import deque, namedtuple
@@ -26,13 +26,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import non_negative, number, positive
 from data.groups import Response
-from data.records import has_answer
 from head import inverse_transform
 from kv_cache import KVCache, lay_out
 
-PREFILL_TOKENS = 2048  # padded prompt tokens per prefill pass
+PREFILL_TOKENS = 2048  # prompt tokens, with padding, per prefill pass
 MAX_GRAPHS = 256  # CUDA graphs kept, one per shape; the oldest goes first
-LOGITS_AT_ONCE = 2 ** 20  # logits per draw on a CPU
+LOGITS_AT_ONCE = 2 ** 20  # logits per call of `next_token` on a CPU
 
 
 def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
@@ -40,13 +39,13 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
     add("--max-concurrent", type=positive, default=64, metavar="N", help="sequences generated concurrently; affects "
-        "memory and speed; rounding also changes about half of the samples with bfloat16, few with float32")
+        "memory, speed and, by rounding, the samples: about half of them with bfloat16, few with float32")
     add_length_flag(parser)
 
 
 def add_length_flag(parser):
     """The flag that limits the length of a response."""
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="stop a response at this length")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="most tokens of a response")
 
 
 def add_sampling_flags(parser, temperature):
@@ -75,7 +74,7 @@ class Request:
         return bool(self.responses) and all(r.finish_reason for r in self.responses)
 
 
-Slot = namedtuple("Slot", "request response uniforms")  # a growing or waiting response; its random numbers
+Slot = namedtuple("Slot", "request response uniforms")  # a response, growing or waiting, and its random numbers
 
 
 class Sampler:
@@ -84,8 +83,8 @@ class Sampler:
     model: a Transformer, in the precision to sample with
     chat: a response ends with one of its `stop_ids`; ids from its `vocab_size` on are never drawn
     num_slots: responses drawn concurrently
-    num_prompts: prompts that they may belong to
-    prompt_tokens, max_new_tokens: the most that a request has
+    num_prompts: prompts stored at a time
+    prompt_tokens, max_new_tokens: the largest of any request
     prefixes: keeps the keys of earlier prompts, see apps/engine.py; or None
     """
 
@@ -97,18 +96,18 @@ class Sampler:
         self.prefixes = prefixes
         self.cache = KVCache(model, num_prompts, prompt_tokens, num_slots, max_new_tokens)
         self.requests = deque()  # not started
-        self.waiting = deque()  # responses of the newest request, still without a row
+        self.waiting = deque()  # responses of the request that started last, still without a row
         self.slots = []  # slots[i] is row i of the cache's responses
-        self.prompts = []  # prompts[i] is row i of its prompts: those of slots and waiting
+        self.prompts = []  # prompts[i] is row i of the cache's prompts
         self.graphs = {} if model.head_weight.is_cuda else None  # see `replay`
         self.graph_memory = None  # the memory pool that all graphs share
 
     def add(self, request):
-        """Queue a request. Others may be running. Requests with the same list as prompt share its keys."""
+        """Queue a request. Others may be running. Requests whose prompt is the same list object share its keys."""
         self.requests.append(request)
 
     def cancel(self, request):
-        """Drop a request's waiting responses; those with a row end at the next step. Returns True if none has a row."""
+        """Drop what waits of a request; responses in a slot end at the next step. Returns True if there are none."""
         self.requests = deque(other for other in self.requests if other is not request)
         self.waiting = deque(slot for slot in self.waiting if slot.request is not request)
         for response in request.responses:
@@ -140,7 +139,7 @@ class Sampler:
             return []
         # 2. Feed the last token of every slot to the model, and draw the next one.
         tokens, log_probs = self.next_tokens()
-        # 3. Append the drawn tokens: a GPU has to finish its work here.
+        # 3. Append the drawn tokens: `tolist` waits for the GPU.
         for slot, token, log_prob in zip(self.slots, tokens.tolist(), log_probs.tolist()):
             self.append(slot, token, log_prob)
         # 4. Free the slots of finished responses.
@@ -152,17 +151,17 @@ class Sampler:
         """Free the rows of prompts that nothing reads any more, then start waiting responses in free slots."""
         used = {id(slot.request.prompt) for slot in (*self.slots, *self.waiting)}
         compact(self.prompts, lambda prompt: id(prompt) in used, self.cache.prompts)
-        started = len(self.prompts)
+        first_new = len(self.prompts)
         while len(self.slots) < self.num_slots and (self.waiting or self.requests):
             if not self.waiting:
                 if len(self.prompts) == self.num_prompts:
                     break
                 self.start_request(self.requests.popleft())
             self.slots.append(self.waiting.popleft())
-        self.prefill(started)
+        self.prefill(first_new)
 
     def start_request(self, request):
-        """Make a waiting slot for each response of a request, and give its prompt a row if it has none."""
+        """Queue a `Slot` for each response of a request, and give its prompt a row if it has none."""
         generator = torch.Generator().manual_seed(request.seed)
         uniforms = torch.rand(request.max_new_tokens, request.n, generator=generator)
         request.responses = [Response([], (0, 0), log_probs=[]) for _ in range(request.n)]
@@ -171,40 +170,43 @@ class Sampler:
         if not any(prompt is request.prompt for prompt in self.prompts):
             self.prompts.append(request.prompt)
 
-    def prefill(self, row):
-        """Prefill the prompts from `row` on, except their last token, which each response feeds itself."""
-        new = self.prompts[row:]
-        size = 1 if self.prefixes else max(1, PREFILL_TOKENS // max(map(len, new), default=1))
+    def prefill(self, first_new):
+        """Prefill the prompts from row `first_new` on, except their last token, which each response feeds itself."""
+        new = self.prompts[first_new:]
+        longest = max(map(len, new), default=1)
+        size = 1 if self.prefixes else max(1, PREFILL_TOKENS // longest)
         for i in range(0, len(new), size):
-            known = self.prefixes.load(self.cache, row + i, new[i][:-1]) if self.prefixes else 0
-            part = [torch.tensor(prompt[known:-1]) for prompt in new[i:i + size]]
-            ids = pad_sequence(part, batch_first=True).long().to(self.model.head_weight.device)  # [P, T]
+            row = first_new + i
+            known = self.prefixes.load(self.cache, row, new[i][:-1]) if self.prefixes else 0
+            part = [torch.tensor(prompt[known:-1], dtype=torch.long) for prompt in new[i:i + size]]
+            ids = pad_sequence(part, batch_first=True).to(self.model.head_weight.device)  # [P, T]
             positions = torch.arange(known, known + ids.shape[1], device=ids.device)[None]  # [1, T]
-            self.cache.start_prompts(row + i, known)
+            self.cache.start_prompts(row, known)
             if ids.numel():
                 self.model.hidden_states(ids, positions, cache=self.cache)
             if self.prefixes:
-                self.prefixes.save(self.cache, row + i, new[i][:-1])
+                self.prefixes.save(self.cache, row, new[i][:-1])
 
     def next_tokens(self):
         """The next token of every slot and its log-prob, [B] each. Turns the slots into tensors for `compute`."""
+        requests = [slot.request for slot in self.slots]
         row_of = {id(prompt): row for row, prompt in enumerate(self.prompts)}
-        prompt_rows = [row_of[id(slot.request.prompt)] for slot in self.slots]
+        prompt_rows = [row_of[id(request.prompt)] for request in requests]
         grid, columns = lay_out(prompt_rows)
-        places, draws = [], []  # of each slot; see `compute`
-        for slot, prompt_row, column in zip(self.slots, prompt_rows, columns):
-            request, ids = slot.request, slot.response.ids
-            known = len(request.prompt) - 1  # stored: each response feeds the last prompt token itself
-            last = (ids or request.prompt)[-1]
-            places.append((last, known + len(ids), prompt_row, column, known, len(ids)))
-            draws.append((slot.uniforms[len(ids)], request.temperature, request.top_p))
-        places = np.array(places).T  # [6, B]
-        stored, lengths = places[4:]
-        draws = np.array(draws, dtype=np.float32).T  # [3, B]
-        prompt_keys = key_width(int(stored.max()), self.cache.prompts)
-        response_keys = key_width(int(lengths.max()) + 1, self.cache.responses)
-        shape = (prompt_keys, response_keys, bool(draws[1].max() == 0), bool(draws[2].min() < 1))
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in (grid, places, draws)]
+        # A response feeds the last token of its prompt itself, so that one is not stored.
+        prompt_lengths = [len(request.prompt) - 1 for request in requests]
+        lengths = [len(slot.response.ids) for slot in self.slots]
+        last = [(slot.response.ids or slot.request.prompt)[-1] for slot in self.slots]
+        positions = [prompt + own for prompt, own in zip(prompt_lengths, lengths)]
+        uniforms = [slot.uniforms[length] for slot, length in zip(self.slots, lengths)]
+        temperatures = [request.temperature for request in requests]
+        top_ps = [request.top_p for request in requests]
+        places = np.array((last, positions, prompt_rows, columns, prompt_lengths, lengths))  # [6, B]
+        draws = np.array((uniforms, temperatures, top_ps), dtype=np.float32)  # [3, B]
+        prompt_keys = key_width(max(prompt_lengths), self.cache.prompts)
+        response_keys = key_width(max(lengths) + 1, self.cache.responses)
+        shape = (prompt_keys, response_keys, max(temperatures) == 0, min(top_ps) < 1)
+        tensors = [torch.from_numpy(array) for array in (np.array(grid), places, draws)]
         if self.graphs is not None:
             return self.replay(*tensors, shape)
         return self.compute(*(t.to(self.model.head_weight.device) for t in tensors), *shape)
@@ -226,15 +228,17 @@ class Sampler:
         size = len(logits) if logits.is_cuda else max(1, LOGITS_AT_ONCE // len(head))
         parts = []
         for rows, (uniform, temperature, top_p) in zip(logits.split(size), draws.split(size, dim=1)):
-            temperature, top_p = None if greedy else temperature, top_p if nucleus else None
+            temperature = None if greedy else temperature
+            top_p = top_p if nucleus else None
             parts.append(next_token(rows, uniform, temperature, top_p))
-        return tuple(map(torch.cat, zip(*parts)))  # ids, log-probs
+        ids, log_probs = zip(*parts)
+        return torch.cat(ids), torch.cat(log_probs)
 
     def replay(self, grid, places, draws, shape):
-        """`compute` on a GPU. A thousand small kernels take longer to start than to run, so those of each shape are
+        """`compute` on a GPU. A thousand small kernels take longer to launch than to run, so those of each shape are
         recorded once, as a CUDA graph, and replayed. Sizes are rounded up, so that few graphs suffice."""
         B = round_up(len(self.slots), self.num_slots)
-        order = [i if i < len(self.slots) else 0 for i in range(B)]  # padding rows repeat slot 0
+        order = [*range(len(self.slots))] + [0] * (B - len(self.slots))  # padding rows repeat slot 0
         P, G = grid.shape
         grid = F.pad(grid, (0, round_up(G, B) - G, 0, round_up(P, self.num_prompts) - P))
         inputs = (grid, places[:, order], draws[:, order])
@@ -243,7 +247,7 @@ class Sampler:
             if len(self.graphs) == MAX_GRAPHS:
                 del self.graphs[next(iter(self.graphs))]
             buffers = [tensor.to(self.model.head_weight.device) for tensor in inputs]
-            self.compute(*buffers, *shape)  # warm-up: compiling and allocating cannot be recorded
+            self.compute(*buffers, *shape)  # warm-up: compiling and lazy set-up cannot be recorded
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.graph_memory):
                 outputs = self.compute(*buffers, *shape)
@@ -264,7 +268,7 @@ class Sampler:
         stop = token in self.chat.stop_ids
         strings = slot.request.stop_strings
         if strings and not stop:
-            longest = max(len(string.encode()) for string in strings)  # in tokens at most: one has a byte or more
+            longest = max(len(string.encode()) for string in strings)  # tokens at most: each has a byte or more
             text = self.chat.decode(response.ids[-longest:])
             stop = any(string in text for string in strings)
         if stop:
@@ -285,7 +289,7 @@ def compact(items, keep, buffers):
 
 
 def key_width(length, buffers):
-    """`length` keys, rounded up to a multiple of 32, but at most the tokens of a row."""
+    """`length` keys, rounded up to a multiple of 32, but at most the size of a row."""
     return min(math.ceil(max(length, 1) / 32) * 32, buffers[0].shape[3])
 
 
@@ -322,8 +326,8 @@ def next_token(logits, uniform, temperature=None, top_p=None):
         top_p = top_p[:, None].masked_fill(greedy, 1.0)  # [R, 1]
         ordered, order = probs.sort(-1, descending=True)  # [R, V]
         mass_before = ordered.cumsum(-1) - ordered  # [R, V], of the more likely tokens
-        excluded = (mass_before >= top_p) & (top_p < 1)  # [R, V], sorted
-        excluded = excluded.scatter(-1, order, excluded)  # [R, V]
+        beyond = (mass_before >= top_p) & (top_p < 1)  # [R, V], in this order
+        excluded = torch.empty_like(beyond).scatter(-1, order, beyond)  # [R, V], in the order of ids
         probs = probs.masked_fill(excluded, 0.0)
     ids, total = inverse_transform(probs, uniform[:, None])  # [R, 1] each
     ids = torch.where(greedy, most_likely, ids)
@@ -334,11 +338,12 @@ def next_token(logits, uniform, temperature=None, top_p=None):
 def cache_size(num_slots, requests):
     """(num_slots, num_prompts, prompt_tokens, max_new_tokens) of a sampler for these requests.
 
-    A prompt keeps its row until its longest response ends; by then most of its slots hold responses to others. So there
-    is room for three times the prompts that would fill the slots.
+    A prompt keeps its row until its longest response ends; by then most of its slots serve other prompts. So there is
+    room for three times as many prompts as fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
-    num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))
+    to_fill = math.ceil(num_slots / min(request.n for request in requests))
+    num_prompts = min(num_slots, 3 * to_fill)
     prompt_tokens = max(len(request.prompt) for request in requests)
     return num_slots, num_prompts, prompt_tokens, max(request.max_new_tokens for request in requests)
 
@@ -361,15 +366,3 @@ def generate(model, requests, num_slots, chat):
         sampler.add(request)
     while sampler.busy:
         yield from sampler.step()
-
-
-def greedy_answers(model, chat, groups, name):
-    """Greedy answers to a few groups' prompts: [{"request": text, "gold": text or None, name: text}]."""
-    requests = [Request(group.prompt, 1, 0, 0.0, 128) for group in groups]
-    list(generate(model, requests, len(requests), chat))
-    answers = []
-    for group, request in zip(groups, requests):
-        gold = chat.answer(group.record) if has_answer(group.record) else None
-        text = group.record["messages"][-1]["content"]
-        answers.append({"request": text, "gold": gold, name: chat.decode(request.responses[0].ids)})
-    return answers

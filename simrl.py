@@ -1,28 +1,27 @@
 """Sim-RL (paper section 3.2): GRPO with the similarity reward. First the formulas, then the loop.
 
 A step samples a group of n responses o_1 ... o_n to each of its prompts, scores each with the reward R, keeps the
-groups with a learning signal, and improves the policy pi in a few optimiser steps; pi_old is the policy that sampled.
+groups with a learning signal, and improves the policy pi in a few updates; pi_old is the policy that sampled.
 
     J = mean_i 1/|o_i| sum_t [ min(r A_i, clip(r, 1 - low, 1 + high) A_i) - beta KL(pi || pi_ref) ]            Eq. 11
     r = pi(o_it) / pi_old(o_it)        A_i = (R_i - mean(R)) / std(R)                                          Eq. 12
 
 The reward is a function of a record and a text; the loop knows nothing of tool calls. experience.py draws the groups.
 
-Shapes: N tokens of a micro-batch that the loss counts, C of them in a chunk, V ids. A step samples once, then updates.
+Shapes: N tokens of a micro-batch that the loss counts, C in a chunk, V ids of the tokenizer, H hidden size.
 
-Where paper, released code and this file differ (sampler.py and data/groups.py list what differs there):
-1. pi_old: the trainer's own log-probs, as released, not the sampler's (`mismatch` logs the difference, which is
-   rounding). Here the first batch of a step needs no extra pass: pi is still pi_old, so the loss uses its own
-   log-probs, detached. Ids beyond the tokenizer are cut off, as in the sampler.
+Where the paper, the released code and this file differ (sampler.py and data/groups.py have such lists, too):
+1. pi_old: the trainer's own log-probs, as released, not the sampler's (`mismatch` logs the difference: rounding only).
+   Here the first batch of a step needs no extra pass: pi is still pi_old, so the loss uses its own log-probs, detached.
 2. Mean of the loss: paper, per response first (`--loss-mean sequence`); released, of micro-batch means (`micro-batch`),
-   so a token weighs more in a micro-batch of few; here, over all tokens of the optimiser batch (`token`).
-3. KL: the paper has a KL; released and here, the k2 estimate, as a loss term.
-4. Filter: the paper drops groups whose mean score is 0 or 1. The answer score of a response is its reward, but 0 for a
-   format failure. Released and here, a group is kept if its answer scores differ and their mean is between 0.01 and
-   0.99; so groups with rewards -1 and 0 only are dropped (`--filter rewards` keeps them).
-5. Steps: the released run samples whole batches of prompts, and ends when they run out. Here the number of steps is
-   fixed, and a step samples prompts until --prompts-per-step groups pass the filter, or until it has sampled
-   --max-draws times as many prompts; in that case it makes fewer updates.
+   so a token of a small micro-batch weighs more; here, over all tokens of the optimiser batch (`token`).
+3. KL: the paper names no estimate of it; released and here, k2, limited to 10, as a loss term.
+4. Filter: the answer score of a response is its reward, but 0 for a format failure. The paper drops groups whose mean
+   score is 0 or 1. Released and here, a group is kept if its answer scores differ and their mean is between 0.01 and
+   0.99; so groups of only -1 and 0 rewards are dropped (`--filter rewards` keeps them).
+5. Steps: the released run samples whole batches, and ends when the prompts run out. Here the number of steps is fixed,
+   and a step samples prompts until --prompts-per-step groups pass the filter, or until it has sampled --max-draws
+   times as many prompts; in that case it makes fewer updates.
 """
 import math
 import statistics
@@ -53,7 +52,7 @@ def advantages(rewards, kind="group_norm"):
     >>> [round(A, 4) for A in advantages([1.0, 0.0, 0.0, 0.0])]
     [1.5, -0.5, -0.5, -0.5]
     """
-    mean = statistics.mean(rewards)  # exact: equal rewards give 0
+    mean = statistics.mean(rewards)  # exact: equal rewards give A = 0
     scale = statistics.stdev(rewards) + 1e-9 if kind == "group_norm" else 1.0
     return [(reward - mean) / scale for reward in rewards]
 
@@ -107,16 +106,17 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
 
 
 def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32):
-    """Weights [N] of the tokens' losses that make their sum over an optimiser batch the mean that `kind` names.
+    """Weights [N] of the tokens: the weighted sum of losses over an optimiser batch is the mean that `kind` names.
 
     kind: "token", "sequence" or "micro-batch"
-    response: [N], the number, in the micro-batch, of the response that each token belongs to
+    response: [N], the index, within the micro-batch, of the response that each token belongs to
     batch: the groups of the optimiser batch
     num_micro_batches: of the optimiser batch, on all ranks together
     """
     if kind == "sequence":  # Eq. 11
         lengths = response.bincount()[response].to(dtype)  # [N]
-        return 1 / (lengths * sum(len(group.responses) for group in batch))
+        num_responses = sum(len(group.responses) for group in batch)
+        return 1 / (lengths * num_responses)
     denominator = len(response) * num_micro_batches if kind == "micro-batch" else counted_tokens(batch)
     return torch.full_like(response, 1 / denominator, dtype=dtype)
 
@@ -128,24 +128,24 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     model: a Transformer with float32 weights, changed in place
     reference: pi_ref in the precision of --dtype; None if and only if --kl-weight is 0
     prompts: a list of `Group` without responses
-    score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]}; other
-        keys are copied to samples.jsonl, and validation needs "exact"
+    score: function (record, text) -> {"reward" in [-1, 1], -1 for a format failure; "answer_score" in [0, 1]};
+        validation also needs "exact"; samples.jsonl has all keys
     start: the step to resume after
-    valid: held-out groups without responses, answered greedily before the first step and every --valid-every steps
+    valid: held-out groups without responses, answered greedily before step 1, every --valid-every steps and at the end
 
     Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns False if Ctrl-C
     stopped the run. The p-th prompt of a run and the seed of its samples depend on --seed and p only.
     """
     if (args.kl_weight > 0) != (reference is not None):
-        raise ValueError("a reference is required when kl_weight > 0, and only then")
+        raise ValueError("give a reference if and only if kl_weight is above 0")
     num_steps, num_updates = plan_steps(len(prompts), args)
     optimisers = train.make_optimisers(model, args)
     progress = {"prompts": 0, "updates": 0}
     if start:
         progress = checkpoints.load_checkpoint(args.out, start, model, optimisers)
     policy = model.in_dtype(getattr(torch, args.dtype))  # draws the samples; in float32 it is the model itself
-    for network in (model, reference, policy):
-        if args.compile and network:
+    if args.compile:
+        for network in {model, reference, policy} - {None}:
             network.model.compile_layers()
     with train.fail_together():
         sampler = make_sampler(policy, [*prompts, *valid], chat, args)
@@ -157,35 +157,37 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     for step in steps:
         # 1. Sample n responses to each prompt from the policy as it is now, pi_old, and score them, until enough groups
         # have a learning signal. Eq. 12 turns rewards into advantages.
-        sampled = sample_step(sampler, prompts, progress["prompts"], score, signal, args, lambda: steps.requested)
-        if sampled is None:  # Ctrl-C: nothing was updated since the step before
+        groups, kept, seconds = sample_step(
+            sampler, prompts, progress["prompts"], score, signal, args, stop=lambda: steps.stop_requested)
+        if not groups:  # Ctrl-C: no update since the step before
             steps.stopped = True
             if step - 1 > start and (step - 1) % args.save_every:
                 checkpoints.save_checkpoint(args.out, step - 1, model, optimisers, progress)
             break
-        groups, kept, seconds = sampled
         progress["prompts"] += len(groups)
         for group in groups:
-            for response, advantage in zip(group.responses, advantages(group.rewards, args.advantage)):
+            values = advantages(group.rewards, args.advantage)
+            for response, advantage in zip(group.responses, values):
                 response.advantage = advantage
-        total = sum(sum(r.log_probs) for g in groups for r in g.responses)
-        checkpoints.check_finite(args.out, step, "a sampled log-prob", total)
+        log_probs = [value for group in groups for response in group.responses for value in response.log_probs]
+        checkpoints.check_finite(args.out, step, "a sampled log-prob", sum(log_probs))
         row = runs.describe_responses(groups, kept)
 
         with train.timed(seconds, "seconds_training"):
-            # 2. Store the log-probs of pi_old and pi_ref now: the updates change the model.
+            # 2. Store the log-probs of pi_ref, and those of pi_old before the updates change the model.
             batches = prepare_batches(model, reference, kept, chat.vocab_size, args, step)
 
             # 3. Update: gradients (summed over ranks, clipped) and an optimiser step for each batch.
-            sums = Counter()  # its update adds
+            sums = Counter()  # Counter.update adds
             for packed_batch in batches:
                 sums.update(accumulate_gradients(model, packed_batch, chat.vocab_size, args))
                 progress["updates"] += 1
                 rate = train.learning_rate(progress["updates"], num_updates, args.lr)
                 row |= train.update(model, optimisers, rate, args.out, step)  # lr and norm of the last batch
-            counts = {"loss": len(batches)}  # of the other sums: tokens
-            shares = {name: value / counts.get(name, row["tokens"]) for name, value in sums.items()}  # of this rank
-            row |= train.sum_over_ranks(shares)
+            means = {name: value / counted_tokens(kept) for name, value in sums.items()}  # this rank's part of them
+            if batches:  # no group may have a signal
+                means["loss"] = sums["loss"] / len(batches)
+            row |= train.sum_over_ranks(means)
             policy.copy_weights(model)
 
         # 4. Validate.
@@ -214,7 +216,8 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
     """Split a step's groups into optimiser batches. Returns, per batch, the list of this rank's packed micro-batches.
 
     Adds to each packed dict what stays fixed during the updates, [N] each: advantage, sampler_log_p, old_log_p (None in
-    the first batch), ref_log_p (None without a reference), token_weights. Also active: 0 for a filler, else 1.
+    the first batch), ref_log_p (None without a reference), token_weights. Also active: 0 for a micro-batch
+    that only keeps the ranks in step, else 1.
     """
     device = model.head_weight.device
     wide = torch.promote_types(getattr(torch, args.dtype), torch.float32)
@@ -239,7 +242,7 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
 
 @torch.no_grad()
 def log_probs_of(model, packed, vocab_size, args):
-    """Log-probs [N] of a packed micro-batch's targets, in the same chunks as the loss, so that both round equally."""
+    """Log-probs [N] of a packed micro-batch's targets, in the same chunks as the loss, so both round the same way."""
     dtype = getattr(torch, args.dtype)
     hidden = counted_states(model, packed, dtype).to(dtype)  # [N, H]
     head = model.head_weight[:vocab_size].to(dtype)  # [V, H]
@@ -251,15 +254,16 @@ def log_probs_of(model, packed, vocab_size, args):
 
 
 def accumulate_gradients(model, packed_batch, vocab_size, args):
-    """Accumulate the gradients of an optimiser batch, from `prepare_batches`, on this rank. Returns its loss and the
-    token sums of `policy_loss`'s statistics as one dict."""
+    """Accumulate the gradients of an optimiser batch, from `prepare_batches`. Returns this rank's part of the loss, and
+    of the statistics of `policy_loss`, summed over tokens."""
     dtype = getattr(torch, args.dtype)
     loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip, temperature=args.temperature)
     sums = Counter()
     for packed in packed_batch:
         hidden = counted_states(model, packed, dtype)  # [N, H]
         head = model.head_weight[:vocab_size]  # [V, H]
-        tensors = map(packed.get, ("targets", "advantage", "old_log_p", "ref_log_p", "sampler_log_p"))  # [N] each
+        names = ("targets", "advantage", "old_log_p", "ref_log_p", "sampler_log_p")  # in the order of `policy_loss`
+        tensors = [packed[name] for name in names]  # [N] each, or None
         part, stats = head_loss(hidden, head, packed["token_weights"], loss, *tensors, dtype=dtype)
         part.backward()
         sums["loss"] += part.detach()
@@ -277,28 +281,29 @@ def simrl_flags(parser):
     add = parser.add_argument_group("steps").add_argument
     add("--prompts-per-step", type=positive, default=128, help="groups per step")
     add("--temperature", type=number(float, 1e-6), default=1.0, help="of the samples, above 0")
-    add("--episodes", type=positive, default=3, help="steps = prompts x episodes / prompts-per-step")
+    add("--episodes", type=positive, default=3, help="sets the steps: prompts x this / prompts-per-step")
     add("--steps", type=positive, help="overrides --episodes")
     add = parser.add_argument_group("reward and filter").add_argument
     add("--reward", choices=("similarity", "binary"), default="similarity",
-        help="binary: 1 for exactly the gold calls, else 0; -1 for a format failure")
-    add("--strip-eos", action="store_true", help="remove the end token from text replies before scoring")
+        help="binary: 1 for the gold calls, or for any text where text is due; else 0; -1 for a format failure")
+    add("--strip-eos", action="store_true", help="strip the end token from text replies before scoring")
     add("--filter", choices=("scores", "rewards", "none"), default="scores", help="scores: train on groups whose "
         "scores differ, with a mean in 0.01-0.99; rewards: whose rewards differ; none: on all")
     add("--max-draws", type=positive, default=4, metavar="N",
-        help="to fill a step, sample at most N x prompts-per-step prompts")
+        help="a step samples at most N x prompts-per-step prompts")
     add = parser.add_argument_group("loss").add_argument
     add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm", help="(R - mean) / std, or R - mean")
     add("--kl-weight", type=non_negative, default=1e-3, help="weight of the KL to pi_ref; 0: no reference model")
     add("--clip", type=non_negative, nargs=2, default=[0.2, 0.2],
         metavar=("LOW", "HIGH"), help="clip the ratio to [1 - LOW, 1 + HIGH]")
-    add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token", help="token: over the tokens of "
-        "a batch; micro-batch: of micro-batch means, as released; sequence: of responses first, as in the paper")
+    add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
+        help="token: mean over the tokens of a batch; micro-batch: of micro-batch means (released); sequence: of "
+        "response means (paper)")
     train.add_training_flags(parser, lr=3e-7, weight_decay=0.0, save_every=10)
 
 
 def run_simrl(args):
-    """Refine a model by GRPO, scoring its samples against gold answers. No whole run on a GPU has been made yet."""
+    """Refine a model by GRPO, scoring its samples against gold answers. Not yet run in full on a GPU."""
     # 1. Before anything is written, read all inputs and refuse bad ones.
     device = train.pick_device(args)
     with train.fail_together():
@@ -310,7 +315,7 @@ def run_simrl(args):
             valid, too_long = prompt_groups(args.valid, chat, args.max_prompt_tokens, args.valid_limit)
             train.note(f"{len(valid):,} prompts to validate on, {too_long} skipped as too long")
     start = train.open_run(args, [args.model], [args.data, args.valid])
-    if start < 0:
+    if start < 0:  # finished already
         return
 
     # 2. Load the policy and the reference.
@@ -322,8 +327,8 @@ def run_simrl(args):
                f"{model.num_parameters() / 1e6:,.1f} M parameters" + f"; resumed after step {start}" * (start > 0))
     steps, updates = plan_steps(len(prompts), args)
     if not args.steps and updates < 10:
-        train.note(f"That is only {steps} steps with {updates} updates. To train longer, use --steps or --episodes, "
-                   "or a smaller --prompts-per-step")
+        train.note(f"only {steps} steps with {updates} updates: to train longer, raise --steps or --episodes, or "
+                   "lower --batch-size")
 
     # 3. Train.
     score = partial(training_reward, chat, args)

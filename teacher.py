@@ -1,9 +1,4 @@
-"""The teacher of CKD: its top-k log-probs at the positions of a packed batch, live from a model or from a cache.
-
-    check_pair, cache_key   before anything is written: refuse a pair, or a cache, that does not fit
-    load_teacher            before training: load the model, or write its cache (data/cache.py) if it is missing
-    Teacher                 during training: packed batch -> ids [N, k], log-probs [N, k]
-"""
+"""The teacher of CKD: its top-k log-probs at the positions of a packed batch, live from a model or from a cache."""
 import hashlib
 import json
 from dataclasses import dataclass
@@ -105,14 +100,14 @@ def load_teacher(args, groups, vocab_size, key, device, shard=None):
     """The teacher of a run: the model, or the cache of its log-probs, which is written now if it is missing.
     groups: all that the teacher will be asked about; key: from `cache_key`"""
     cache = open_cache(args.cache, key) if args.cache else None
-    if cache is None:
-        model = Transformer.from_pretrained(args.teacher, getattr(torch, args.dtype), device, shard)
-        if args.compile:
-            model.model.compile_layers()
-        seed = args.seed if args.objective == "rskd" else None
-        teacher = Teacher(model, args.k, vocab_size, seed)
-        if not args.cache:
-            return teacher
-        write_cache(args.cache, groups, key, teacher, device, args.micro_batch_tokens)
-        cache = open_cache(args.cache, key)
-    return Teacher(None, args.k, vocab_size, cache=cache)
+    if cache is not None:
+        return Teacher(None, args.k, vocab_size, cache=cache)
+    model = Transformer.from_pretrained(args.teacher, getattr(torch, args.dtype), device, shard)
+    if args.compile:
+        model.model.compile_layers()
+    seed = args.seed if args.objective == "rskd" else None
+    teacher = Teacher(model, args.k, vocab_size, seed)
+    if not args.cache:
+        return teacher
+    write_cache(args.cache, groups, key, teacher, device, args.micro_batch_tokens)
+    return Teacher(None, args.k, vocab_size, cache=open_cache(args.cache, key))

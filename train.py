@@ -289,7 +289,7 @@ class Steps:
         self.start = start
         self.last = last
         self.bar = tqdm(total=last, initial=start, desc=name, unit="step", disable=rank() > 0)
-        self.requested = False  # Ctrl-C on this rank
+        self.stop_requested = False  # Ctrl-C on this rank
         self.stopped = False  # on any rank; set by `ends_at`, and by the loop
 
     def __iter__(self):
@@ -304,13 +304,13 @@ class Steps:
             signal.signal(signal.SIGINT, previous)
 
     def request_stop(self, *_):
-        self.requested = True
+        self.stop_requested = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
         note("\nStopping as soon as the weights can be saved (Ctrl-C again: at once).")
 
     def ends_at(self, step):
         """Whether this is the last step: of the run, or because a rank was asked to stop."""
-        requests = sum_over_ranks({"stop": self.requested})["stop"]
+        requests = sum_over_ranks({"stop": self.stop_requested})["stop"]
         self.stopped = requests > 0 and step < self.last
         return requests > 0 or step == self.last
 

@@ -90,6 +90,8 @@ def read_groups(args, chat):
         records = stream_records(args.valid, vocab_size=chat.vocab_size, limit=args.valid_limit)
         valid, too_long = make_groups(records, chat, *limits, where=f"{args.valid}: ")
         notes += [f"skipped in {args.valid}: {count} {reason}" for reason, count in too_long.items() if count]
+        if not valid:
+            notes.append(f"no validation: every record of {args.valid} was skipped")
     else:
         count = min(args.hold_out, len(groups) // 4)
         held_out = set(random.Random(args.seed).sample(range(len(groups)), count))

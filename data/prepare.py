@@ -52,8 +52,8 @@ def prepare_flags(parser):
 
 
 def run_prepare(args):
-    """Drop records whose gold answer cannot be read or has unknown tools or arguments (types and required ones are not
-    checked), label the others, and choose a mix of them by quotas."""
+    """Drop records whose gold answer cannot be read or has unknown tools or arguments (wrong types and missing ones are
+    kept), label the others, and choose a mix of them by quotas."""
     out = Path(args.out)
     refuse_overlap(out, args.data)
     part = Path(f"{out}.part")

@@ -11,7 +11,7 @@ The filters check form, not correctness, as in the paper: exactly one think bloc
 can be parsed, to offered tools, with arguments that the tool has. Repeated responses to a prompt are dropped. A
 teacher's mistakes are kept.
 
-Departures from the released code, as far as it is described:
+Departures from the released code, where it is described:
 1. A call that is never closed fails, even after closed calls, where the reward ignores it.
 2. Two responses are duplicates if their reasoning, the text around their calls, and their calls in any order are
    equal. Surrounding white space and end tokens do not count. The first one is kept.
