@@ -249,24 +249,34 @@ def test_ctrl_c_while_sim_rl_samples(here):
 
 # ---- What a call is told
 
-IDLE_CALLS = [f"{SFT} --valid-limit 3", f"{SIMRL} --valid-every 3", f"{SFT} --valid train.jsonl",
-              f"{SFT} --hold-out 0 --valid-answers 2", f"{SFT} --hold-out 0 --samples 2", f"{SFT} --epochs 2", f"{CKD} --objective ce --tail-weight 2",
-              f"{CKD} --kd-ratio 0 --tail-weight 2", f"{CKD} --objective ce --kd-ratio 0.5", f"{SIMRL} --max-draws 2", f"{SIMRL} --clip 0.1 0.1 --batch-size 8",
-              f"{SIMRL} --reward binary --strip-eos", "reward --data train.jsonl --binary --strip-eos",
-              "prepare --data train.jsonl --out new.jsonl --max-prompt-tokens 9",
-              "prepare --data train.jsonl --out new.jsonl --seed 9",
-              f"{ROLLOUT} --temperature 0 --top-p 0.5",
-              "bfcl --model student --out new --compare missing --tools wrapped",
-              "chat --model student --device cpu --tools-form wrapped", f"{EVAL} --seed 3"]
-IDLE_FLAGS = ["valid-limit", "valid-every", "hold-out", "valid-answers", "samples", "epochs", "tail-weight",
-              "tail-weight", "kd-ratio", "max-draws", "clip", "strip-eos", "strip-eos", "max-prompt-tokens", "seed", "top-p",
-              "tools", "tools-form", "seed"]
+IDLE_CALLS = [  # for each row of IDLE: a flag without effect, and a command with it
+    ("valid-limit", f"{SFT} --valid-limit 3"),
+    ("valid-every", f"{SIMRL} --valid-every 3"),
+    ("hold-out", f"{SFT} --valid train.jsonl"),
+    ("valid-answers", f"{SFT} --hold-out 0 --valid-answers 2"),
+    ("samples", f"{SFT} --hold-out 0 --samples 2"),
+    ("epochs", f"{SFT} --epochs 2"),
+    ("tail-weight", f"{CKD} --objective ce --tail-weight 2"),
+    ("tail-weight", f"{CKD} --kd-ratio 0 --tail-weight 2"),
+    ("kd-ratio", f"{CKD} --objective ce --kd-ratio 0.5"),
+    ("max-draws", f"{SIMRL} --max-draws 2"),
+    ("clip", f"{SIMRL} --clip 0.1 0.1 --batch-size 8"),
+    ("strip-eos", f"{SIMRL} --reward binary --strip-eos"),
+    ("strip-eos", "reward --data train.jsonl --binary --strip-eos"),
+    ("max-prompt-tokens", "prepare --data train.jsonl --out new.jsonl --max-prompt-tokens 9"),
+    ("seed", "prepare --data train.jsonl --out new.jsonl --seed 9"),
+    ("top-p", f"{ROLLOUT} --temperature 0 --top-p 0.5"),
+    ("tools", "bfcl --model student --out new --compare missing --tools wrapped"),
+    ("tools-form", "chat --model student --device cpu --tools-form wrapped"),
+    ("seed", f"{EVAL} --seed 3"),
+]
 
 
-@pytest.mark.parametrize("number", range(len(IDLE)))
-def test_a_flag_without_effect_is_said(here, capsys, number):
-    run(IDLE_CALLS[number])
-    assert f"note: --{IDLE_FLAGS[number]} has no effect {IDLE[number][2]}\n" in capsys.readouterr().err
+@pytest.mark.parametrize("row, call", zip(IDLE, IDLE_CALLS, strict=True))
+def test_a_flag_without_effect_is_said(here, capsys, row, call):
+    flag, command = call
+    run(command)
+    assert f"note: --{flag} has no effect {row[2]}\n" in capsys.readouterr().err
 
 
 def test_no_flag_of_these_calls_is_idle(here, capsys):
