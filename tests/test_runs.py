@@ -272,7 +272,7 @@ IDLE_CALLS = [  # for each row of IDLE: a flag without effect, and a command wit
 ]
 
 
-@pytest.mark.parametrize("row, call", zip(IDLE, IDLE_CALLS, strict=True))
+@pytest.mark.parametrize("row, call", list(zip(IDLE, IDLE_CALLS, strict=True)))
 def test_a_flag_without_effect_is_said(here, capsys, row, call):
     flag, command = call
     run(command)
