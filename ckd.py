@@ -89,7 +89,6 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
     return (student_topm_log_p.exp() * outside).sum(-1)
 
 
-# For ce, `objective_loss` sets kd_ratio to 0: the forward KL is then only logged, for comparison.
 DIVERGENCES = {
     "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
 
@@ -144,7 +143,7 @@ def objective_loss(args):
         tail_weight = 0.0
     elif tail_weight is None:
         tail_weight = 10.0 if args.objective == "ckd" else 0.0
-    kd_ratio = 0.0 if args.objective == "ce" else args.kd_ratio
+    kd_ratio = 0.0 if args.objective == "ce" else args.kd_ratio  # ce only logs the forward KL, for comparison
     return partial(ckd_loss, m=args.m, tail_weight=tail_weight,
                    divergence=DIVERGENCES[args.objective], kd_ratio=kd_ratio)
 
@@ -159,7 +158,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     start: the step to resume after
     answer_valid: a function student -> {"valid_reward", "valid_exact"} of its own answers, or None
 
-    Writes metrics.jsonl and checkpoints under --out. Returns False if Ctrl-C stopped the run.
+    Writes metrics.jsonl and checkpoints under --out. Returns its `train.Steps`: `stopped` if Ctrl-C ended it.
     """
     loss = objective_loss(args) if teacher else cross_entropy
     batches = plan_batches(groups, args)
@@ -191,7 +190,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
         if steps.ends_at(step) or step % args.save_every == 0:
             checkpoints.save_checkpoint(args.out, step, student, optimisers, {"updates": step})
         steps.show(row, ("loss", "kl", "tail", "nll", "tokens_per_s"))
-    return not steps.stopped
+    return steps
 
 
 def forward_backward(student, teacher, batch, loss, args, step=None):
@@ -271,8 +270,8 @@ def add_supervised_flags(parser, lr, weight_decay):
     add("--share-prefix", type=positive, default=1, metavar="N",
         help="pack up to N consecutive records with the same tools into one shared-prefix row")
     add("--samples", type=natural, default=3, metavar="N", help="held-out prompts to answer before and after training")
-    train.add_valid_flags(parser, "records or rollouts to validate on; default: hold out some of --data", every=100)
-    parser.add_argument("--valid-answers", type=natural, default=0, metavar="N",
+    add = train.add_valid_flags(parser, "records or rollouts to validate on; default: some of --data", every=100)
+    add("--valid-answers", type=natural, default=0, metavar="N",
         help="at each validation, also answer N held-out prompts with gold answers: exact answers, reward")
     add_prompt_flags(parser)
     train.add_training_flags(parser, lr, weight_decay, save_every=100)
@@ -325,7 +324,8 @@ def run_training(args, student_folder, teacher_folder=None):
         train.note("--valid-answers has no effect: no held-out record has a gold answer")
     score = partial(score_response, chat)
     answer_valid = partial(answer_held_out, chat, answered, score, args.max_response_tokens) if answered else None
-    if not distill(student, teacher, groups, valid, args, start, answer_valid):
+    steps = distill(student, teacher, groups, valid, args, start, answer_valid)
+    if steps.stopped:
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed; the summary last: it marks the run as finished.
@@ -334,6 +334,7 @@ def run_training(args, student_folder, teacher_folder=None):
     if train.rank() == 0:
         write_json(Path(args.out) / "samples.json", samples)
     runs.finish_run(args, student, partial(runs.show_answers, samples))
+    return 130 if steps.stop_requested else 0  # Ctrl-C in the last step: `demo` goes no further
 
 
 def answer_before_and_after(student, folder, chat, groups, args):

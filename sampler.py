@@ -342,8 +342,7 @@ def cache_size(num_slots, requests):
     room for three times as many prompts as fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
-    to_fill = math.ceil(num_slots / min(request.n for request in requests))
-    num_prompts = min(num_slots, 3 * to_fill)
+    num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))
     prompt_tokens = max(len(request.prompt) for request in requests)
     return num_slots, num_prompts, prompt_tokens, max(request.max_new_tokens for request in requests)
 

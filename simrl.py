@@ -115,8 +115,7 @@ def token_weights(kind, response, batch, num_micro_batches, dtype=torch.float32)
     """
     if kind == "sequence":  # Eq. 11
         lengths = response.bincount()[response].to(dtype)  # [N]
-        num_responses = sum(len(group.responses) for group in batch)
-        return 1 / (lengths * num_responses)
+        return 1 / (lengths * sum(len(group.responses) for group in batch))
     denominator = len(response) * num_micro_batches if kind == "micro-batch" else counted_tokens(batch)
     return torch.full_like(response, 1 / denominator, dtype=dtype)
 
@@ -133,8 +132,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     start: the step to resume after
     valid: held-out groups without responses, answered greedily before step 1, every --valid-every steps and at the end
 
-    Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns False if Ctrl-C
-    stopped the run. The p-th prompt of a run and the seed of its samples depend on --seed and p only.
+    Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns its `train.Steps`:
+    `stopped` if Ctrl-C ended it. The p-th prompt of a run and the seed of its samples depend on --seed and p only.
     """
     if (args.kl_weight > 0) != (reference is not None):
         raise ValueError("give a reference if and only if kl_weight is above 0")
@@ -166,8 +165,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             break
         progress["prompts"] += len(groups)
         for group in groups:
-            values = advantages(group.rewards, args.advantage)
-            for response, advantage in zip(group.responses, values):
+            for response, advantage in zip(group.responses, advantages(group.rewards, args.advantage)):
                 response.advantage = advantage
         log_probs = [value for group in groups for response in group.responses for value in response.log_probs]
         checkpoints.check_finite(args.out, step, "a sampled log-prob", sum(log_probs))
@@ -201,7 +199,7 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
         if steps.ends_at(step) or step % args.save_every == 0:
             checkpoints.save_checkpoint(args.out, step, model, optimisers, progress)
         steps.show(row, ("reward", "finished", "signal", "entropy", "kl", "clipped"))
-    return not steps.stopped
+    return steps
 
 
 def plan_steps(num_prompts, args):
@@ -325,18 +323,20 @@ def run_simrl(args):
     reference = Transformer.from_pretrained(args.model, dtype, device, shard) if args.kl_weight else None
     train.note(f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses a step; "
                f"{model.num_parameters() / 1e6:,.1f} M parameters" + f"; resumed after step {start}" * (start > 0))
-    steps, updates = plan_steps(len(prompts), args)
-    if not args.steps and updates < 10:
-        train.note(f"only {steps} steps with {updates} updates: to train longer, raise --steps or --episodes, or "
-                   "lower --batch-size")
+    num_steps, num_updates = plan_steps(len(prompts), args)
+    if not args.steps and num_updates < 10:
+        train.note(f"only {num_steps} steps with {num_updates} updates: to train longer, raise --steps or --episodes, "
+                   "or lower --batch-size")
 
     # 3. Train.
     score = partial(training_reward, chat, args)
-    if not refine(model, reference, prompts, chat, score, args, start, valid):
+    steps = refine(model, reference, prompts, chat, score, args, start, valid)
+    if steps.stopped:
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed.
     runs.finish_run(args, model, partial(runs.show_samples, args.out))
+    return 130 if steps.stop_requested else 0  # as in `ckd.run_training`
 
 
 def training_reward(chat, args, record, text):

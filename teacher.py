@@ -76,7 +76,6 @@ def clamp_to_vocab(name, value, vocab_size):
 
 def cache_key(args, groups, vocab_size):
     """Everything that a run's cache depends on; None without --cache. Also numbers the responses' rows in the cache.
-
     InputError if --cache holds something else, or if several processes would have to write it.
     """
     if not args.cache:
@@ -98,7 +97,8 @@ def cache_key(args, groups, vocab_size):
 
 def load_teacher(args, groups, vocab_size, key, device, shard=None):
     """The teacher of a run: the model, or the cache of its log-probs, which is written now if it is missing.
-    groups: all that the teacher will be asked about; key: from `cache_key`"""
+    groups: all that the teacher will be asked about
+    key: from `cache_key`"""
     cache = open_cache(args.cache, key) if args.cache else None
     if cache is not None:
         return Teacher(None, args.k, vocab_size, cache=cache)

@@ -67,6 +67,7 @@ def add_valid_flags(parser, valid_help, every):
     add("--valid", metavar="FILE", help=valid_help)
     add("--valid-limit", type=positive, metavar="N", help="validate on the first N records only")
     add("--valid-every", type=positive, default=every, metavar="N", help="steps between validations")
+    return add
 
 
 # ---- Optimisers
@@ -129,9 +130,8 @@ def learning_rate(step, steps, peak):
 
 
 def update(model, optimisers, lr, out, step):
-    """Clip the norm of the gradients to 1, over all ranks; update the weights at this learning rate; clear the
-    gradients. Returns {"lr", "grad_norm"}, the norm before clipping. InputError before any update if it is not finite;
-    it names out and step."""
+    """Clip the gradients' norm, over all ranks, to 1; update the weights at this learning rate; clear the gradients.
+    Returns {"lr", "grad_norm"}, the norm before clipping. InputError before any update if it is not finite."""
     norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)).item()
     check_finite(out, step, "the gradient norm", norm)
     for optimiser in optimisers:
@@ -289,8 +289,8 @@ class Steps:
         self.start = start
         self.last = last
         self.bar = tqdm(total=last, initial=start, desc=name, unit="step", disable=rank() > 0)
-        self.stop_requested = False  # Ctrl-C on this rank
-        self.stopped = False  # on any rank; set by `ends_at`, and by the loop
+        self.stop_requested = False  # by Ctrl-C on this rank; after `ends_at`, on any
+        self.stopped = False  # before the last step; set by `ends_at`, and by the loop
 
     def __iter__(self):
         previous = signal.signal(signal.SIGINT, self.request_stop)
@@ -310,9 +310,9 @@ class Steps:
 
     def ends_at(self, step):
         """Whether this is the last step: of the run, or because a rank was asked to stop."""
-        requests = sum_over_ranks({"stop": self.stop_requested})["stop"]
-        self.stopped = requests > 0 and step < self.last
-        return requests > 0 or step == self.last
+        self.stop_requested = sum_over_ranks({"stop": self.stop_requested})["stop"] > 0
+        self.stopped = self.stop_requested and step < self.last
+        return self.stop_requested or step == self.last
 
     def show(self, row, names):
         """Advance the bar, and show these metrics next to it."""

@@ -221,7 +221,7 @@ def reward_flags(parser):
         help="none: for models without think tags, require no think block")
     add("--strip-eos", action="store_true", help="cut text replies at the end token; in the "
         "released reward it counts, so that an empty reply to a short refusal scores 0.5")
-    add("--binary", action="store_true", help="1, 0, or -1 for a format failure: the paper's ablation")
+    add("--binary", action="store_true", help="1 if exact, else 0; -1 for a format failure: the paper's ablation")
 
 
 def run_reward(args):

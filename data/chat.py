@@ -39,7 +39,7 @@ def add_prompt_flags(parser, tools="--tools"):
     """Add --think and the flag named `tools`: how records are rendered as prompts."""
     add = parser.add_argument_group("prompts").add_argument
     add("--think", choices=("on", "off", "none"), help="on: the prompt ends in an opened <think>; off: in an empty "
-        "think block; none: no think tags; default: as in its training here, else on (Qwen3) or none (Qwen2.5)")
+        "think block; none: no think tags; default: as it was last trained here, else on (Qwen3) or none (Qwen2.5)")
     add(tools, choices=("flat", "wrapped"), default="flat",
         help="flat: tools as in the released data; wrapped: as in OpenAI's API")
 

@@ -12,6 +12,12 @@ def is_id(value):
     return type(value) is int and 0 <= value < 2 ** 31
 
 
+def is_list(value, of):
+    """Whether a value is a list of objects with the fields that a table gives."""
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and all(KINDS[kind](item.get(name)) for name, kind in of.items()) for item in value)
+
+
 KINDS = {
     "text": lambda value: isinstance(value, str),
     "true or false": lambda value: isinstance(value, bool),
@@ -25,15 +31,12 @@ KINDS = {
     "a number or NaN": lambda value: type(value) is float or KINDS["a number"](value),
     "a list of ids": lambda value: isinstance(value, list) and all(map(is_id, value)),
     "an id or a list of ids": lambda value: is_id(value) or isinstance(value, list) and all(map(is_id, value)),
-    "a template, or a list of templates with names": lambda value: isinstance(value, str) or (
-        isinstance(value, list) and all(
-            isinstance(entry, dict) and isinstance(entry.get("name"), str) and isinstance(entry.get("template"), str)
-            for entry in value)),
-    "an object of metrics with a mean": lambda value: isinstance(value, dict) and all(
-        isinstance(metric, dict) and KINDS["a number"](metric.get("mean")) for metric in value.values()),
-    "a list of samples with text and reward": lambda value: isinstance(value, list) and value != [] and all(
-        isinstance(sample, dict) and isinstance(sample.get("text"), str) and KINDS["a number"](sample.get("reward"))
-        for sample in value),
+    "a template, or a list of templates with names":
+        lambda value: isinstance(value, str) or is_list(value, {"name": "text", "template": "text"}),
+    "an object of metrics with a mean":
+        lambda value: isinstance(value, dict) and is_list([*value.values()], {"mean": "a number"}),
+    "a list of samples with text and reward":
+        lambda value: value != [] and is_list(value, {"text": "text", "reward": "a number"}),
     "an object of safetensors files": lambda value: isinstance(value, dict) and all(
         isinstance(name, str) and name.endswith(".safetensors") for name in value.values()),
 }

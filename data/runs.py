@@ -191,6 +191,9 @@ def finish_run(args, model, show_examples):
                 summary[label] = f"{value:.4f} -> {last[name]:.4f}"
         print()
         print_table(summary.items())
+        if summary.get("groups_kept") == 0:
+            print("\nThe weights are as before: no group had a learning signal. samples.jsonl may show why; "
+                  "do --think and --max-new-tokens suit the model?")
         print(f"\nThe model is in {out}/model: python star.py chat --model {out}/model --tools FILE")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import star
+import train
 from apps.curriculum import COLUMNS, print_examples, split_lines
 
 MACHINE = "--think off --device cpu --dtype float32"
@@ -314,3 +315,22 @@ def test_a_comment_that_ends_in_a_backslash_continues_nothing():
     assert split_lines("# k = m = 4 \\\nckd --out x\n  # --k 4 \\\n  --m 4\nplot x") == ["ckd --out x --m 4", "plot x"]
     assert split_lines("sft --out x # lower \\\nplot x") == ["sft --out x", "plot x"]
     assert split_lines("sft --out run#3 --data 'a # b' # c") == ["sft --out 'run#3' --data 'a # b'"]
+
+
+@pytest.mark.parametrize("stage", [f"ckd --teacher teacher --student student --data train.jsonl {CKD}",
+                                   f"simrl --model student {SIMRL}"])
+def test_ctrl_c_in_the_last_step_ends_the_list(here, monkeypatch, stage):
+    """That run is finished, and the next line does not begin."""
+    Path("plan.txt").write_text(f"{stage} --out first\n{stage} --out second\n")
+    ends_at = train.Steps.ends_at
+
+    def interrupt(steps, step):
+        if step == steps.last:
+            steps.request_stop()
+        return ends_at(steps, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Steps, "ends_at", interrupt)
+        assert run() == 130
+    assert Path("first/summary.json").exists() and not Path("second").exists()
+    assert run("--resume") == 0 and Path("second/summary.json").exists()

@@ -78,8 +78,8 @@ def run(out, score=similar, model=None, reference=None, prompts=PROMPTS, start=0
     args = small_settings(out, **flags)
     model = model or tiny(dtype=getattr(torch, args.dtype))
     Path(out).mkdir(exist_ok=True)
-    finished = refine(model, reference, prompts, StubChat(), score, args, start)
-    return finished, model
+    steps = refine(model, reference, prompts, StubChat(), score, args, start)
+    return not steps.stopped, model
 
 
 def lines(path):

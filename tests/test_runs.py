@@ -305,6 +305,12 @@ def test_a_finished_rollout_with_an_edited_reward(here, capsys):
     assert run(f"{ROLLOUT} --resume") == 0
 
 
+def test_a_run_that_learned_nothing_says_so(here, capsys):
+    assert run(f"{SIMRL} --filter scores --reward binary --steps 1") == 0  # of random text
+    assert rows("run/metrics.jsonl")[-1]["groups_kept"] == 0
+    assert "The weights are as before: no group had a learning signal" in capsys.readouterr().out
+
+
 def test_filters_on_a_finished_rollout(here, capsys):
     assert run(ROLLOUT) == 0
     before = files(".")
