@@ -85,7 +85,7 @@ def make_server(args):
         chat = Chat.from_pretrained(args.model, args.think, args.tools)
         model = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device)
         size = (args.max_concurrent, args.max_concurrent, args.max_prompt_tokens, args.max_new_tokens)
-        note(f"{describe_cache(model, *size)}; and those of up to {args.prefix_tokens:,} tokens of earlier prompts")
+        note(f"{describe_cache(model, *size)}; up to {args.prefix_tokens:,} tokens of earlier prompts are kept, too")
         Server.allow_reuse_port = world_size() > 1
         server = Server(("127.0.0.1", args.port), Handler)
         server.engine = Engine(Sampler(model, chat, *size, PrefixCache(args.prefix_tokens)), args)

@@ -141,11 +141,11 @@ def refuse_changes(where, before, now, remedy):
             short = max(map(len, values)) <= 60
             changed.append(f"{name} ({values[0]}, now {values[1]})" if short else name)
     if changed:
-        raise InputError(f"{where} another {' and another '.join(changed)}; {remedy}")
+        raise InputError(f"{where} another {', '.join(changed)}; {remedy}")
     inputs, old_inputs = now.get("inputs", {}), before.get("inputs")
     old_inputs = old_inputs if isinstance(old_inputs, dict) else {}
     if changed := sorted(path for path in old_inputs | inputs if old_inputs.get(path) != inputs.get(path)):
-        raise InputError(f"{where} another {' and another '.join(changed)}; restore that (remove it if it is new), "
+        raise InputError(f"{where} another {', '.join(changed)}; restore that (remove it if it is new), "
                          "or start again")
 
 
