@@ -153,6 +153,7 @@ def fork(tmp_path):
 
 IN_THE_FORK = """
 import json, sys
+from types import SimpleNamespace
 import simrl, star
 
 def refine(model, reference, prompts, chat, score, args, start, valid):  # instead of training: score the walk's answers
@@ -163,7 +164,7 @@ def refine(model, reference, prompts, chat, score, args, start, valid):  # inste
              right.replace("brightness", "percent")]
     with open("scores.json", "w") as file:
         json.dump([score(record, text) for text in texts], file)
-    return False  # as after Ctrl-C
+    return SimpleNamespace(stopped=True)  # as after Ctrl-C
 
 world = sys.argv[1]
 simrl.refine = refine
