@@ -158,7 +158,7 @@ def distill(student, teacher, groups, valid, args, start=0, answer_valid=None):
     start: the step to resume after
     answer_valid: a function student -> {"valid_reward", "valid_exact"} of its own answers, or None
 
-    Writes metrics.jsonl and checkpoints under --out. Returns its `train.Steps`: `stopped` if Ctrl-C ended it.
+    Writes metrics.jsonl and checkpoints under --out. Returns the run's `train.Steps`: `stopped` after Ctrl-C.
     """
     loss = objective_loss(args) if teacher else cross_entropy
     batches = plan_batches(groups, args)
@@ -224,7 +224,7 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
 def validate(student, teacher, valid, args, answer_valid=None):
     """Means over the counted held-out tokens, as valid_NAME; with answer_valid, also what it returns.
 
-    kl is the forward KL whatever the objective, so that runs can be compared; only rskd keeps its own.
+    kl is the forward KL for every objective, so that their runs can be compared; for rskd, the KL of its draws.
     """
     loss = cross_entropy
     if teacher:

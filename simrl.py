@@ -132,8 +132,8 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
     start: the step to resume after
     valid: held-out groups without responses, answered greedily before step 1, every --valid-every steps and at the end
 
-    Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns its `train.Steps`:
-    `stopped` if Ctrl-C ended it. The p-th prompt of a run and the seed of its samples depend on --seed and p only.
+    Writes metrics.jsonl, samples.jsonl (a line per group) and checkpoints under --out. Returns the run's `train.Steps`:
+    `stopped` after Ctrl-C. The p-th prompt of a run and the seed of its samples depend on --seed and p only.
     """
     if (args.kl_weight > 0) != (reference is not None):
         raise ValueError("give a reference if and only if kl_weight is above 0")
