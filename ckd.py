@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 import train
 from data import checkpoints, non_negative, natural, number, positive, runs, write_json
-from data.chat import Chat, add_prompt_flags
+from data.cache import cache_key
+from data.chat import Chat, add_prompt_flags, check_pair
 from data.groups import counted_tokens, micro_batches, pack, plan_batches, read_groups
 from data.records import add_data_flags, has_answer
 from data.rollouts import score_response
@@ -39,7 +40,7 @@ from experience import answer_held_out
 from head import counted_states, entropy, head_loss
 from model import Transformer
 from sampler import Request, generate
-from teacher import cache_key, check_pair, clamp_to_vocab, load_teacher
+from teacher import clamp_to_vocab, load_teacher
 
 # ---- The losses. A divergence takes log-probs on V_k, teacher [C, k] and student [C, k], and returns [C].
 def forward_kl(teacher_log_p, student_log_p):
@@ -90,10 +91,12 @@ def tail_mass(student_topm, student_topm_log_p, teacher_ids):
 
 
 DIVERGENCES = {
-    "ckd": forward_kl, "fkl": forward_kl, "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl, "ce": forward_kl}
+    "ckd": forward_kl, "fkl": forward_kl, "ce": forward_kl,
+    "rkl": reverse_kl, "akl": adaptive_kl, "rskd": sampled_kl}
 
 
-def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, divergence=forward_kl, kd_ratio=1.0):
+def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight,
+             divergence=forward_kl, kd_ratio=1.0):
     """kd_ratio (divergence + lambda S') + (1 - kd_ratio) cross-entropy at each position. By default this is Eq. 3.
 
     logits: [C, V], the student's
@@ -125,8 +128,8 @@ def ckd_loss(logits, target, teacher_ids, teacher_log_p, m, tail_weight, diverge
     if divergence is sampled_kl:  # a token drawn c times is listed c times, as q k / c; their mean has q once
         captured = torch.ones_like(kl)  # [C]
         inside = (on_topk - log_p).exp().mean(-1)
-    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail, "captured": captured, "inside": inside}
-    return losses, stats
+    stats = {"nll": nll, "entropy": entropy(log_q), "kl": kl, "tail": tail}
+    return losses, stats | {"captured": captured, "inside": inside}
 
 
 def cross_entropy(logits, target):
@@ -205,14 +208,16 @@ def forward_backward(student, teacher, batch, loss, args, step=None):
     wide = torch.promote_types(dtype, torch.float32)
     sums = Counter()  # Counter.update adds
     total = counted_tokens(batch)
+    vocab_size = teacher.vocab_size if teacher else None  # the ids that both models have
     parts = train.share_of_rank(micro_batches(batch, args.micro_batch_tokens))
     for micro, active in tqdm(parts, "micro-batches", delay=2, leave=False, disable=train.rank() > 0):
         packed = pack(micro, device)
         topk = teacher(packed, micro, step) if teacher else ()  # ids [N, k], log-probs [N, k]
         hidden = counted_states(student, packed, dtype)  # [N, H]
-        head = student.head_weight[:teacher.vocab_size] if teacher else student.head_weight  # [V, H], the shared ids
         weights = torch.full((len(hidden),), active / total, device=device, dtype=wide)
-        part, stats = head_loss(hidden, head, weights, loss, packed["targets"], *topk, dtype=dtype)
+        tensors = (packed["targets"], *topk)  # in the order of `ckd_loss`
+        part, stats = head_loss(hidden, student.head_weight, weights, loss, *tensors,
+                                vocab_size=vocab_size, dtype=dtype)
         if part.requires_grad:
             part.backward()
         sums["loss"] += part.detach()
@@ -232,8 +237,10 @@ def validate(student, teacher, valid, args, answer_valid=None):
         loss = partial(ckd_loss, m=args.m, tail_weight=0.0, divergence=divergence)
     means = forward_backward(student, teacher, valid, loss, args)
     del means["loss"]  # not the training objective
-    answers = answer_valid(student.in_dtype(getattr(torch, args.dtype))) if answer_valid else {}
-    return {f"valid_{name}": value for name, value in means.items()} | answers
+    row = {f"valid_{name}": value for name, value in means.items()}
+    if answer_valid:
+        row |= answer_valid(student.in_dtype(getattr(torch, args.dtype)))
+    return row
 
 
 # ---- The commands ckd and sft
@@ -245,10 +252,12 @@ def ckd_flags(parser):
         help="ckd is fkl with the tail penalty; ce, cross-entropy, uses the teacher for logs only")
     add("--k", type=positive, default=100, help="size of the teacher's top-k (rskd: number of draws)")
     add("--m", type=positive, default=100, help="size of the student's top-m")
-    add("--tail-weight", type=non_negative, help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
+    add("--tail-weight", type=non_negative,
+        help="lambda; default: 10 for ckd, 0 for the others; not used by rskd, ce")
     add("--kd-ratio", type=number(float, 0.0, 1.0), default=1.0,
         help="weight of distillation; cross-entropy has the rest; not used by ce")
-    add("--cache", metavar="DIR", help="folder for the teacher's log-probs (rskd: draws): written once, then read")
+    add("--cache", metavar="DIR",
+        help="folder for the teacher's log-probs (rskd: draws): written once, then read")
     add_supervised_flags(parser, lr=3e-6, weight_decay=1e-4)
 
 
@@ -261,16 +270,21 @@ def add_supervised_flags(parser, lr, weight_decay):
     """The flags of both commands."""
     add_data_flags(parser, "records or rollouts")
     add = parser.add_argument_group("training data").add_argument
-    add("--hold-out", type=natural, default=32, metavar="N", help="records to hold out of --data, at most a quarter")
-    add("--max-response-tokens", type=positive, default=512, metavar="N", help="skip longer responses")
-    add("--mask", choices=("all", "think", "answer", "alter"), default="all", help="response tokens in the loss: all; "
-        "think: up to </think>; answer: after it; alter: think and answer for alternate responses")
+    add("--hold-out", type=natural, default=32, metavar="N",
+        help="records to hold out of --data, at most a quarter")
+    add("--max-response-tokens", type=positive, default=512, metavar="N",
+        help="skip longer responses")
+    add("--mask", choices=("all", "think", "answer", "alter"), default="all",
+        help="response tokens in the loss: all; think: up to </think>; answer: after it; "
+        "alter: think and answer for alternate responses")
     add("--epochs", type=positive, default=1, help="passes over the data")
     add("--steps", type=positive, help="optimiser steps; overrides --epochs")
     add("--share-prefix", type=positive, default=1, metavar="N",
         help="pack up to N consecutive records with the same tools into one shared-prefix row")
-    add("--samples", type=natural, default=3, metavar="N", help="held-out prompts to answer before and after training")
-    add = train.add_valid_flags(parser, "records or rollouts to validate on; default: some of --data", every=100)
+    add("--samples", type=natural, default=3, metavar="N",
+        help="held-out prompts to answer before and after training")
+    valid_help = "records or rollouts to validate on; default: some of --data"
+    add = train.add_valid_flags(parser, valid_help, every=100)
     add("--valid-answers", type=natural, default=0, metavar="N",
         help="at each validation, also answer N held-out prompts with gold answers: exact answers, reward")
     add_prompt_flags(parser)
@@ -322,15 +336,18 @@ def run_training(args, student_folder, teacher_folder=None):
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
     if args.valid_answers and valid and not answered:
         train.note("--valid-answers has no effect: no held-out record has a gold answer")
-    score = partial(score_response, chat)
-    answer_valid = partial(answer_held_out, chat, answered, score, args.max_response_tokens) if answered else None
+    answer_valid = None
+    if answered:
+        score = partial(score_response, chat)
+        answer_valid = partial(answer_held_out, chat, answered, score, args.max_response_tokens)
     steps = distill(student, teacher, groups, valid, args, start, answer_valid)
     if steps.stopped:
         return train.stopped_run(args)
 
     # 4. Write all results before anything is printed; the summary last: it marks the run as finished.
-    shown = valid[:args.samples]
-    samples = answer_before_and_after(student, student_folder, chat, shown, args) if shown else []
+    samples = []
+    if shown := valid[:args.samples]:
+        samples = answer_before_and_after(student, student_folder, chat, shown, args)
     if train.rank() == 0:
         write_json(Path(args.out) / "samples.json", samples)
     runs.finish_run(args, student, partial(runs.show_answers, samples))
@@ -347,14 +364,16 @@ def answer_before_and_after(student, folder, chat, groups, args):
     samples = []
     for group, old, new in zip(groups, before, after):
         record = group.record
+        request = record["messages"][-1]["content"]
         gold = chat.answer(record) if has_answer(record) else None
-        samples.append({"request": record["messages"][-1]["content"], "gold": gold, "before": old, "after": new})
+        samples.append({"request": request, "gold": gold, "before": old, "after": new})
     return samples
 
 
 def greedy_texts(model, chat, groups):
     """Greedy answers of at most 128 tokens to a few groups' prompts."""
-    requests = [Request(group.prompt, n=1, seed=0, temperature=0.0, max_new_tokens=128) for group in groups]
+    requests = [Request(group.prompt, n=1, seed=0, temperature=0.0, max_new_tokens=128)
+                for group in groups]
     list(generate(model, requests, len(requests), chat))
     return [chat.decode(request.responses[0].ids) for request in requests]
 
@@ -363,7 +382,10 @@ def describe_run(args, student, groups, valid, start):
     """Print the size of a run before it starts, and whether it is very short."""
     responses = sum(len(group.responses) for group in groups)
     resumed = f"; resuming after step {start}" if start else ""
-    train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; {args.dtype} "
-               f"compute, float32 weights, {student.num_parameters() / 1e6:,.1f} M parameters{resumed}")
-    if not args.steps and (steps := len(plan_batches(groups, args))) < 10:
-        train.note(f"only {steps} steps: to train longer, raise --steps or --epochs, or lower --batch-size")
+    millions = student.num_parameters() / 1e6
+    train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; "
+               f"{args.dtype} compute, float32 weights, {millions:,.1f} M parameters{resumed}")
+    steps = len(plan_batches(groups, args))
+    if not args.steps and steps < 10:
+        train.note(f"only {steps} steps: to train longer, raise --steps or --epochs, "
+                   "or lower --batch-size")

@@ -18,7 +18,8 @@ STEPS_PER_EXCHANGE = 16  # decoding steps between two exchanges of finished grou
 
 def make_sampler(policy, groups, chat, args):
     """The sampler of a run, with room for the longest prompt. If prompts are few, a step repeats them."""
-    requests = [Request(group.prompt, args.n, 0, args.temperature, args.max_new_tokens) for group in groups]
+    requests = [Request(group.prompt, args.n, 0, args.temperature, args.max_new_tokens)
+                for group in groups]
     repeats = math.ceil(args.max_draws * args.prompts_per_step / len(groups))
     size = cache_size(args.max_concurrent, requests * repeats)
     train.note(describe_cache(policy, *size))
@@ -53,8 +54,9 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
                 owner = free.index(max(free))
                 free[owner] -= args.n
                 if owner == train.rank():
+                    prompt = groups[started].prompt
                     seed = args.seed * 1_000_003 + first + started
-                    sampler.add(Request(groups[started].prompt, args.n, seed, args.temperature,
+                    sampler.add(Request(prompt, args.n, seed, args.temperature,
                                         args.max_new_tokens, number=started))
                 started += 1
             # 2. Draw a token in every slot.
@@ -64,7 +66,8 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
         with train.timed(seconds, "seconds_scoring"):
             # 3. Score finished groups, and give them to all ranks.
             for request in finished:
-                score_responses(request.responses, groups[request.number].record, score, sampler.chat)
+                record = groups[request.number].record
+                score_responses(request.responses, record, score, sampler.chat)
             free, stopped, done = exchange(sampler, finished, stop())
             for number, responses in done.items():
                 groups[number].responses = responses
@@ -72,7 +75,8 @@ def sample_step(sampler, prompts, first, score, has_signal, args, stop=lambda: F
         while not full() and groups[len(used)].responses:  # [] until it is finished
             group = groups[len(used)]
             used.append(group)
-            if has_signal(group.rewards, [response.answer_score for response in group.responses]):
+            scores = [response.answer_score for response in group.responses]
+            if has_signal(group.rewards, scores):
                 kept.append(group)
         if stopped and not full():
             return [], [], seconds
@@ -91,15 +95,17 @@ def score_responses(responses, record, score, chat):
 
 def exchange(sampler, finished, stop):
     """All-gather over ranks: (free slots of each rank, whether any should stop, {number: responses} of all)."""
-    state = (sampler.num_free, stop, {request.number: request.responses for request in finished})
-    free, stops, done = zip(*train.gather_over_ranks([state]))
-    return list(free), any(stops), dict(pair for part in done for pair in part.items())
+    responses = {request.number: request.responses for request in finished}
+    states = train.gather_over_ranks([(sampler.num_free, stop, responses)])
+    free, stops, parts = zip(*states)
+    return list(free), any(stops), dict(pair for part in parts for pair in part.items())
 
 
 def answer_held_out(chat, groups, score, max_new_tokens, model):
     """`score_answers` with a sampler of its own, for `ckd` and `sft`, which have none."""
     slots = min(64, len(groups))
-    sampler = Sampler(model, chat, slots, slots, max(len(group.prompt) for group in groups), max_new_tokens)
+    longest = max(len(group.prompt) for group in groups)
+    sampler = Sampler(model, chat, slots, slots, longest, max_new_tokens)
     return score_answers(sampler, groups, score, max_new_tokens)
 
 

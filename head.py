@@ -25,17 +25,21 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        return None, d_hidden * d_total, d_weight * d_total, None, None  # one for each argument of `forward`
+        if d_total.is_cuda or d_total != 1:  # on a CPU, another copy of d_weight costs more than all its products
+            d_hidden, d_weight = d_hidden * d_total, d_weight * d_total
+        return None, d_hidden, d_weight, None, None  # one for each argument of `forward`
 
 
-def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=None):
+def head_loss(hidden, weight, token_weights, loss, *tensors,
+              vocab_size=None, chunk=None, dtype=None):
     """Apply the output head and a loss without ever holding all logits.
 
     hidden: [N, H]
-    weight: [V, H], the output head
+    weight: [rows, H], the output head; rows >= V
     token_weights: [N], the factor of each position's loss
     loss: a function (logits [C, V], *slices [C, ...]) -> (losses [C], {name: [C]}) of a chunk of positions
     tensors: [N, ...] each, or None; the loss is given the chunk's slice of every one
+    vocab_size: V, the ids to use; default: all rows. A slice of weight would do the same, but its backward copies
     chunk: positions at a time; default: CHUNK or GPU_CHUNK
     dtype: of the matrix products; default: hidden's
 
@@ -50,11 +54,11 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
     dtype = dtype or hidden.dtype
     wide = torch.promote_types(dtype, torch.float32)  # logits and sums: float32, or float64 in tests
     x = hidden.detach().to(dtype)  # [N, H]
-    w = weight.detach().to(dtype)  # [V, H]
+    w = weight.detach()[:vocab_size].to(dtype)  # [V, H]
     needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     if needs_grad:
         d_hidden = torch.zeros_like(hidden, dtype=wide)  # [N, H]
-        d_weight = torch.zeros_like(weight, dtype=wide)  # [V, H]
+        d_weight = torch.zeros_like(weight, dtype=wide)  # [rows, H]; 0 from row V on
     total = torch.zeros((), dtype=wide, device=hidden.device)
     sums = {}
     weight_block = len(w) if w.is_cuda else WEIGHT_BLOCK
@@ -71,7 +75,7 @@ def head_loss(hidden, weight, token_weights, loss, *tensors, chunk=None, dtype=N
             d_logits = d_logits.to(dtype)
             d_hidden[rows] = d_logits @ w
             for i in range(0, len(w), weight_block):
-                block = slice(i, i + weight_block)
+                block = slice(i, min(i + weight_block, len(w)))
                 d_weight[block] += d_logits[:, block].T @ x[rows]
     if needs_grad:
         gradients = d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)

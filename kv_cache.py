@@ -78,7 +78,9 @@ class KVCache:
         wide = torch.promote_types(q.dtype, torch.float32)
         dtype = wide if q.device.type == "cpu" else q.dtype
         q = q.view(B, k.shape[1], -1, D).to(dtype) * D ** -0.5  # [B, Hkv, R, D]
-        scores = torch.cat((self.by_prompt(q, prompt_k.mT.to(dtype)), q @ own_k.mT.to(dtype)), dim=-1)
+        on_prompt = self.by_prompt(q, prompt_k.mT.to(dtype))  # [B, Hkv, R, S]
+        on_own = q @ own_k.mT.to(dtype)  # [B, Hkv, R, S]
+        scores = torch.cat((on_prompt, on_own), dim=-1)
         scores = scores.masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
         weights = scores.softmax(-1, dtype=wide).to(k.dtype)  # [B, Hkv, R, S]
         on_prompt, on_own = weights.split(self.widths, dim=-1)

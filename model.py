@@ -24,53 +24,12 @@ from torch.utils.checkpoint import checkpoint
 
 from data import MODEL_FOLDER, InputError, atomic_folder, read_json, refuse_on_all, write_json
 from data.checkpoints import read_tensors, save_tensors
-from data.fields import CONFIG, ROPE, check_fields
+from data.config import read_config
 from shard import parameters, part_of, rank, whole
 
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-DEFAULTS = {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
-COPIED_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
-
-
-def read_config(config, where):
-    """The settings that this file computes with, from a config.json's content, older (rope_theta at top level) or newer
-    (inside rope_parameters). where: its path, for errors. InputError for a model that is not supported."""
-    check_fields(config, CONFIG, where)
-    rope = check_fields(config.get("rope_scaling") or config.get("rope_parameters") or {}, ROPE, where)
-    config, rope = ({name: value for name, value in part.items() if value is not None} for part in (config, rope))
-    refuse_unsupported(config, rope, where)
-    c = DEFAULTS | config
-    qwen3 = c["model_type"] == "qwen3"
-    bias = bool(c.get("attention_bias"))
-    c.setdefault("num_key_value_heads", c["num_attention_heads"])
-    c.setdefault("head_dim", 128 if qwen3 else c["hidden_size"] // c["num_attention_heads"])
-    if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
-        raise InputError(f"{where}: head_dim {c['head_dim']}, {c['num_attention_heads']} query heads and "
-                         f"{c['num_key_value_heads']} key/value heads do not fit together; {MODEL_FOLDER}")
-    c["rope_theta"] = float(rope.get("rope_theta", c["rope_theta"]))
-    return c | {"qk_norm": qwen3, "qkv_bias": bias or not qwen3, "o_bias": bias and qwen3}
-
-
-def refuse_unsupported(config, rope, where):
-    """Raise InputError if config.json describes a model that this file cannot compute."""
-    family = config.get("model_type")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    layer_types = config.get("layer_types") or ()
-    missing = [name for name in SIZES if name not in config]
-    activation = config.get("hidden_act", "silu")
-    unsupported = {
-        f"mixture of experts ({family})": "moe" in str(family) or config.get("num_experts"),
-        f"model_type {family!r}": family not in ("qwen2", "qwen3"),
-        f"rope scaling ({rope_type})": rope_type != "default",
-        "sliding-window attention": config.get("use_sliding_window") or "sliding_attention" in layer_types,
-        f"hidden_act {activation!r}": activation != "silu",
-        "a folder of quantised weights": config.get("quantization_config"),
-        f"a config.json without {' and '.join(missing)}": missing,
-    }
-    for feature, present in unsupported.items():
-        if present:
-            raise InputError(f"{where}: {feature} is not supported; use a dense Qwen2.5 or Qwen3 model as released")
+COPIED_FILES = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 
 
 class RMSNorm(nn.Module):
@@ -246,7 +205,8 @@ class Transformer(nn.Module):
 
     def forward(self, input_ids, positions=None, mask=None, cache=None):
         """Logits [B, T, V]. The arguments are those of `hidden_states`."""
-        return F.linear(self.hidden_states(input_ids, positions, mask, cache), self.head_weight)
+        hidden = self.hidden_states(input_ids, positions, mask, cache)  # [B, T, hidden]
+        return F.linear(hidden, self.head_weight)
 
     def num_parameters(self):
         """Number of parameters; a tied head counts once."""
@@ -281,10 +241,12 @@ class Transformer(nn.Module):
         known = dict(model.named_parameters())
         state = {}
         for path, name, tensor in read_tensors(folder, known):
-            if tensor.shape != known[name].shape:
+            shape = known[name].shape
+            if tensor.shape != shape:
                 raise InputError(f"{path}: {name} is {list(tensor.shape)}, config.json says "
-                                 f"{list(known[name].shape)}; the folder mixes files of two models")
-            state[name] = part_of(tensor.to(device=device, dtype=dtype, copy=True), known[name])
+                                 f"{list(shape)}; the folder mixes files of two models")
+            tensor = tensor.to(device=device, dtype=dtype, copy=True)
+            state[name] = part_of(tensor, known[name])
         if missing := sorted(known.keys() - state.keys()):
             raise InputError(f"{folder}: no tensor {missing[0]} in its safetensors files "
                              f"({len(missing)} missing); download or copy the folder again")
@@ -294,8 +256,10 @@ class Transformer(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Write a folder that `transformers` and vLLM load, with COPIED_FILES if any. Written atomically, by rank 0."""
         if self.folder and not self.folder.exists():
-            refuse_on_all(f"{self.folder}: is gone, and with it the tokenizer; restore it, and use --resume")
-        config = {**self.config, "torch_dtype": str(dtype or self.head_weight.dtype).removeprefix("torch.")}
+            refuse_on_all(f"{self.folder}: is gone, and with it the tokenizer; "
+                          "restore it, and use --resume")
+        config = dict(self.config)
+        config["torch_dtype"] = str(dtype or self.head_weight.dtype).removeprefix("torch.")
         config.pop("dtype", None)  # the newer name of torch_dtype
         with nullcontext() if rank() > 0 else atomic_folder(folder) as new:
             save_tensors(parameters(self), new and new / "model.safetensors", dtype)

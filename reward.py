@@ -198,7 +198,8 @@ def match(calls, gold):
     pairs = []
     left = list(range(len(gold)))
     for call in calls:
-        sims = {i: similarity(call["arguments"], gold[i]["arguments"]) for i in left if gold[i]["name"] == call["name"]}
+        same_name = [i for i in left if gold[i]["name"] == call["name"]]
+        sims = {i: similarity(call["arguments"], gold[i]["arguments"]) for i in same_name}
         best = max(sims, key=sims.get, default=None)  # ties go to the first
         if best is not None:
             left.remove(best)
@@ -232,7 +233,8 @@ def compare(calls, reply, gold, gold_reply):
     pairs, left = match(calls, gold)
     total = sum(sim for _, sim in pairs)
     r_fc = total / (len(calls) + len(left))  # Eq. 7: |P| + |G| - |P and G| = |P| + unmatched gold calls
-    return {"case": "calls and calls", "answer_score": r_fc, "exact": exact(calls, gold), "pairs": pairs, "left": left}
+    return {"case": "calls and calls", "answer_score": r_fc, "exact": exact(calls, gold),
+            "pairs": pairs, "left": left}
 
 
 def score(text, label, tools, think="on", strip_eos=False, binary=False):

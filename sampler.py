@@ -38,14 +38,16 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     """Flags that say how many responses are sampled, and of what length."""
     add = parser.add_argument_group("samples").add_argument
     add("--n", type=number(int, least), default=n, help=n_help)
-    add("--max-concurrent", type=positive, default=64, metavar="N", help="sequences generated concurrently; affects "
-        "memory, speed and, by rounding, the samples: about half of them with bfloat16, few with float32")
+    add("--max-concurrent", type=positive, default=64, metavar="N",
+        help="sequences generated concurrently; affects memory, speed and, by rounding, "
+        "the samples: about half of them with bfloat16, few with float32")
     add_length_flag(parser)
 
 
 def add_length_flag(parser):
     """The flag that limits the length of a response."""
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="most tokens of a response")
+    parser.add_argument("--max-new-tokens", type=positive, default=512,
+                        help="most tokens of a response")
 
 
 def add_sampling_flags(parser, temperature):
@@ -88,7 +90,8 @@ class Sampler:
     prefixes: keeps the keys of earlier prompts, see apps/engine.py; or None
     """
 
-    def __init__(self, model, chat, num_slots, num_prompts, prompt_tokens, max_new_tokens, prefixes=None):
+    def __init__(self, model, chat, num_slots, num_prompts, prompt_tokens, max_new_tokens,
+                 prefixes=None):
         self.model = model
         self.chat = chat
         self.num_slots = num_slots
@@ -222,12 +225,14 @@ class Sampler:
         """
         ids, positions, *places = places
         self.cache.start_step(grid, places, prompt_keys, response_keys)
-        hidden = self.model.hidden_states(ids[:, None], positions[:, None], cache=self.cache)  # [B, 1, H]
+        ids, positions = ids[:, None], positions[:, None]  # [B, 1]
+        hidden = self.model.hidden_states(ids, positions, cache=self.cache)  # [B, 1, H]
         head = self.model.head_weight[:self.chat.vocab_size]  # [V, H]
         logits = hidden.squeeze(1) @ head.T  # [B, V]
         size = len(logits) if logits.is_cuda else max(1, LOGITS_AT_ONCE // len(head))
         parts = []
-        for rows, (uniform, temperature, top_p) in zip(logits.split(size), draws.split(size, dim=1)):
+        for rows, draw in zip(logits.split(size), draws.split(size, dim=1)):
+            uniform, temperature, top_p = draw
             temperature = None if greedy else temperature
             top_p = top_p if nucleus else None
             parts.append(next_token(rows, uniform, temperature, top_p))
@@ -342,20 +347,25 @@ def cache_size(num_slots, requests):
     room for three times as many prompts as fill the slots.
     """
     num_slots = min(num_slots, sum(request.n for request in requests))
-    num_prompts = min(num_slots, 3 * math.ceil(num_slots / min(request.n for request in requests)))
+    fewest = min(request.n for request in requests)
+    num_prompts = min(num_slots, 3 * math.ceil(num_slots / fewest))
     prompt_tokens = max(len(request.prompt) for request in requests)
-    return num_slots, num_prompts, prompt_tokens, max(request.max_new_tokens for request in requests)
+    max_new_tokens = max(request.max_new_tokens for request in requests)
+    return num_slots, num_prompts, prompt_tokens, max_new_tokens
 
 
 def describe_cache(model, num_slots, num_prompts, prompt_tokens, max_new_tokens):
     """The memory of a sampler's keys and values, as a line of text."""
     c = model.model.c
     tokens = num_prompts * prompt_tokens + num_slots * max_new_tokens
-    size = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"] * model.head_weight.itemsize
+    numbers = 2 * c["num_hidden_layers"] * c["num_key_value_heads"] * c["head_dim"]  # of a token
+    gigabytes = tokens * numbers * model.head_weight.itemsize / 1e9
     positions = c.get("max_position_embeddings", math.inf)
-    beyond = f", beyond the model's {positions:,} positions" if prompt_tokens + max_new_tokens > positions else ""
-    return (f"at most {tokens * size / 1e9:.2f} GB for keys and values: {num_prompts} prompts of {prompt_tokens:,} "
-            f"tokens, {num_slots} responses of {max_new_tokens:,}{beyond}")
+    beyond = ""
+    if prompt_tokens + max_new_tokens > positions:
+        beyond = f", beyond the model's {positions:,} positions"
+    return (f"at most {gigabytes:.2f} GB for keys and values: {num_prompts} prompts of "
+            f"{prompt_tokens:,} tokens, {num_slots} responses of {max_new_tokens:,}{beyond}")
 
 
 def generate(model, requests, num_slots, chat):

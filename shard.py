@@ -62,5 +62,6 @@ def parameters(model):
     if hasattr(model, "reshard"):
         model.reshard()  # a forward pass without gradients leaves the root gathered, in --dtype
     named = dict(model.named_parameters())
-    assert world_size() == 1 or all(hasattr(p, "placements") for p in named.values()), "a model that is not sharded"
+    sharded = all(hasattr(p, "placements") for p in named.values())
+    assert sharded or world_size() == 1, "a model that is not sharded"
     return named

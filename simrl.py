@@ -57,6 +57,13 @@ def advantages(rewards, kind="group_norm"):
     return [(reward - mean) / scale for reward in rewards]
 
 
+def set_advantages(groups, kind):
+    """Give every response its advantage."""
+    for group in groups:
+        for response, advantage in zip(group.responses, advantages(group.rewards, kind)):
+            response.advantage = advantage
+
+
 def has_signal(rewards, scores, rule="scores"):
     """Whether to train on a group: difference 4 in the list at the top.
 
@@ -87,7 +94,9 @@ def policy_loss(logits, target, advantage, old_log_p=None, ref_log_p=None, sampl
     Returns losses [C] and {name: [C]}: policy, entropy, clipped; with ref_log_p also kl, with sampler_log_p also
     mismatch, |the trainer's log-prob under pi_old - the sampler's|.
     """
-    log_probs = (logits / temperature).log_softmax(-1)  # [C, V]
+    if temperature != 1.0:  # as a division is another [C, V], in the backward pass, too
+        logits = logits / temperature
+    log_probs = logits.log_softmax(-1)  # [C, V]
     log_p = log_probs.gather(-1, target[:, None]).squeeze(-1)  # [C]
     if old_log_p is None:
         old_log_p = log_p.detach()
@@ -164,11 +173,10 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
                 checkpoints.save_checkpoint(args.out, step - 1, model, optimisers, progress)
             break
         progress["prompts"] += len(groups)
-        for group in groups:
-            for response, advantage in zip(group.responses, advantages(group.rewards, args.advantage)):
-                response.advantage = advantage
-        log_probs = [value for group in groups for response in group.responses for value in response.log_probs]
-        checkpoints.check_finite(args.out, step, "a sampled log-prob", sum(log_probs))
+        set_advantages(groups, args.advantage)
+        responses = [response for group in groups for response in group.responses]
+        total = sum(sum(response.log_probs) for response in responses)
+        checkpoints.check_finite(args.out, step, "a sampled log-prob", total)
         row = runs.describe_responses(groups, kept)
 
         with train.timed(seconds, "seconds_training"):
@@ -193,8 +201,10 @@ def refine(model, reference, prompts, chat, score, args, start=0, valid=()):
             row |= validate()
 
         # 5. Log and save. After Ctrl-C on any rank, this step ends the loop.
-        row |= {"updates": progress["updates"]} | seconds | runs.memory_in_use(model.head_weight.device)
-        runs.log_metrics(args.out, runs.describe_groups(step, groups, kept, chat), "samples.jsonl")
+        row |= {"updates": progress["updates"]} | seconds
+        row |= runs.memory_in_use(model.head_weight.device)
+        samples = runs.describe_groups(step, groups, kept, chat)
+        runs.log_metrics(args.out, samples, "samples.jsonl")
         runs.log_step(args.out, {"step": step} | row)
         if steps.ends_at(step) or step % args.save_every == 0:
             checkpoints.save_checkpoint(args.out, step, model, optimisers, progress)
@@ -230,8 +240,11 @@ def prepare_batches(model, reference, groups, vocab_size, args, step):
             packed["advantage"] = advantage[packed["response"]]
             log_probs = [value for r in responses for value in r.log_probs]
             packed["sampler_log_p"] = torch.tensor(log_probs, device=device)
-            packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args) if update else None
-            packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args) if reference else None
+            packed["old_log_p"] = packed["ref_log_p"] = None
+            if update:
+                packed["old_log_p"] = log_probs_of(model, packed, vocab_size, args)
+            if reference:
+                packed["ref_log_p"] = log_probs_of(reference, packed, vocab_size, args)
             packed["token_weights"] = active * token_weights(
                 args.loss_mean, packed["response"], batch, len(parts), wide)
             batches[-1].append(packed)
@@ -255,14 +268,15 @@ def accumulate_gradients(model, packed_batch, vocab_size, args):
     """Accumulate the gradients of an optimiser batch, from `prepare_batches`. Returns this rank's part of the loss, and
     of the statistics of `policy_loss`, summed over tokens."""
     dtype = getattr(torch, args.dtype)
-    loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip, temperature=args.temperature)
+    loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
+                   temperature=args.temperature)
     sums = Counter()
     for packed in packed_batch:
         hidden = counted_states(model, packed, dtype)  # [N, H]
-        head = model.head_weight[:vocab_size]  # [V, H]
         names = ("targets", "advantage", "old_log_p", "ref_log_p", "sampler_log_p")  # in the order of `policy_loss`
         tensors = [packed[name] for name in names]  # [N] each, or None
-        part, stats = head_loss(hidden, head, packed["token_weights"], loss, *tensors, dtype=dtype)
+        part, stats = head_loss(hidden, model.head_weight, packed["token_weights"], loss, *tensors,
+                                vocab_size=vocab_size, dtype=dtype)
         part.backward()
         sums["loss"] += part.detach()
         sums.update({name: packed["active"] * value for name, value in stats.items()})
@@ -285,13 +299,16 @@ def simrl_flags(parser):
     add("--reward", choices=("similarity", "binary"), default="similarity",
         help="binary: 1 for the gold calls, or for any text where text is due; else 0; -1 for a format failure")
     add("--strip-eos", action="store_true", help="strip the end token from text replies before scoring")
-    add("--filter", choices=("scores", "rewards", "none"), default="scores", help="scores: train on groups whose "
-        "scores differ, with a mean in 0.01-0.99; rewards: whose rewards differ; none: on all")
+    add("--filter", choices=("scores", "rewards", "none"), default="scores",
+        help="scores: train on groups whose scores differ, with a mean in 0.01-0.99; "
+        "rewards: whose rewards differ; none: on all")
     add("--max-draws", type=positive, default=4, metavar="N",
         help="a step samples at most N x prompts-per-step prompts")
     add = parser.add_argument_group("loss").add_argument
-    add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm", help="(R - mean) / std, or R - mean")
-    add("--kl-weight", type=non_negative, default=1e-3, help="weight of the KL to pi_ref; 0: no reference model")
+    add("--advantage", choices=("group_norm", "dr_grpo"), default="group_norm",
+        help="(R - mean) / std, or R - mean")
+    add("--kl-weight", type=non_negative, default=1e-3,
+        help="weight of the KL to pi_ref; 0: no reference model")
     add("--clip", type=non_negative, nargs=2, default=[0.2, 0.2],
         metavar=("LOW", "HIGH"), help="clip the ratio to [1 - LOW, 1 + HIGH]")
     add("--loss-mean", choices=("token", "micro-batch", "sequence"), default="token",
@@ -320,13 +337,16 @@ def run_simrl(args):
     model = Transformer.from_pretrained(args.model, device=device, shard=shard)
     model.model.gradient_checkpointing = args.gradient_checkpointing
     dtype = getattr(torch, args.dtype)
-    reference = Transformer.from_pretrained(args.model, dtype, device, shard) if args.kl_weight else None
-    train.note(f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses a step; "
-               f"{model.num_parameters() / 1e6:,.1f} M parameters" + f"; resumed after step {start}" * (start > 0))
+    reference = None
+    if args.kl_weight:
+        reference = Transformer.from_pretrained(args.model, dtype, device, shard)
+    resumed = f"; resuming after step {start}" if start else ""
+    train.note(f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses "
+               f"a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     num_steps, num_updates = plan_steps(len(prompts), args)
     if not args.steps and num_updates < 10:
-        train.note(f"only {num_steps} steps with {num_updates} updates: to train longer, raise --steps or --episodes, "
-                   "or lower --batch-size")
+        train.note(f"only {num_steps} steps with {num_updates} updates: to train longer, "
+                   "raise --steps or --episodes, or lower --batch-size")
 
     # 3. Train.
     score = partial(training_reward, chat, args)

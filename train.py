@@ -33,7 +33,8 @@ LIMIT = timedelta(days=1)  # for every later wait
 def add_machine_flags(parser, dtype_help, dtype="bfloat16", seed=True):
     """Flags that say where and how precisely to compute."""
     add = parser.add_argument_group("machine").add_argument
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute; not yet run on mps")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto",
+        help="where to compute; not yet run on mps")
     add("--dtype", choices=("bfloat16", "float32"), default=dtype, help=dtype_help)
     if seed:
         add("--seed", type=number(int, 0, 2 ** 32 - 1), default=42, help="random seed")
@@ -47,11 +48,13 @@ def add_training_flags(parser, lr, weight_decay, save_every):
         help="muon, for very small models, trains the layers' matrices at 5 x --lr")
     add("--batch-size", type=positive, default=128, metavar="N", help="responses per optimiser step, in whole groups")
     add("--weight-decay", type=non_negative, default=weight_decay, help="on matrices only")
-    add("--micro-batch-tokens", type=positive, default=4096, metavar="N", help="padded tokens per forward pass; "
-        "changes memory and speed, and the gradient by rounding only (except with simrl --loss-mean micro-batch)")
+    add("--micro-batch-tokens", type=positive, default=4096, metavar="N",
+        help="padded tokens per forward pass; changes memory and speed, and the gradient by "
+        "rounding only (except with simrl --loss-mean micro-batch)")
     add("--gradient-checkpointing", action="store_true", help="recompute activations: less memory")
-    add("--compile", action="store_true", help="on a GPU: compile the layers, with flex_attention; halves a step of "
-        "16,000 tokens, after up to a minute of compiling; not yet run with several ranks")
+    add("--compile", action="store_true",
+        help="on a GPU: compile the layers, with flex_attention; halves a step of 16,000 tokens, "
+        "after up to a minute of compiling; not yet run with several ranks")
     add("--shard-ranks", type=positive, metavar="N",
         help="under torchrun: processes that share one copy of the weights; default: all; not yet run on several GPUs")
     add_output_flags(parser, "folder of the run")
@@ -108,7 +111,8 @@ def make_optimisers(model, args):
     for name, p in parameters(model).items():
         for_muon = args.optimiser == "muon" and ".layers." in name
         (vectors if p.dim() < 2 else layers if for_muon else matrices).append(p)
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if not layers:
         return [adamw]
@@ -170,12 +174,12 @@ def pick_device(args):
 
 
 def keep_pages():
-    """Let glibc keep freed memory, up to 2 GB. Otherwise it goes back to the system, and page faults take half of the
+    """Let glibc keep freed memory. Otherwise it goes back to the system, and page faults take half of the
     output head's time. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
     if sys.platform == "linux" and os.environ.get("STAR_KEEP_PAGES") != "0":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another C library may lack it
-        mallopt(-3, 400_000_000) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; an older glibc takes 32 MB at most
-        mallopt(-1, 2_000_000_000)  # M_TRIM_THRESHOLD
+        mallopt(-3, 10 ** 9) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; an older glibc takes 32 MB at most
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def sharding(args, device):

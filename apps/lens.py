@@ -14,12 +14,12 @@ import torch
 
 from ckd import ckd_loss
 from data import InputError, non_negative, natural, positive, write_lines
-from data.chat import Chat, add_prompt_flags, text_of
+from data.chat import Chat, add_prompt_flags, check_pair, text_of
 from data.groups import make_groups, pack
 from data.records import has_answer, read_records
 from head import counted_states, logits_in_chunks
 from model import Transformer
-from teacher import Teacher, check_pair, clamp_to_vocab
+from teacher import Teacher, clamp_to_vocab
 from train import add_machine_flags, pick_device
 
 

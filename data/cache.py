@@ -8,6 +8,7 @@
 A cache made from anything else is refused, and so is one that has changed. teacher.py says which k ids a position has.
 """
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import InputError, atomic_folder, check_hashes, hash_by_name, is_first_rank, lock
-from data import read_json, refuse_changes, write_json
+from data import InputError, atomic_folder, check_hashes, hash_by_name, hash_files, is_first_rank, lock
+from data import read_json, refuse_changes, several_processes, write_json
+from data.chat import vocabulary
 from data.groups import micro_batches, pack
 
 ARRAYS = {"ids.bin": np.int32, "log_p.bin": np.float16}
@@ -35,6 +37,27 @@ def number_rows(groups):
             numbers = np.array([*response.span, *response.ids], dtype=np.int32)
             digest.update(numbers.tobytes() + b"response")
     return {"data": digest.hexdigest()[:16], "positions": position}
+
+
+def cache_key(args, groups, vocab_size):
+    """Everything that a run's cache depends on; None without --cache. Also numbers the responses' rows in the cache.
+    InputError if --cache holds something else, or if several processes would have to write it.
+    """
+    if not args.cache:
+        return None
+    out, cache = Path(args.out).resolve(), Path(args.cache).resolve()
+    if out.is_relative_to(cache) or {out / "model", out / "checkpoints"} & {cache, *cache.parents}:
+        raise InputError(f"{args.cache}: --cache and --out {args.out} lie one in the other; use another --cache")
+    view = f"draws with seed {args.seed}" if args.objective == "rskd" else "top-k"
+    digest = hashlib.sha256(json.dumps(vocabulary(args.teacher)).encode()).hexdigest()
+    folder = Path(args.teacher)
+    weights = hash_files([folder / "config.json", *sorted(folder.glob("*.safetensors"))])
+    key = {"teacher": list(weights.values()), "tokenizer": digest[:16], "dtype": args.dtype}
+    k = args.k if args.objective == "rskd" else min(args.k, vocab_size)
+    key |= number_rows(groups) | {"view": view, "width": vocab_size, "k": k}
+    if open_cache(args.cache, key) is None and several_processes():
+        raise InputError(f"{args.cache}: no cache there yet; write it with one process first (without torchrun)")
+    return key
 
 
 def open_cache(folder, made_from):

@@ -21,6 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from data import MODEL_FOLDER, InputError, read_json, read_optional
+from data.config import read_config
 from data.fields import GENERATION_CONFIG, TOKENIZER_CONFIG, check_fields
 
 # The end of the prompt, which opens the answer: `--think on|off|none`.
@@ -217,6 +218,22 @@ def vocabulary(folder):
     tokens = tokenizer.get_vocab(with_added_tokens=True).items()
     merges = json.loads(tokenizer.to_str())["model"].get("merges")
     return [sorted(tokens, key=lambda item: item[1]), merges]
+
+
+def check_pair(teacher_folder, student_folder):
+    """Refuse two different tokenizers, as CKD compares probabilities id by id, and a teacher with fewer rows than ids.
+
+    Returns the number of ids to use: the rows of both embeddings if they are equal, else the tokenizer's ids.
+    """
+    teacher, student = vocabulary(teacher_folder), vocabulary(student_folder)
+    if teacher != student:
+        raise InputError(f"{teacher_folder} ({len(teacher[0]):,} tokens) and {student_folder} "
+                         f"({len(student[0]):,}) have different tokenizers; CKD needs two models that share one")
+    ids = teacher[0][-1][1] + 1  # the largest, and one more
+    check_rows(teacher_folder, ids)  # `Chat` checks the student's
+    paths = [Path(folder) / "config.json" for folder in (teacher_folder, student_folder)]
+    rows = {read_config(read_json(path, MODEL_FOLDER), path)["vocab_size"] for path in paths}
+    return ids if len(rows) == 2 else rows.pop()
 
 
 def read_flavour(folder, template):

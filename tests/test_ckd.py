@@ -12,10 +12,11 @@ import ckd
 from ckd import DIVERGENCES, ckd_loss, objective_loss, reverse_kl
 from conftest import settings
 from data import InputError
+from data.cache import cache_key
 from data.groups import Group, Response, attention_mask, pack, share_prefixes
 from head import counted_states, head_loss, topk_log_probs
 from model import Transformer
-from teacher import Teacher, cache_key, load_teacher
+from teacher import Teacher, load_teacher
 from train import Muon, make_optimisers, update
 
 OBJECTIVES = ["ckd", "fkl", "rkl", "akl", "rskd", "ce"]
@@ -119,6 +120,29 @@ def test_gradcheck(objective):
     view = teacher_view(objective, teacher, k=3)
     assert torch.autograd.gradcheck(
         lambda h, W: head_loss(h, W, weights, loss, targets, *view, chunk=3)[0], (h, W))
+
+
+def test_rows_beyond_the_vocabulary_have_no_part_in_loss_and_gradient():
+    h, W, teacher, targets, weights = example()
+    tensors = (targets, *teacher_view("ckd", teacher))
+    loss = loss_function("ckd", M, 10.0)
+    padded = torch.cat((W.detach(), torch.ones(3, H, dtype=W.dtype))).requires_grad_()
+    of_slice, _ = head_loss(h, padded[:V], weights, loss, *tensors, chunk=4)
+    expected = torch.autograd.grad(of_slice, (h, padded))
+    value, _ = head_loss(h, padded, weights, loss, *tensors, vocab_size=V, chunk=4)
+    gradients = torch.autograd.grad(value, (h, padded))
+    assert value == of_slice and all(map(torch.equal, gradients, expected))
+    assert not gradients[1][V:].any()
+
+
+def test_a_second_backward_pass_adds_the_same_gradient():
+    h, W, teacher, targets, weights = example()
+    tensors = (targets, *teacher_view("ckd", teacher))
+    value, _ = head_loss(h, W, weights, loss_function("ckd", M, 10.0), *tensors)
+    value.backward(retain_graph=True)
+    first = W.grad.clone()
+    value.backward()
+    assert torch.equal(W.grad, 2 * first)
 
 
 def test_whole_vocabulary_without_penalty_is_the_full_kl():

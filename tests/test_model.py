@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from data import InputError
+from data.config import DEFAULTS, SIZES, read_config
 from kv_cache import KVCache, lay_out
-from model import DEFAULTS, SIZES, Transformer, read_config
+from model import Transformer
 
 BASE = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "hidden_act": "silu"}
