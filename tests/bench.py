@@ -87,7 +87,7 @@ def group_of(chat, prompt, n, response):
 # ---- A step of GRPO beside TRL -----------------------------------------------------------------------------------
 
 SAMPLES, TOKENS = 8, 48
-STEPS = 2  # the first one warms up
+STEPS = 3  # the last is measured: the first two take memory from the system
 MKLDNN = torch.backends.mkldnn.is_available()
 RL_DTYPE = "bfloat16" if MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"  # the faster one here
 
@@ -143,22 +143,54 @@ def trl_steps(folder, length, checkpointing):
     return [end - start for start, end in zip(marks, marks[1:])]
 
 
+@torch.no_grad()
+def products_of_steps(folder, length):
+    """Seconds of the matrix products of these steps alone: no attention, sums, draws, optimiser or copies of weights."""
+    model = Transformer.from_pretrained(folder, getattr(torch, RL_DTYPE))
+    layers = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
+    responses = SAMPLES * TOKENS
+
+    def forward(matrices, rows):
+        for weight in matrices:
+            x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
+            torch.nn.functional.linear(x, weight)
+
+    def backward(matrices, rows):
+        for weight in matrices:
+            x = torch.ones(rows, weight.shape[1], dtype=weight.dtype)
+            dy = torch.ones(rows, weight.shape[0], dtype=weight.dtype)
+            dy @ weight
+            dy.T @ x
+
+    def step():
+        forward(layers, length)  # the prompt
+        for _ in range(TOKENS):
+            forward([*layers, model.head_weight], SAMPLES)
+        for run in (forward, backward):
+            run(layers, length + responses)
+            for _ in range(0, responses, 128):
+                run([model.head_weight], 128)
+
+    return [medians(1, 0, step=step)["step"] for _ in range(STEPS)]
+
+
 def rl_row(folder, length=400, targets=(6, 4.5)):
     """Each side in a process of its own: two models with their optimisers do not fit the memory."""
     seconds = {}
-    for side in ("star", "trl", "trl-without-checkpointing", "star"):
+    for side in ("star", "products", "trl", "trl-without-checkpointing", "star", "products"):
         try:
-            seconds.setdefault(side, []).extend(run_alone(folder, side, length)[1:])
+            seconds.setdefault(side, []).append(run_alone(folder, side, length)[-1])
         except subprocess.CalledProcessError as e:
             print(f"({side}, {length:,} tokens: exit code {e.returncode}; -9 may be too little memory)", flush=True)
     if not seconds["star"]:
         return
     ours = statistics.median(seconds["star"])
+    what = f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}, {RL_DTYPE}"
+    report_limit(what, "its matrix products", ours, statistics.median(seconds["products"]), "-")
     peers = {"trl": "TRL, its defaults", "trl-without-checkpointing": "TRL, gradient checkpointing off"}
     for (side, peer), target in zip(peers.items(), targets):
         if seconds[side]:
-            report(f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}, {RL_DTYPE}", ours,
-                   {peer: statistics.median(seconds[side])}, target)
+            report(what, ours, {peer: statistics.median(seconds[side])}, target)
 
 
 def run_alone(folder, side, size):
@@ -172,6 +204,8 @@ def run_side(folder, side, size):
     train.keep_pages()  # as the commands do
     if side == "star":
         return star_steps(folder, size)
+    if side == "products":
+        return products_of_steps(folder, size)
     if side.startswith("trl"):
         return trl_steps(folder, size, side == "trl")
     if side == "head":
