@@ -1,10 +1,11 @@
 """Speed and memory as ratios against named peers: python -m tests.bench [ROW ...] --model FOLDER
 
-A row runs this project and its peer in turn, on the same machine with the same allocator settings, and prints the
-medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the default). Without
-names, all rows but the last two run: 50 minutes on two CPU cores, most of them for TRL. Keep the machine quiet
-meanwhile. `rl` and `rl-1000` need TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used). `data`
-needs no model. `gpu` and `stages` need a GPU and no model: three minutes each on an H200.
+A row runs this project and its peer in turn, on the same machine with the same allocator settings (but for one row of
+TRL), and prints the medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the
+default). Without names, all rows but the last two run: an hour on two CPU cores, most of it for TRL. Keep the machine
+quiet meanwhile. `rl` and `rl-1000` need TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used,
+with datasets 4.4.1 and pyarrow 21). `data` needs no model. `gpu` and `stages` need a GPU and no model: three minutes
+each on an H200.
 
 `serve` also measures the prefix cache on BFCL's items where STAR_BFCL_ENV names the --env of `star.py bfcl`.
 """
@@ -176,8 +177,11 @@ def products_of_steps(folder, length):
 
 def rl_row(folder, length=400, targets=(6, 4.5)):
     """Each side in a process of its own: two models with their optimisers do not fit the memory."""
+    peers = {"trl-plain": "TRL, its defaults, glibc's allocator settings", "trl": "TRL, its defaults",
+             "trl-without-checkpointing": "TRL, gradient checkpointing off"}
+    targets = (targets[0], *targets)
     seconds = {}
-    for side in ("star", "products", "trl", "trl-without-checkpointing", "star", "products"):
+    for side in ("star", "products", *peers, "star", "products"):
         try:
             seconds.setdefault(side, []).append(run_alone(folder, side, length)[-1])
         except subprocess.CalledProcessError as e:
@@ -186,8 +190,7 @@ def rl_row(folder, length=400, targets=(6, 4.5)):
         return
     ours = statistics.median(seconds["star"])
     what = f"RL step, {length:,}-token prompt x {SAMPLES} x {TOKENS}, {RL_DTYPE}"
-    report_limit(what, "its matrix products", ours, statistics.median(seconds["products"]), "-")
-    peers = {"trl": "TRL, its defaults", "trl-without-checkpointing": "TRL, gradient checkpointing off"}
+    report(what, ours, {"its matrix products alone": statistics.median(seconds["products"])})
     for (side, peer), target in zip(peers.items(), targets):
         if seconds[side]:
             report(what, ours, {peer: statistics.median(seconds[side])}, target)
@@ -201,13 +204,14 @@ def run_alone(folder, side, size):
 
 
 def run_side(folder, side, size):
-    train.keep_pages()  # as the commands do
+    if side != "trl-plain":
+        train.keep_pages()  # as the commands do
     if side == "star":
         return star_steps(folder, size)
     if side == "products":
         return products_of_steps(folder, size)
     if side.startswith("trl"):
-        return trl_steps(folder, size, side == "trl")
+        return trl_steps(folder, size, side != "trl-without-checkpointing")
     if side == "head":
         return head_memory(size)
     if side == "data":
