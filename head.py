@@ -25,7 +25,7 @@ class WithGradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_total):
         d_hidden, d_weight = ctx.saved_tensors
-        if d_total.is_cuda or d_total != 1:  # on a CPU, another copy of d_weight costs more than all its products
+        if d_total.is_cuda or d_total != 1:  # it is 1 as a rule; on a CPU, a copy of d_weight takes long
             d_hidden, d_weight = d_hidden * d_total, d_weight * d_total
         return None, d_hidden, d_weight, None, None  # one for each argument of `forward`
 
@@ -39,7 +39,7 @@ def head_loss(hidden, weight, token_weights, loss, *tensors,
     token_weights: [N], the factor of each position's loss
     loss: a function (logits [C, V], *slices [C, ...]) -> (losses [C], {name: [C]}) of a chunk of positions
     tensors: [N, ...] each, or None; the loss is given the chunk's slice of every one
-    vocab_size: V, the ids to use; default: all rows. A slice of weight would do the same, but its backward copies
+    vocab_size: V, the ids to use; default: all rows. (The backward pass of a slice would copy the whole gradient.)
     chunk: positions at a time; default: CHUNK or GPU_CHUNK
     dtype: of the matrix products; default: hidden's
 

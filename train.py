@@ -174,8 +174,8 @@ def pick_device(args):
 
 
 def keep_pages():
-    """Let glibc keep freed memory. Otherwise it goes back to the system, and page faults take half of the
-    output head's time. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
+    """Let glibc keep freed memory. Otherwise it goes back to the system, and page faults take half of the output head's
+    time. STAR_KEEP_PAGES=0 leaves the allocator as it is."""
     if sys.platform == "linux" and os.environ.get("STAR_KEEP_PAGES") != "0":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)  # another C library may lack it
         mallopt(-3, 10 ** 9) or mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD; an older glibc takes 32 MB at most
