@@ -146,7 +146,8 @@ def trl_steps(folder, length, checkpointing):
 
 @torch.no_grad()
 def products_of_steps(folder, length):
-    """Seconds of the matrix products of these steps alone: no attention, sums, draws, optimiser or copies of weights."""
+    """Median seconds, as a list of one, of the matrix products of these steps alone: no attention, sums, draws,
+    optimiser or copies of weights."""
     model = Transformer.from_pretrained(folder, getattr(torch, RL_DTYPE))
     layers = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name]
     responses = SAMPLES * TOKENS
@@ -172,7 +173,7 @@ def products_of_steps(folder, length):
             for _ in range(0, responses, 128):
                 run([model.head_weight], 128)
 
-    return [medians(1, 0, step=step)["step"] for _ in range(STEPS)]
+    return [medians(STEPS - 1, step=step)["step"]]
 
 
 def rl_row(folder, length=400, targets=(6, 4.5)):
