@@ -330,7 +330,9 @@ def run_training(args, student_folder, teacher_folder=None):
     student.model.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         student.model.compile_layers()
-    describe_run(args, student, groups, valid, start)
+    responses = sum(len(group.responses) for group in groups)
+    what = f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out"
+    train.describe_run(args, student, what, start, len(plan_batches(groups, args)))
 
     # 3. Train.
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]
@@ -376,16 +378,3 @@ def greedy_texts(model, chat, groups):
                 for group in groups]
     list(generate(model, requests, len(requests), chat))
     return [chat.decode(request.responses[0].ids) for request in requests]
-
-
-def describe_run(args, student, groups, valid, start):
-    """Print the size of a run before it starts, and whether it is very short."""
-    responses = sum(len(group.responses) for group in groups)
-    resumed = f"; resuming after step {start}" if start else ""
-    millions = student.num_parameters() / 1e6
-    train.note(f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out; "
-               f"{args.dtype} compute, float32 weights, {millions:,.1f} M parameters{resumed}")
-    steps = len(plan_batches(groups, args))
-    if not args.steps and steps < 10:
-        train.note(f"only {steps} steps: to train longer, raise --steps or --epochs, "
-                   "or lower --batch-size")

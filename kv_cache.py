@@ -42,9 +42,12 @@ class KVCache:
         self.grid = grid
         self.prompt_rows, self.columns, prompt_lengths, self.lengths = places  # [B] each
         self.rows = torch.arange(len(self.lengths), device=grid.device)  # [B]
-        after_prompt = torch.arange(prompt_keys, device=grid.device) >= prompt_lengths[:, None]  # [B, S]
-        after_own = torch.arange(response_keys, device=grid.device) > self.lengths[:, None]  # [B, S]
-        self.unseen = torch.cat((after_prompt, after_own), dim=-1)[:, None, None]  # [B, 1, 1, S]
+        dtype = self.prompts[0].dtype
+        lowest = torch.finfo(dtype).min  # not -inf: a prompt may have no stored keys
+        self.biases = []  # added to the scores: [P, 1, 1, S] for prompts, [B, 1, 1, S] for responses
+        for keys, lengths in ((prompt_keys, prompt_lengths[grid[:, 0]]), (response_keys, self.lengths + 1)):
+            unseen = torch.arange(keys, device=grid.device) >= lengths[:, None]
+            self.biases.append(lowest * unseen[:, None, None].to(dtype))
         self.widths = (prompt_keys, response_keys)
         self.in_step = True
 
@@ -71,32 +74,41 @@ class KVCache:
         kv = torch.stack((k, v))  # [2, B, Hkv, 1, D]
         B, H, _, D = q.shape
         responses[:, self.rows, :, self.lengths] = kv.squeeze(3).transpose(0, 1)  # [B, 2, Hkv, D]
-        prompt_k, prompt_v = prompts[:, :len(self.grid), :, :self.widths[0]]  # [P, Hkv, S, D] each
-        own_k, own_v = responses[:, :B, :, :self.widths[1]]  # [B, Hkv, S, D] each
-        # One softmax over the keys of the prompt and of the response. On a CPU the scores are in float32, as in
-        # training: Qwen2.5 has scores above 1,000, where bfloat16 numbers are 8 apart. On a GPU it would copy all keys.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        dtype = wide if q.device.type == "cpu" else q.dtype
-        q = q.view(B, k.shape[1], -1, D).to(dtype) * D ** -0.5  # [B, Hkv, R, D]
-        on_prompt = self.by_prompt(q, prompt_k.mT.to(dtype))  # [B, Hkv, R, S]
-        on_own = q @ own_k.mT.to(dtype)  # [B, Hkv, R, S]
-        scores = torch.cat((on_prompt, on_own), dim=-1)
-        scores = scores.masked_fill(self.unseen, -torch.inf)  # [B, Hkv, R, S]
-        weights = scores.softmax(-1, dtype=wide).to(k.dtype)  # [B, Hkv, R, S]
-        on_prompt, on_own = weights.split(self.widths, dim=-1)
-        x = self.by_prompt(on_prompt, prompt_v) + on_own @ own_v  # [B, Hkv, R, D]
+        prompt_kv = prompts[:, :len(self.grid), :, :self.widths[0]]  # [2, P, Hkv, S, D]
+        own_kv = responses[:, :B, :, :self.widths[1]]  # [2, B, Hkv, S, D]
+        attend = self.two_softmaxes if q.device.type == "cpu" else self.one_softmax
+        x = attend(q.view(B, k.shape[1], -1, D), prompt_kv, own_kv, *self.biases)  # [B, Hkv, R, D]
         return x.view(B, H, 1, D)
 
-    def by_prompt(self, x, y):
-        """x [B, Hkv, R, M] @ y [P, Hkv, M, N], the part of each response's prompt -> [B, Hkv, R, N].
+    def two_softmaxes(self, q, prompt_kv, own_kv, prompt_bias, own_bias):
+        """Attention of q [B, Hkv, R, D] to either part of the keys, and their mean by each part's share of the weights.
 
-        The responses to a prompt share one matrix product, so the prompt's keys and values are read once.
+        The CPU's kernel also returns the log of the sum of exp(score). It has scores in float32, as in training:
+        Qwen2.5 has scores above 1,000, where bfloat16 numbers are 8 apart.
         """
-        P, G = self.grid.shape
-        _, heads, R, M = x.shape
-        x = x[self.grid].transpose(1, 2).reshape(P, heads, G * R, M)  # [P, Hkv, G * R, M]
-        x = (x @ y).view(P, heads, G, R, -1)  # [P, Hkv, G, R, N]
-        return x[self.prompt_rows, :, self.columns]  # [B, Hkv, R, N]
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        on_prompt, prompt_sum = kernel(self.by_prompt(q), *prompt_kv, attn_mask=prompt_bias)
+        on_own, own_sum = kernel(q, *own_kv, attn_mask=own_bias)  # [B, Hkv, R, D], [B, Hkv, R]
+        prompt_sum = self.by_response(prompt_sum[..., None])  # [B, Hkv, R, 1]
+        share = (prompt_sum - own_sum[..., None]).sigmoid()  # [B, Hkv, R, 1], of the prompt
+        return torch.lerp(on_own.to(share), self.by_response(on_prompt).to(share), share).to(q.dtype)
+
+    def one_softmax(self, q, prompt_kv, own_kv, prompt_bias, own_bias):
+        """The same on a GPU. Scores have the dtype of q: float32 would copy all keys."""
+        q = q * q.shape[-1] ** -0.5
+        on_prompt = self.by_response(self.by_prompt(q) @ prompt_kv[0].mT + prompt_bias)  # [B, Hkv, R, S]
+        scores = torch.cat((on_prompt, q @ own_kv[0].mT + own_bias), dim=-1)  # [B, Hkv, R, S]
+        weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        on_prompt, on_own = weights.split(self.widths, dim=-1)  # [B, Hkv, R, S] each
+        return self.by_response(self.by_prompt(on_prompt) @ prompt_kv[1]) + on_own @ own_kv[1]
+
+    def by_prompt(self, x):
+        """[B, Hkv, R, M] -> [P, Hkv, G * R, M]: rows of all responses to a prompt, so that its keys are read once."""
+        return x[self.grid].transpose(1, 2).flatten(2, 3)
+
+    def by_response(self, x):
+        """[P, Hkv, G * R, M] -> [B, Hkv, R, M], the inverse of `by_prompt`."""
+        return x.unflatten(2, (self.grid.shape[1], -1))[self.prompt_rows, :, self.columns]
 
 
 def lay_out(prompt_rows):

@@ -340,13 +340,9 @@ def run_simrl(args):
     reference = None
     if args.kl_weight:
         reference = Transformer.from_pretrained(args.model, dtype, device, shard)
-    resumed = f"; resuming after step {start}" if start else ""
-    train.note(f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses "
-               f"a step; {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
-    num_steps, num_updates = plan_steps(len(prompts), args)
-    if not args.steps and num_updates < 10:
-        train.note(f"only {num_steps} steps with {num_updates} updates: to train longer, "
-                   "raise --steps or --episodes, or lower --batch-size")
+    what = f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses a step"
+    _, num_updates = plan_steps(len(prompts), args)
+    train.describe_run(args, model, what, start, num_updates)
 
     # 3. Train.
     score = partial(training_reward, chat, args)

@@ -85,8 +85,10 @@ def test_real_weights_equal_transformers(tmp_path):
 
 @pytest.mark.parametrize("knob", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("shared", [[0, 0, 0, 1, 1], [2, 0, 1, 0, 2], [1, 1, 1, 1, 1]])
-def test_cached_steps_equal_whole_rows(knob, shared, ids):
+@pytest.mark.parametrize("attend", [KVCache.two_softmaxes, KVCache.one_softmax])  # of a CPU, of a GPU
+def test_cached_steps_equal_whole_rows(knob, shared, attend, ids, monkeypatch):
     """Prompts of 0, 9 and 33 tokens, the last two computed together; five responses share them and start one by one."""
+    monkeypatch.setattr(KVCache, "two_softmaxes", attend)
     model = random_model(knob).double()
     cache = KVCache(model, prompt_rows=3, prompt_tokens=34, response_rows=5, response_tokens=40)
     for buffer in (*cache.prompts, *cache.responses):
