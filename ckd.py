@@ -374,7 +374,6 @@ def answer_before_and_after(student, folder, chat, groups, args):
 
 def greedy_texts(model, chat, groups):
     """Greedy answers of at most 128 tokens to a few groups' prompts."""
-    requests = [Request(group.prompt, n=1, seed=0, temperature=0.0, max_new_tokens=128)
-                for group in groups]
+    requests = [Request(group.prompt, n=1, seed=0, temperature=0.0, max_new_tokens=128) for group in groups]
     list(generate(model, requests, len(requests), chat))
     return [chat.decode(request.responses[0].ids) for request in requests]

@@ -11,7 +11,7 @@ from data.groups import attention_mask
 
 CHUNK = 256  # positions at a time
 GPU_CHUNK = 2048  # fewer products, each large enough for a GPU; 1.2 GB of float32 logits
-WEIGHT_BLOCK = 8192  # rows of the head in one product of its gradient, which then fits the processor's cache
+WEIGHT_BLOCK = 4096  # rows of the head in one product of its gradient, which then fits the processor's cache
 
 
 class WithGradients(torch.autograd.Function):
@@ -74,9 +74,11 @@ def head_loss(hidden, weight, token_weights, loss, *tensors,
             del logits, losses, stats  # the logits and their log-probs, [C, V] each
             d_logits = d_logits.to(dtype)
             d_hidden[rows] = d_logits @ w
-            for i in range(0, len(w), weight_block):
-                block = slice(i, min(i + weight_block, len(w)))
-                d_weight[block] += d_logits[:, block].T @ x[rows]
+            for d_block, part in zip(d_weight[:len(w)].split(weight_block), d_logits.split(weight_block, dim=1)):
+                if dtype == wide:  # part: [C, block]
+                    d_block.addmm_(part.T, x[rows])  # [block, H]; adds within the product
+                else:
+                    d_block += part.T @ x[rows]
     if needs_grad:
         gradients = d_hidden.to(hidden.dtype), d_weight.to(weight.dtype)
         total = WithGradients.apply(total, hidden, weight, *gradients)

@@ -268,8 +268,7 @@ def accumulate_gradients(model, packed_batch, vocab_size, args):
     """Accumulate the gradients of an optimiser batch, from `prepare_batches`. Returns this rank's part of the loss, and
     of the statistics of `policy_loss`, summed over tokens."""
     dtype = getattr(torch, args.dtype)
-    loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip,
-                   temperature=args.temperature)
+    loss = partial(policy_loss, kl_weight=args.kl_weight, clip=args.clip, temperature=args.temperature)
     sums = Counter()
     for packed in packed_batch:
         hidden = counted_states(model, packed, dtype)  # [N, H]

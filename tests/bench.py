@@ -178,9 +178,11 @@ def products_of_steps(folder, length):
 
 def rl_row(folder, length=400, targets=(6, 4.5)):
     """Each side in a process of its own: two models with their optimisers do not fit the memory."""
-    peers = {"trl-plain": "TRL, its defaults, glibc's allocator settings", "trl": "TRL, its defaults",
+    peers = {"trl-plain": "TRL, its defaults, glibc's allocator settings",
+             "trl-plain-without-checkpointing": "TRL, gradient checkpointing off, glibc's allocator settings",
+             "trl": "TRL, its defaults",
              "trl-without-checkpointing": "TRL, gradient checkpointing off"}
-    targets = (targets[0], *targets)
+    targets *= 2
     seconds = {}
     for side in ("star", "products", *peers, "star", "products"):
         try:
@@ -205,14 +207,14 @@ def run_alone(folder, side, size):
 
 
 def run_side(folder, side, size):
-    if side != "trl-plain":
+    if not side.startswith("trl-plain"):
         train.keep_pages()  # as the commands do
     if side == "star":
         return star_steps(folder, size)
     if side == "products":
         return products_of_steps(folder, size)
     if side.startswith("trl"):
-        return trl_steps(folder, size, side != "trl-without-checkpointing")
+        return trl_steps(folder, size, not side.endswith("without-checkpointing"))
     if side == "head":
         return head_memory(size)
     if side == "data":
