@@ -5,7 +5,7 @@ its responses read the same keys. A step feeds the last token of every slot to t
 response that ends frees its slot: the last slot in use moves there, and in the next step another response can start.
 
 All random numbers of a request come from its own seed, so in exact arithmetic its responses do not depend on other
-requests. Those do change the rounding of logits, and by it few texts in float32, about half of long ones in bfloat16.
+requests. Those do change the rounding of logits, and by it few texts in float32, half to nearly all in bfloat16.
 
 Shapes: B slots in use, P prompts, G slots of a prompt at most, V ids of the tokenizer, H hidden size.
 
@@ -40,7 +40,7 @@ def add_count_flags(parser, n, least=1, n_help="responses per prompt"):
     add("--n", type=number(int, least), default=n, help=n_help)
     add("--max-concurrent", type=positive, default=64, metavar="N",
         help="sequences generated concurrently; affects memory, speed and, by rounding, "
-        "the samples: about half of them with bfloat16, few with float32")
+        "the samples: half to nearly all with bfloat16, few with float32")
     add_length_flag(parser)
 
 
