@@ -75,7 +75,7 @@ def head_loss(hidden, weight, token_weights, loss, *tensors,
             d_logits = d_logits.to(dtype)
             d_hidden[rows] = d_logits @ w
             for d_block, part in zip(d_weight[:len(w)].split(weight_block), d_logits.split(weight_block, dim=1)):
-                if dtype == wide:  # part: [C, block]
+                if dtype == wide:
                     d_block.addmm_(part.T, x[rows])  # [block, H]; adds within the product
                 else:
                     d_block += part.T @ x[rows]

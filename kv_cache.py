@@ -81,10 +81,10 @@ class KVCache:
         return x.view(B, H, 1, D)
 
     def two_softmaxes(self, q, prompt_kv, own_kv, prompt_bias, own_bias):
-        """Attention of q [B, Hkv, R, D] to either part of the keys, and their mean by each part's share of the weights.
+        """Attention of q [B, Hkv, R, D] to each part of the keys, and their mean by each part's share of the weights.
 
-        The CPU's kernel also returns the log of the sum of exp(score). It has scores in float32, as in training:
-        Qwen2.5 has scores above 1,000, where bfloat16 numbers are 8 apart.
+        The kernel, not public in torch, also returns the log of the sum of exp(score), and has scores in float32, as in
+        training: Qwen2.5 has scores above 1,000, where bfloat16 numbers are 8 apart.
         """
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         on_prompt, prompt_sum = kernel(self.by_prompt(q), *prompt_kv, attn_mask=prompt_bias)

@@ -1,6 +1,6 @@
 """Speed and memory as ratios against named peers: python -m tests.bench [ROW ...] --model FOLDER
 
-A row runs this project and its peer in turn, on the same machine with the same allocator settings (but for one row of
+A row runs this project and its peer in turn, on the same machine with the same allocator settings (but for two rows of
 TRL), and prints the medians and their ratio. FOLDER is a real Qwen2.5 of 0.5B parameters (STAR_REAL_MODEL is the
 default). Without names, all rows but the last two run: an hour on two CPU cores, most of it for TRL. Keep the machine
 quiet meanwhile. `rl` and `rl-1000` need TRL, which is not in requirements-dev.txt: pip install trl (1.16.0 was used,
