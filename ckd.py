@@ -332,7 +332,8 @@ def run_training(args, student_folder, teacher_folder=None):
         student.model.compile_layers()
     responses = sum(len(group.responses) for group in groups)
     what = f"{responses:,} responses in {len(groups):,} groups, {len(valid)} groups held out"
-    train.describe_run(args, student, what, start, len(plan_batches(groups, args)))
+    num_steps = args.steps or len(plan_batches(groups, args))
+    train.describe_run(args, student, what, start, num_steps, updates=num_steps)
 
     # 3. Train.
     answered = [group for group in valid if has_answer(group.record)][:args.valid_answers]

@@ -335,13 +335,11 @@ def run_simrl(args):
     # 2. Load the policy and the reference.
     model = Transformer.from_pretrained(args.model, device=device, shard=shard)
     model.model.gradient_checkpointing = args.gradient_checkpointing
-    dtype = getattr(torch, args.dtype)
     reference = None
     if args.kl_weight:
-        reference = Transformer.from_pretrained(args.model, dtype, device, shard)
+        reference = Transformer.from_pretrained(args.model, getattr(torch, args.dtype), device, shard)
     what = f"{len(prompts):,} prompts, {skipped} too long; {args.prompts_per_step} x {args.n} responses a step"
-    _, num_updates = plan_steps(len(prompts), args)
-    train.describe_run(args, model, what, start, num_updates)
+    train.describe_run(args, model, what, start, *plan_steps(len(prompts), args))
 
     # 3. Train.
     score = partial(training_reward, chat, args)

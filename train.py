@@ -268,13 +268,14 @@ def open_run(args, models=(), files=()):
     return step
 
 
-def describe_run(args, model, what, start, updates):
+def describe_run(args, model, what, start, steps, updates):
     """Print the size of a run before it starts, and whether it is very short."""
     resumed = f"; resuming after step {start}" if start else ""
     note(f"{what}; {args.dtype} compute, float32 weights, {model.num_parameters() / 1e6:,.1f} M parameters{resumed}")
     if not args.steps and updates < 10:
         passes = "episodes" if "episodes" in args else "epochs"
-        note(f"only {updates} updates: to train longer, raise --steps or --{passes}, or lower --batch-size")
+        note(f"only {steps} steps with {updates} updates: to train longer, raise --steps or --{passes}, "
+             "or lower --batch-size")
 
 
 @contextmanager

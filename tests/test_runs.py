@@ -338,7 +338,7 @@ def test_a_device_that_is_not_there(here, capsys):
 
 def test_few_steps_of_sim_rl_are_said(here, capsys):
     assert run(SIMRL.replace("--steps 3", "--episodes 1 --prompts-per-step 24 --batch-size 48")) == 0
-    assert "only 1 updates" in capsys.readouterr().err
+    assert "only 1 steps with 1 updates" in capsys.readouterr().err
 
 
 # ---- Chains
